@@ -1,0 +1,236 @@
+//! The life of a copy. [`step`] is the only place where a copy's state changes.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::{memory::Resources, names::ReplicaId, placement::report::Unplaced, time::Instant, version::Generation};
+
+/// One version of a model on at most one replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Copy {
+    /// Which copy.
+    pub generation: Generation,
+    /// Where it stands.
+    pub state: State,
+    /// Since when.
+    pub since: Instant,
+    /// Memory reserved for it on its replica.
+    pub need: Resources,
+    /// How many copies were tried in its place before it.
+    pub attempts: u32,
+    /// Whether it is to leave: set once, never taken back.
+    pub draining: bool,
+    /// Whether the routes hold it.
+    pub routed: bool,
+}
+
+/// Where a copy stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Wanted; no replica chosen.
+    Pending {
+        /// Why none was found, filter by filter; absent before the first try.
+        reason: Option<Unplaced>,
+    },
+    /// A replica is chosen and its memory reserved; the order is with the agent.
+    Scheduled {
+        /// The replica.
+        on: ReplicaId,
+    },
+    /// The agent fetches the artifact.
+    Downloading {
+        /// The replica.
+        on: ReplicaId,
+        /// Bytes so far.
+        progress: Progress,
+    },
+    /// The inference server loads it.
+    Loading {
+        /// The replica.
+        on: ReplicaId,
+    },
+    /// It answers requests.
+    Available {
+        /// The replica.
+        on: ReplicaId,
+        /// Where its bytes are.
+        residency: Residency,
+    },
+    /// Out of the routes, or leaving them; requests in flight are finishing.
+    Draining {
+        /// The replica.
+        on: ReplicaId,
+        /// How far it is.
+        phase: Drain,
+    },
+    /// The agent has reported its memory free.
+    Unloaded,
+    /// It could not be loaded.
+    Failed {
+        /// The replica whose memory is reserved until it reports it free; absent after that.
+        on: Option<ReplicaId>,
+        /// What went wrong.
+        failure: Failure,
+    },
+    /// Its agent is silent, or the scheduler has just started.
+    Unknown {
+        /// The replica.
+        on: ReplicaId,
+    },
+}
+
+/// How far a download is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes fetched.
+    pub done: u64,
+    /// Bytes in all, when the source tells.
+    pub total: Option<u64>,
+}
+
+/// Where an available copy's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Residency {
+    /// In memory.
+    Resident,
+    /// Being removed from memory.
+    Evicting,
+    /// On disk only; the next request brings it back.
+    Evicted,
+    /// Being brought back.
+    Reloading,
+}
+
+/// How far a drain is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drain {
+    /// Waiting until every gateway has acknowledged routes without it.
+    Leaving,
+    /// The agent is ordered to unload it after its last hold.
+    Unloading,
+}
+
+/// Why a copy could not be loaded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What kind of trouble.
+    pub class: FailureClass,
+    /// One sentence, from where it happened.
+    pub message: String,
+}
+
+/// Kinds of failure, which decide whether another try can help.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum FailureClass {
+    /// The artifact is missing, broken or not what was said.
+    Artifact,
+    /// The store refused the credentials.
+    Authorisation,
+    /// It needs more memory than there is.
+    Memory,
+    /// The inference server failed.
+    Runtime,
+    /// It took too long.
+    Timeout,
+    /// The inference server can't serve this kind of model.
+    Incompatible,
+}
+
+impl FailureClass {
+    /// Whether the same spec could load elsewhere or later.
+    #[must_use]
+    pub const fn retryable(self) -> bool {
+        match self {
+            Self::Memory | Self::Runtime | Self::Timeout | Self::Artifact | Self::Authorisation => true,
+            Self::Incompatible => false,
+        }
+    }
+
+    /// The class, as people see it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Artifact => "artifact",
+            Self::Authorisation => "authorisation",
+            Self::Memory => "memory",
+            Self::Runtime => "runtime",
+            Self::Timeout => "timeout",
+            Self::Incompatible => "incompatible",
+        }
+    }
+}
+
+/// What an agent says of a copy that it holds or held.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// The order arrived and waits.
+    Scheduled,
+    /// The artifact is being fetched.
+    Downloading(Progress),
+    /// The inference server is loading it.
+    Loading,
+    /// It answers.
+    Available {
+        /// Where its bytes are.
+        residency: Residency,
+        /// What it was seen to need, when that was measured.
+        measured: Option<Resources>,
+    },
+    /// It refuses new holds and waits for the last.
+    Draining {
+        /// Holds still out.
+        holds: u32,
+    },
+    /// Its memory is free, and nothing of it is left in the inference server.
+    Unloaded,
+    /// It could not be loaded.
+    Failed {
+        /// Why.
+        failure: Failure,
+        /// Whether its memory is free.
+        freed: bool,
+    },
+}
+
+impl State {
+    /// The replica that holds, or is to hold, the copy.
+    #[must_use]
+    pub const fn replica(&self) -> Option<&ReplicaId> {
+        match self {
+            Self::Pending { .. } | Self::Unloaded => None,
+            Self::Failed { on, .. } => on.as_ref(),
+            Self::Scheduled { on }
+            | Self::Downloading { on, .. }
+            | Self::Loading { on }
+            | Self::Available { on, .. }
+            | Self::Draining { on, .. }
+            | Self::Unknown { on } => Some(on),
+        }
+    }
+
+    /// The state's name, as people and clients see it.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Pending { .. } => "Pending",
+            Self::Scheduled { .. } => "Scheduled",
+            Self::Downloading { .. } => "Downloading",
+            Self::Loading { .. } => "Loading",
+            Self::Available { .. } => "Available",
+            Self::Draining { .. } => "Draining",
+            Self::Unloaded => "Unloaded",
+            Self::Failed { .. } => "Failed",
+            Self::Unknown { .. } => "Unknown",
+        }
+    }
+}
+
+/// An event that has no meaning in a state. It changes nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("a copy that is {state} can't take {event}")]
+pub struct Illegal {
+    /// The state's name.
+    pub state: &'static str,
+    /// The event's name.
+    pub event: &'static str,
+}

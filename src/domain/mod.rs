@@ -1,0 +1,16 @@
+//! Every decision that Wharf takes, as pure functions over plain values.
+//!
+//! The rule of this module: no actors, no async, no wire types, no files, no clocks and no randomness. Time
+//! and identifiers come in as arguments, so any decision can be replayed and asked about.
+
+pub mod copy;
+pub mod error;
+pub mod memory;
+pub mod names;
+pub mod placement;
+pub mod record;
+pub mod replica;
+pub mod routes;
+pub mod spec;
+pub mod time;
+pub mod version;
