@@ -6,10 +6,13 @@
 pub mod copy;
 pub mod error;
 pub mod memory;
+pub mod model;
 pub mod names;
+pub mod order;
 pub mod placement;
 pub mod record;
 pub mod replica;
+pub mod rollout;
 pub mod routes;
 pub mod spec;
 pub mod time;

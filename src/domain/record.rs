@@ -51,8 +51,8 @@ pub struct ModelRow {
     pub kubernetes: Option<KubernetesMeta>,
     /// The version that clients are kept on until another has taken over.
     pub serving: Option<Version>,
-    /// The number that the next copy gets.
-    pub next_number: u32,
+    /// Every number that a copy may have been given is below this.
+    pub number_bound: u32,
     /// When it was deleted, if it was.
     pub deleted: Option<Instant>,
 }

@@ -109,7 +109,7 @@ impl ModelSpec {
 pub struct Deployment {
     /// Copies asked for. 0 is scaled down.
     pub replicas: u32,
-    /// With fewer copies than this the model is not Available; 0 asks for all of them.
+    /// With fewer copies than this, or with none, the model is not Available.
     pub min_replicas: u32,
     /// Never more copies than this; 0 sets no bound.
     pub max_replicas: u32,
@@ -251,7 +251,7 @@ pub struct DeploymentPatch {
 pub struct Replicas {
     /// Copies asked for.
     pub replicas: u32,
-    /// Least copies to be Available; 0 for all.
+    /// Least copies to be Available.
     pub min: u32,
     /// Most copies; 0 for no bound.
     pub max: u32,

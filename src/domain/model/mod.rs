@@ -1,0 +1,577 @@
+//! A model: its versions, its copies, and every decision about them.
+//!
+//! The rule of this module: [`Model::apply`] takes one event and returns what to write, and what to do once
+//! that is durable. It is level-triggered: after each event the whole model is compared with what is wanted
+//! ([`rollout`](super::rollout)), so an event that was lost is repaired by the next one, whatever it is.
+
+mod restore;
+mod state;
+mod submit;
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use serde::Serialize;
+
+pub use restore::restore;
+pub use state::{ModelState, Reason, Standing, standing};
+pub use submit::{Outcome, Submitted};
+
+use super::{
+    copy::{self, Copy, Effect as CopyEffect, Failure, Illegal, State},
+    error::Refusal,
+    memory::{Bytes, Resources},
+    names::{ModelName, ReplicaId, ServerName},
+    record::{CopyRow, ModelRow, VersionRow, Write},
+    rollout,
+    routes::{Absence, Endpoint, Route, Target},
+    spec::{Definition, Deployment, KubernetesMeta, ModelSpec, Passthrough, RuntimeInfo, Spread},
+    time::Instant,
+    version::{Generation, Uid, Version},
+};
+
+/// Copy numbers that one write of the model's row reserves.
+const NUMBERS_AT_ONCE: u32 = 64;
+
+/// One model name, from its creation to the end of its retention.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Its name.
+    pub name: ModelName,
+    /// Of the present creation of the name.
+    pub uid: Uid,
+    /// When it was created.
+    pub created: Instant,
+    /// How it is deployed.
+    pub deployment: Deployment,
+    /// What Kubernetes knows it by.
+    pub kubernetes: Option<KubernetesMeta>,
+    /// The version that clients are kept on until another has taken over.
+    pub serving: Option<Version>,
+    /// When it was deleted.
+    pub deleted: Option<Instant>,
+    /// Its versions, oldest first.
+    pub versions: Vec<Entry>,
+    /// Its copies, oldest first; those of earlier creations until they are gone.
+    pub copies: Vec<Copy>,
+    /// When it last became what it is.
+    pub changed: Instant,
+    /// Of the route: grows with each change.
+    pub revision: u64,
+    next_number: u32,
+    /// Copy numbers below this may have been given before the journal was last read.
+    number_bound: u32,
+    /// Replicas that their copies are to leave.
+    leaving: BTreeSet<ReplicaId>,
+}
+
+/// One version of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its number.
+    pub version: Version,
+    /// The creation of the model that it belongs to.
+    pub uid: Uid,
+    /// What it is.
+    pub spec: Arc<ModelSpec>,
+    /// When it was submitted.
+    pub created: Instant,
+    /// Given back to Seldon's clients.
+    pub passthrough: Passthrough,
+    /// Why its rollout was given up.
+    pub failed: Option<Failure>,
+}
+
+/// What the operator set for all models.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// Need of a model that declares none: never nothing.
+    pub default_memory: Bytes,
+    /// Wait before the first retry of a failed copy; doubles with each.
+    pub retry_first: Duration,
+    /// The longest wait between retries.
+    pub retry_cap: Duration,
+    /// Failed tries after which a rollout is given up.
+    pub rollout_tries: u32,
+    /// Versions kept for rollback.
+    pub history: usize,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            default_memory: Bytes(256 << 20),
+            retry_first: Duration::from_secs(1),
+            retry_cap: Duration::from_secs(300),
+            rollout_tries: 3,
+            history: 10,
+        }
+    }
+}
+
+/// What happens to a model.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A user submits it. The uid is used if this creates it.
+    Submit(Box<Definition>, Uid),
+    /// A user wants an older version's spec again; the one before the present when none is named.
+    Rollback(Option<Version>),
+    /// A user, or whoever acts for one, wants another number of copies.
+    Scale(u32),
+    /// A user deletes it.
+    Delete(Option<KubernetesMeta>),
+    /// The placement answers.
+    Copy(Generation, copy::Event),
+    /// The agent of a replica reports on a copy; without a report, it was found to hold none such.
+    Reported(ReplicaId, Generation, Option<copy::Report>),
+    /// Something happens to every copy on a replica.
+    Replica(ReplicaId, copy::Event),
+    /// Copies are to leave these replicas, and no others.
+    Leaving(BTreeSet<ReplicaId>),
+    /// Every gateway with a lease has acknowledged the route at this revision.
+    RoutesSettled(u64),
+    /// Time has passed, or something may have been missed.
+    Reconcile,
+}
+
+/// What an event leads to. Nothing of it may leave the process before `writes` are durable.
+#[derive(Debug, Default)]
+pub struct Decision {
+    /// To be committed together.
+    pub writes: Vec<Write>,
+    /// To be done after that, in this order.
+    pub effects: Vec<Effect>,
+    /// The answer to whoever asked.
+    pub submitted: Option<Submitted>,
+}
+
+/// Something for the world to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Find a replica.
+    Place(Box<Wanted>),
+    /// Stop looking for one.
+    Withdraw(Generation),
+    /// The agent of `on` is to hold the copy.
+    Register {
+        /// The replica.
+        on: ReplicaId,
+        /// Which copy.
+        generation: Generation,
+        /// What to load.
+        spec: Arc<ModelSpec>,
+        /// Memory reserved.
+        need: Resources,
+        /// How many were tried before it.
+        attempt: u32,
+    },
+    /// The agent of `on` is to let the copy go.
+    Unregister {
+        /// The replica.
+        on: ReplicaId,
+        /// Which copy.
+        generation: Generation,
+    },
+    /// The memory reserved for the copy is free.
+    Release(Generation),
+    /// The route changed: publish [`Model::route`] as this revision.
+    Publish(u64),
+    /// Send [`Event::Reconcile`] at this time.
+    Wake(Instant),
+    /// Something that a user may want to know of.
+    Note(Note),
+    /// Nothing is left of the model but its retention.
+    Terminated,
+}
+
+/// A copy that wants a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Which copy.
+    pub generation: Generation,
+    /// What it is.
+    pub spec: Arc<ModelSpec>,
+    /// Memory that it needs.
+    pub need: Resources,
+    /// Where copies of the same version may be.
+    pub spread: Spread,
+    /// Who is placed first.
+    pub priority: i32,
+    /// Replicas to be tried last.
+    pub avoid: Vec<ReplicaId>,
+    /// Replicas that hold, or are to hold, copies of the same version.
+    pub siblings: Vec<ReplicaId>,
+}
+
+/// An event for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Note {
+    /// One word for what happened.
+    pub kind: &'static str,
+    /// One sentence.
+    pub message: String,
+}
+
+impl Model {
+    /// Takes one event. On an error nothing has changed.
+    ///
+    /// # Errors
+    /// [`Refusal`] for a user's request that can't be met. Reports that have no meaning any more are not
+    /// errors: they change nothing.
+    pub fn apply(&mut self, event: Event, policy: &Policy, now: Instant) -> Result<Decision, Refusal> {
+        let mut next = self.clone();
+        let mut decision = Decision::default();
+        let standing_before = self.standing();
+        match event {
+            Event::Submit(definition, uid) => next.submit(*definition, uid, now, &mut decision)?,
+            Event::Rollback(to) => next.rollback(to, now, &mut decision)?,
+            Event::Scale(replicas) => next.scale(replicas, &mut decision)?,
+            Event::Delete(kubernetes) => next.delete(kubernetes, now, &mut decision),
+            Event::Copy(generation, event) => {
+                let placed = matches!(event, copy::Event::Placed { .. });
+                let index = next.copies.iter().position(|copy| copy.generation == generation);
+                let taken = index.is_some_and(|index| next.step(index, event, now, &mut decision).is_ok());
+                if placed && !taken {
+                    // The copy was given up while its place was being looked for.
+                    decision.effects.push(Effect::Release(generation));
+                }
+            }
+            Event::Reported(on, generation, report) => next.reported(on, generation, report, now, &mut decision),
+            Event::Replica(replica, event) => {
+                for index in 0..next.copies.len() {
+                    if next.copies[index].state.replica() == Some(&replica) {
+                        drop(next.step(index, event.clone(), now, &mut decision));
+                    }
+                }
+            }
+            Event::Leaving(replicas) => next.leaving = replicas,
+            Event::RoutesSettled(revision) => {
+                for index in 0..next.copies.len() {
+                    if next.copies[index].draining && next.copies[index].left <= revision {
+                        drop(next.step(index, copy::Event::RoutesSettled, now, &mut decision));
+                    }
+                }
+            }
+            Event::Reconcile => {}
+        }
+        rollout::reconcile(&mut next, policy, now, &mut decision);
+        next.tidy(policy, now, &mut decision);
+        let standing = next.standing();
+        if standing != standing_before {
+            next.changed = now;
+            decision.note(standing.state.name(), standing.sentence());
+        }
+        *self = next;
+        Ok(decision)
+    }
+
+    /// Steps one copy and translates what the step asks.
+    pub(super) fn step(
+        &mut self,
+        index: usize,
+        event: copy::Event,
+        now: Instant,
+        decision: &mut Decision,
+    ) -> Result<(), Illegal> {
+        let before = self.copies[index].state.clone();
+        let effects = copy::step(&mut self.copies[index], event, now)?;
+        let copy = &self.copies[index];
+        let generation = copy.generation;
+        // Where it was counts for what has to be undone there.
+        let on = copy.state.replica().or_else(|| before.replica()).cloned();
+        if copy.state.name() != before.name() {
+            decision.note(copy.state.name(), describe(copy, on.as_ref()));
+        }
+        for effect in effects {
+            match (effect, &on) {
+                (CopyEffect::Save, Some(_)) => decision.writes.extend(self.copy_row(index)),
+                (CopyEffect::Forget, _) => {
+                    decision.writes.push(Write::RemoveCopy(self.name.clone(), generation));
+                }
+                (CopyEffect::Release, _) => decision.effects.push(Effect::Release(generation)),
+                (CopyEffect::Withdraw, _) => decision.effects.push(Effect::Withdraw(generation)),
+                (CopyEffect::Register, Some(_)) => decision.effects.extend(self.register(&self.copies[index])),
+                (CopyEffect::Unregister, Some(on)) => {
+                    decision.effects.push(Effect::Unregister { on: on.clone(), generation });
+                }
+                (CopyEffect::Route, _) => {
+                    self.publish(decision);
+                    self.copies[index].left = self.revision;
+                }
+                (CopyEffect::Save | CopyEffect::Register | CopyEffect::Unregister, None) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn reported(
+        &mut self,
+        on: ReplicaId,
+        generation: Generation,
+        report: Option<copy::Report>,
+        now: Instant,
+        decision: &mut Decision,
+    ) {
+        let holds = |copy: &Copy| copy.generation == generation && copy.state.replica() == Some(&on);
+        let gone = matches!(report, None | Some(copy::Report::Unloaded | copy::Report::Failed { freed: true, .. }));
+        match self.copies.iter().position(holds) {
+            // What a copy can't take is late or repeated, and means nothing.
+            Some(index) => {
+                let event = report.map_or(copy::Event::Missing, copy::Event::Reported);
+                drop(self.step(index, event, now, decision));
+            }
+            None if gone => {}
+            None => decision.effects.push(Effect::Unregister { on, generation }),
+        }
+    }
+
+    /// Has the route published, once per decision.
+    fn publish(&mut self, decision: &mut Decision) {
+        if !decision.effects.iter().any(|effect| matches!(effect, Effect::Publish(_))) {
+            self.revision += 1;
+            decision.effects.push(Effect::Publish(self.revision));
+        }
+    }
+
+    /// A new copy of `version`, which looks for a place.
+    pub(super) fn add_copy(
+        &mut self,
+        version: Version,
+        attempts: u32,
+        avoid: Vec<ReplicaId>,
+        policy: &Policy,
+        now: Instant,
+        decision: &mut Decision,
+    ) {
+        if self.next_number >= self.number_bound {
+            self.number_bound = self.next_number.saturating_add(NUMBERS_AT_ONCE);
+            decision.writes.push(self.row());
+        }
+        let generation = Generation { uid: self.uid, version, number: self.next_number };
+        self.next_number = self.next_number.saturating_add(1);
+        let Some(entry) = self.entry(version) else { return };
+        let need = need(&entry.spec, policy);
+        let wanted = Wanted {
+            generation,
+            spec: Arc::clone(&entry.spec),
+            need: need.clone(),
+            spread: self.deployment.spread,
+            priority: self.deployment.priority,
+            avoid: avoid.clone(),
+            siblings: self
+                .copies
+                .iter()
+                .filter(|copy| copy.generation.version == version)
+                .filter_map(|copy| copy.state.replica().cloned())
+                .collect(),
+        };
+        self.copies.push(Copy {
+            generation,
+            state: State::Pending { reason: None },
+            since: now,
+            need,
+            attempts,
+            avoid,
+            left: 0,
+            draining: false,
+            routed: false,
+        });
+        decision.effects.push(Effect::Place(Box::new(wanted)));
+    }
+
+    /// Drops what is over: copies that are gone, and versions beyond the history. Ends the model when it is
+    /// deleted and nothing is left.
+    fn tidy(&mut self, policy: &Policy, now: Instant, decision: &mut Decision) {
+        let had_copies = !self.copies.is_empty();
+        self.copies.retain(|copy| copy.state != State::Unloaded);
+        let spare = self.versions.len().saturating_sub(policy.history.max(2));
+        let (copies, serving) = (&self.copies, self.serving);
+        let keep = |entry: &Entry| {
+            serving == Some(entry.version) || copies.iter().any(|copy| copy.generation.version == entry.version)
+        };
+        let dropped: Vec<Version> =
+            self.versions.iter().take(spare).filter(|entry| !keep(entry)).map(|entry| entry.version).collect();
+        if !dropped.is_empty() {
+            self.versions.retain(|entry| !dropped.contains(&entry.version));
+            decision.writes.extend(dropped.into_iter().map(|v| Write::RemoveVersion(self.name.clone(), v)));
+        }
+        if self.deleted.is_some() && self.copies.is_empty() && (had_copies || self.deleted == Some(now)) {
+            decision.effects.push(Effect::Terminated);
+        }
+        if let Some(at) = rollout::next_retry(self, policy) {
+            decision.effects.push(Effect::Wake(at));
+        }
+    }
+
+    /// The version `version`, if history has it.
+    #[must_use]
+    pub fn entry(&self, version: Version) -> Option<&Entry> {
+        self.versions.iter().find(|entry| entry.version == version)
+    }
+
+    pub(super) fn entry_mut(&mut self, version: Version) -> Option<&mut Entry> {
+        self.versions.iter_mut().find(|entry| entry.version == version)
+    }
+
+    /// The version that was submitted last.
+    #[must_use]
+    pub fn latest(&self) -> Option<&Entry> {
+        self.versions.last()
+    }
+
+    /// Replicas that their copies are to leave.
+    #[must_use]
+    pub const fn leaving(&self) -> &BTreeSet<ReplicaId> {
+        &self.leaving
+    }
+
+    /// The model's own state, over all its versions.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        standing(self.copies.iter(), self.deployment.replicas, self.deployment.min_replicas, self.deleted.is_some())
+    }
+
+    /// The state of one version, as Seldon's clients ask for it.
+    #[must_use]
+    pub fn version_standing(&self, version: Version) -> Standing {
+        let latest = self.latest().is_some_and(|entry| entry.version == version);
+        let copies = || self.copies.iter().filter(|copy| copy.generation.version == version);
+        let over = self.deleted.is_some() || (!latest && self.serving != Some(version));
+        let mut standing = standing(copies(), self.deployment.replicas, self.deployment.min_replicas, over);
+        if let Some(failure) = self.entry(version).and_then(|entry| entry.failed.as_ref())
+            && !over
+        {
+            standing.state = ModelState::Failed;
+            standing.reason = Reason::RolloutFailed(failure.clone());
+        }
+        standing
+    }
+
+    /// Where requests go: every routed copy, versions weighted by their number of copies.
+    #[must_use]
+    pub fn route(&self, door: impl Fn(&ReplicaId) -> Option<String>) -> Route {
+        let mut targets: Vec<Target> = Vec::new();
+        for copy in self.copies.iter().filter(|copy| copy.routed) {
+            let Some((replica, door)) = copy.state.replica().and_then(|on| Some((on.clone(), door(on)?))) else {
+                continue;
+            };
+            let resident = !matches!(
+                copy.state,
+                State::Available { residency: copy::Residency::Evicted | copy::Residency::Evicting, .. }
+            );
+            let endpoint = Endpoint { generation: copy.generation, replica, door, resident };
+            match targets.iter_mut().find(|target| target.version == copy.generation.version) {
+                Some(target) => {
+                    target.weight += 1;
+                    target.endpoints.push(endpoint);
+                }
+                None => {
+                    targets.push(Target { version: copy.generation.version, weight: 1, endpoints: vec![endpoint] });
+                }
+            }
+        }
+        targets.sort_by_key(|target| target.version);
+        let standing = self.standing();
+        let absence = Absence { state: standing.state.name().to_owned(), reason: standing.sentence(), retry_at: None };
+        Route { model: self.name.clone(), targets, absence }
+    }
+
+    /// The order to hold `copy`.
+    #[must_use]
+    pub fn register(&self, copy: &Copy) -> Option<Effect> {
+        Some(Effect::Register {
+            on: copy.state.replica()?.clone(),
+            generation: copy.generation,
+            spec: Arc::clone(&self.entry(copy.generation.version)?.spec),
+            need: copy.need.clone(),
+            attempt: copy.attempts,
+        })
+    }
+
+    /// The journal's row of the model.
+    #[must_use]
+    pub fn row(&self) -> Write {
+        Write::PutModel(Box::new(ModelRow {
+            name: self.name.clone(),
+            uid: self.uid,
+            created: self.created,
+            deployment: self.deployment.clone(),
+            kubernetes: self.kubernetes.clone(),
+            serving: self.serving,
+            number_bound: self.number_bound,
+            deleted: self.deleted,
+        }))
+    }
+
+    pub(super) fn version_row(&self, version: Version) -> Option<Write> {
+        let entry = self.entry(version)?;
+        Some(Write::PutVersion(Box::new(VersionRow {
+            model: self.name.clone(),
+            uid: entry.uid,
+            version,
+            created: entry.created,
+            spec: entry.spec.as_ref().clone(),
+            passthrough: entry.passthrough.clone(),
+            failed: entry.failed.clone(),
+        })))
+    }
+
+    fn copy_row(&self, index: usize) -> Option<Write> {
+        let copy = &self.copies[index];
+        Some(Write::PutCopy(Box::new(CopyRow {
+            model: self.name.clone(),
+            generation: copy.generation,
+            replica: copy.state.replica()?.clone(),
+            need: copy.need.clone(),
+            routed: copy.routed,
+            draining: copy.draining,
+        })))
+    }
+
+    /// The server that holds most copies of the version, then the first by name: Seldon's API knows but one.
+    #[must_use]
+    pub fn main_server(&self, version: Version) -> Option<ServerName> {
+        let mut counts: std::collections::BTreeMap<&ServerName, usize> = std::collections::BTreeMap::new();
+        for copy in self.copies.iter().filter(|copy| copy.generation.version == version) {
+            if let Some(on) = copy.state.replica() {
+                *counts.entry(&on.server).or_default() += 1;
+            }
+        }
+        counts.into_iter().rev().max_by_key(|(_, count)| *count).map(|(server, _)| server.clone())
+    }
+}
+
+impl Decision {
+    pub(super) fn note(&mut self, kind: &'static str, message: String) {
+        self.effects.push(Effect::Note(Note { kind, message }));
+    }
+}
+
+/// Memory that a version needs: what is declared, times the instances that the runtime is known to make.
+fn need(spec: &ModelSpec, policy: &Policy) -> Resources {
+    let declared = spec.memory.filter(|bytes| *bytes != Bytes::ZERO).unwrap_or(policy.default_memory);
+    let instances = match &spec.runtime {
+        Some(RuntimeInfo::MlServer { parallel_workers }) => u64::from((*parallel_workers).max(1)),
+        Some(RuntimeInfo::Triton { cpu }) => u64::from(cpu.first().copied().unwrap_or(1).max(1)),
+        None => 1,
+    };
+    Resources::primary(Bytes(declared.0.saturating_mul(instances)))
+}
+
+fn describe(copy: &Copy, on: Option<&ReplicaId>) -> String {
+    let version = copy.generation.version;
+    let place = on.map_or_else(String::new, |on| format!(" on {on}"));
+    match &copy.state {
+        State::Failed { failure, .. } => {
+            format!("version {version}{place}: {} failure: {}", failure.class.name(), failure.message)
+        }
+        State::Pending { reason: Some(reason) } => format!("version {version}: {}", reason.summary()),
+        State::Pending { reason: None }
+        | State::Scheduled { .. }
+        | State::Downloading { .. }
+        | State::Loading { .. }
+        | State::Available { .. }
+        | State::Draining { .. }
+        | State::Unloaded
+        | State::Unknown { .. } => format!("version {version}{place}"),
+    }
+}

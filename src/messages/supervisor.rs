@@ -1,0 +1,75 @@
+//! To the supervisor.
+
+use actix::Message;
+
+use super::Ask;
+use crate::domain::{
+    error::Refusal,
+    model::{Event, Submitted},
+    names::{ModelName, ServerName},
+    spec::{Definition, KubernetesMeta},
+    version::Version,
+};
+
+/// What a user asks of a model by name.
+#[derive(Debug)]
+pub enum Action {
+    /// Submit it.
+    Submit(Box<Definition>),
+    /// Delete it.
+    Delete(Option<KubernetesMeta>),
+    /// Want an older version's spec again.
+    Rollback(Option<Version>),
+    /// Want another number of copies.
+    Scale(u32),
+}
+
+/// A user's request about a model.
+#[derive(Debug)]
+pub struct OnModel {
+    /// The model.
+    pub name: ModelName,
+    /// What is asked.
+    pub action: Action,
+}
+
+/// Asks for it; answered once it is durable.
+pub type AskModel = Ask<OnModel, Result<Option<Submitted>, Refusal>>;
+
+/// Something happened to a model that may have no actor any more.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct TellModel {
+    /// The model.
+    pub name: ModelName,
+    /// What happened.
+    pub event: Event,
+}
+
+/// An actor ended.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Ended {
+    /// Which one.
+    pub who: Who,
+    /// Its panic's message; absent when it stopped by intent.
+    pub panic: Option<String>,
+}
+
+/// An actor's name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Who {
+    /// The journal.
+    Journal,
+    /// The placement.
+    Placement,
+    /// The router.
+    Router,
+    /// A server.
+    Server(ServerName),
+    /// A model.
+    Model(ModelName),
+}
+
+/// The observable state of every actor, as JSON.
+pub type Inspect = Ask<(), serde_json::Value>;
