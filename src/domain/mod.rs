@@ -14,6 +14,7 @@ pub mod record;
 pub mod replica;
 pub mod rollout;
 pub mod routes;
+pub mod server;
 pub mod spec;
 pub mod time;
 pub mod version;

@@ -1,6 +1,6 @@
 //! The rows of the journal: what is wanted and what was decided, and nothing that can be derived or observed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -129,6 +129,9 @@ pub struct ServerRow {
     pub bounds: (u32, u32),
     /// What Kubernetes knows it by.
     pub kubernetes: Option<KubernetesMeta>,
+    /// Where each replica's door was when its agent last called: routes need it before the agents are back.
+    #[serde(default)]
+    pub doors: BTreeMap<u32, String>,
     /// Replicas on which nothing new is placed.
     pub cordoned: BTreeSet<u32>,
     /// Replicas that their copies leave.

@@ -1,5 +1,7 @@
 //! The states of a server's replica.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::time::Instant;
@@ -33,5 +35,66 @@ impl ReplicaState {
             Self::Unknown { .. } => "Unknown",
             Self::Lost => "Lost",
         }
+    }
+}
+
+/// What happens to a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Its agent called, or was heard again.
+    Heard,
+    /// Its agent's connection ended.
+    Gone,
+    /// Time passed; the agent was last heard then.
+    Passed {
+        /// The last word of the agent.
+        heard: Instant,
+    },
+}
+
+/// Patience with silent agents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Silence longer than this makes it Unknown.
+    pub lease: Duration,
+    /// Being Unknown longer than this makes it Lost.
+    pub grace: Duration,
+}
+
+/// Takes an event. Draining is a mark beside the state, so it is not among the results: see [`shown`].
+#[must_use]
+pub fn step(state: ReplicaState, event: Event, patience: Patience, now: Instant) -> ReplicaState {
+    match (state, event) {
+        (_, Event::Heard) => ReplicaState::Available,
+        (ReplicaState::Available | ReplicaState::Draining, Event::Gone) => ReplicaState::Unknown { since: now },
+        (ReplicaState::Available | ReplicaState::Draining, Event::Passed { heard })
+            if now.since(heard) > patience.lease =>
+        {
+            ReplicaState::Unknown { since: now }
+        }
+        (ReplicaState::Unknown { since }, Event::Passed { .. }) if now.since(since) > patience.grace => {
+            ReplicaState::Lost
+        }
+        (
+            ReplicaState::Available
+            | ReplicaState::Draining
+            | ReplicaState::Pending
+            | ReplicaState::Unknown { .. }
+            | ReplicaState::Lost,
+            Event::Gone | Event::Passed { .. },
+        ) => state,
+    }
+}
+
+/// The state with the operator's mark: what people and the placement see.
+#[must_use]
+pub const fn shown(state: ReplicaState, draining: bool) -> ReplicaState {
+    match state {
+        ReplicaState::Available if draining => ReplicaState::Draining,
+        ReplicaState::Available
+        | ReplicaState::Draining
+        | ReplicaState::Pending
+        | ReplicaState::Unknown { .. }
+        | ReplicaState::Lost => state,
     }
 }

@@ -73,3 +73,20 @@ pub enum Who {
 
 /// The observable state of every actor, as JSON.
 pub type Inspect = Ask<(), serde_json::Value>;
+
+impl std::fmt::Display for Who {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Journal => f.write_str("journal"),
+            Self::Placement => f.write_str("placement"),
+            Self::Router => f.write_str("router"),
+            Self::Server(name) => write!(f, "server/{name}"),
+            Self::Model(name) => write!(f, "model/{name}"),
+        }
+    }
+}
+
+/// Nothing is left of a deleted model but its retention.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Terminated(pub ModelName);

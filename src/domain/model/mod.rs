@@ -33,7 +33,7 @@ use super::{
 const NUMBERS_AT_ONCE: u32 = 64;
 
 /// One model name, from its creation to the end of its retention.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Model {
     /// Its name.
     pub name: ModelName,
@@ -125,8 +125,8 @@ pub enum Event {
     Reported(ReplicaId, Generation, Option<copy::Report>),
     /// Something happens to every copy on a replica.
     Replica(ReplicaId, copy::Event),
-    /// Copies are to leave these replicas, and no others.
-    Leaving(BTreeSet<ReplicaId>),
+    /// Copies are to leave these replicas of the server, and no others of it.
+    Leaving(ServerName, BTreeSet<u32>),
     /// Every gateway with a lease has acknowledged the route at this revision.
     RoutesSettled(u64),
     /// Time has passed, or something may have been missed.
@@ -243,7 +243,10 @@ impl Model {
                     }
                 }
             }
-            Event::Leaving(replicas) => next.leaving = replicas,
+            Event::Leaving(server, replicas) => {
+                next.leaving.retain(|replica| replica.server != server);
+                next.leaving.extend(replicas.into_iter().map(|index| ReplicaId::new(server.clone(), index)));
+            }
             Event::RoutesSettled(revision) => {
                 for index in 0..next.copies.len() {
                     if next.copies[index].draining && next.copies[index].left <= revision {
@@ -258,6 +261,10 @@ impl Model {
         let standing = next.standing();
         if standing != standing_before {
             next.changed = now;
+            if next.copies.iter().all(|copy| !copy.routed) {
+                // What a client is told while nothing answers has changed.
+                next.publish(&mut decision);
+            }
             decision.note(standing.state.name(), standing.sentence());
         }
         *self = next;
@@ -350,21 +357,7 @@ impl Model {
         self.next_number = self.next_number.saturating_add(1);
         let Some(entry) = self.entry(version) else { return };
         let need = need(&entry.spec, policy);
-        let wanted = Wanted {
-            generation,
-            spec: Arc::clone(&entry.spec),
-            need: need.clone(),
-            spread: self.deployment.spread,
-            priority: self.deployment.priority,
-            avoid: avoid.clone(),
-            siblings: self
-                .copies
-                .iter()
-                .filter(|copy| copy.generation.version == version)
-                .filter_map(|copy| copy.state.replica().cloned())
-                .collect(),
-        };
-        self.copies.push(Copy {
+        let copy = Copy {
             generation,
             state: State::Pending { reason: None },
             since: now,
@@ -374,8 +367,29 @@ impl Model {
             left: 0,
             draining: false,
             routed: false,
-        });
-        decision.effects.push(Effect::Place(Box::new(wanted)));
+        };
+        decision.effects.extend(self.place(&copy));
+        self.copies.push(copy);
+    }
+
+    /// The request for a place for `copy`.
+    #[must_use]
+    pub fn place(&self, copy: &Copy) -> Option<Effect> {
+        let version = copy.generation.version;
+        Some(Effect::Place(Box::new(Wanted {
+            generation: copy.generation,
+            spec: Arc::clone(&self.entry(version)?.spec),
+            need: copy.need.clone(),
+            spread: self.deployment.spread,
+            priority: self.deployment.priority,
+            avoid: copy.avoid.clone(),
+            siblings: self
+                .copies
+                .iter()
+                .filter(|other| other.generation.version == version)
+                .filter_map(|other| other.state.replica().cloned())
+                .collect(),
+        })))
     }
 
     /// Drops what is over: copies that are gone, and versions beyond the history. Ends the model when it is

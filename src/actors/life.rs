@@ -1,0 +1,52 @@
+//! How an actor's end is noticed, however it ends.
+//!
+//! actix catches no panic and restarts nothing after one. But an actor's value is dropped while its thread
+//! unwinds: a [`Life`] inside it tells the supervisor then, with the panic's message.
+
+use std::{cell::RefCell, sync::Once, thread};
+
+use actix::Recipient;
+
+use crate::messages::supervisor::{Ended, Who};
+
+thread_local! {
+    static LAST_PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Keeps the message of each panic for the [`Life`] that ends with it. The hook that was there still runs.
+pub(super) fn remember_panics() {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            let message = info.payload_as_str().unwrap_or("a panic without a message");
+            let place = info.location().map(|at| format!(" at {}:{}", at.file(), at.line())).unwrap_or_default();
+            LAST_PANIC.with(|last| *last.borrow_mut() = Some(format!("{message}{place}")));
+            before(info);
+        }));
+    });
+}
+
+/// An actor's life: from its start to its drop.
+#[derive(Debug)]
+pub(super) struct Life {
+    who: Who,
+    supervisor: Recipient<Ended>,
+}
+
+impl Life {
+    /// Begins here.
+    pub(super) fn begin(who: Who, supervisor: Recipient<Ended>) -> Self {
+        tracing::debug!(target: "wharf::supervision", event = "actor_started", actor = %who, "actor started");
+        Self { who, supervisor }
+    }
+}
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        let panic = thread::panicking().then(|| {
+            LAST_PANIC.with(|last| last.borrow_mut().take()).unwrap_or_else(|| "a panic without a message".to_owned())
+        });
+        self.supervisor.do_send(Ended { who: self.who.clone(), panic });
+    }
+}

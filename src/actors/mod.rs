@@ -1,0 +1,20 @@
+//! The scheduler's actors: thin shells around the domain.
+//!
+//! The rule of this module: a handler translates, asks the domain, hands the effects over and publishes.
+//! Journal first, memory second: nothing that a decision leads to leaves an actor before the journal has it.
+//! No actor awaits another; a message that is lost with a restart is repaired by the comparison of wanted
+//! with reported that every actor runs on each message and on a timer.
+
+mod journal;
+mod life;
+mod links;
+mod model;
+mod placement;
+mod router;
+mod server;
+mod spawn;
+mod supervisor;
+
+pub use links::{Identity, Links, Timing};
+pub use spawn::Spawner;
+pub use supervisor::{Scheduler, StartError, start};

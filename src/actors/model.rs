@@ -1,0 +1,271 @@
+//! One model: every decision is the domain's, taken on a copy that replaces the model once it is durable.
+
+use std::{collections::VecDeque, mem, sync::Arc};
+
+use actix::{Actor, AsyncContext as _, Context, Handler, SpawnHandle};
+
+use super::{life::Life, links::Links};
+use crate::{
+    domain::{
+        copy::{Drain, State},
+        error::{Code, Refusal},
+        model::{Effect, Event, Model, Submitted},
+        order::Order,
+        record::Write,
+        time::Instant,
+    },
+    messages::{
+        Reply,
+        journal::{Commit, Committed},
+        model::{Announce, Happened, Request},
+        placement::{Place, Release, Restore},
+        router::Publish,
+        server::SetOrder,
+        supervisor::Terminated,
+    },
+};
+
+type Answer = Result<Option<Submitted>, Refusal>;
+
+/// Events that one decision takes at most, so that a flood of them is committed in pieces.
+const BATCH: usize = 256;
+/// How long an actor waits before it tries again what the journal refused.
+const REFUSED: std::time::Duration = std::time::Duration::from_secs(1);
+
+pub(super) struct ModelActor {
+    model: Arc<Model>,
+    links: Arc<Links>,
+    /// What becomes true once the journal has it.
+    committing: Option<Tentative>,
+    waiting: VecDeque<Pending>,
+    wake: Option<(Instant, SpawnHandle)>,
+    _life: Life,
+}
+
+struct Pending {
+    event: Event,
+    reply: Option<Reply<Answer>>,
+}
+
+struct Tentative {
+    model: Model,
+    effects: Vec<Effect>,
+    answers: Vec<(Reply<Answer>, Answer)>,
+    /// What happened whoever asked: taken again if the commit fails.
+    happened: Vec<Event>,
+}
+
+impl ModelActor {
+    pub(super) fn new(model: Model, links: Arc<Links>, life: Life) -> Self {
+        Self { model: Arc::new(model), links, committing: None, waiting: VecDeque::new(), wake: None, _life: life }
+    }
+
+    fn take(&mut self, pending: Pending, ctx: &mut Context<Self>) {
+        if let Event::Reported(on, generation, _) = &pending.event {
+            // Only the latest word about a copy counts, and words may come faster than the disk turns.
+            let same = |other: &Pending| {
+                matches!(&other.event, Event::Reported(o, g, _) if (o, g) == (on, generation))
+            };
+            self.waiting.retain(|other| !same(other));
+        }
+        self.waiting.push_back(pending);
+        self.decide(ctx);
+    }
+
+    fn decide(&mut self, ctx: &mut Context<Self>) {
+        while self.committing.is_none() && !self.waiting.is_empty() {
+            let now = self.links.clock.now();
+            let mut model = self.model.as_ref().clone();
+            let mut writes: Vec<Write> = Vec::new();
+            let mut next = (Vec::new(), Vec::new(), Vec::new());
+            let (effects, answers, happened) = (&mut next.0, &mut next.1, &mut next.2);
+            for _ in 0..self.waiting.len().min(BATCH) {
+                let Some(Pending { event, reply }) = self.waiting.pop_front() else { break };
+                let again = reply.is_none().then(|| event.clone());
+                let answer = model.apply(event, &self.links.policy, now).map(|decision| {
+                    writes.extend(decision.writes);
+                    effects.extend(decision.effects);
+                    happened.extend(again);
+                    decision.submitted
+                });
+                answers.extend(reply.map(|reply| (reply, answer)));
+            }
+            let tentative = Tentative { model, effects: next.0, answers: next.1, happened: next.2 };
+            if writes.is_empty() {
+                self.install(tentative, ctx);
+            } else {
+                self.committing = Some(tentative);
+                self.links.journal.tell(Commit { writes, by: ctx.address().recipient() });
+            }
+        }
+    }
+
+    fn install(&mut self, tentative: Tentative, ctx: &mut Context<Self>) {
+        if *self.model != tentative.model {
+            self.model = Arc::new(tentative.model);
+            if self.model.is_born() {
+                self.links.board.put_model(Arc::clone(&self.model));
+            }
+        }
+        for effect in tentative.effects {
+            self.perform(effect, ctx);
+        }
+        for (reply, answer) in tentative.answers {
+            // Whoever asked may have given up.
+            drop(reply.send(answer));
+        }
+    }
+
+    fn perform(&mut self, effect: Effect, ctx: &mut Context<Self>) {
+        let (links, model) = (&self.links, &self.model);
+        let name = &model.name;
+        match effect {
+            Effect::Place(wanted) => links.placement.tell(Place { model: name.clone(), wanted }),
+            Effect::Withdraw(generation) | Effect::Release(generation) => {
+                links.placement.tell(Release { model: name.clone(), generation });
+            }
+            Effect::Register { on, generation, spec, need, attempt } => {
+                let order = Order::Register { model: name.clone(), generation, spec, need, attempt };
+                links.tell_server(&on.server.clone(), SetOrder { replica: on, order });
+            }
+            Effect::Unregister { on, generation } => {
+                let order = Order::Unregister { model: name.clone(), generation, drain: links.timing.drain };
+                links.tell_server(&on.server.clone(), SetOrder { replica: on, order });
+            }
+            Effect::Publish(revision) => self.publish(revision),
+            Effect::Wake(at) => self.wake_at(at, ctx),
+            Effect::Note(note) => links.note(name.as_str(), note, serde_json::Value::Null),
+            Effect::Terminated => links.supervisor.tell(Terminated(name.clone())),
+        }
+    }
+
+    fn publish(&self, revision: u64) {
+        let gone = self.model.deleted.is_some() && self.model.copies.iter().all(|copy| !copy.routed);
+        let door = |on: &_| self.links.doors.get(on).map(|door| door.clone());
+        let route = (!gone).then(|| self.model.route(door));
+        self.links.router.tell(Publish { model: self.model.name.clone(), revision, route });
+    }
+
+    fn wake_at(&mut self, at: Instant, ctx: &mut Context<Self>) {
+        if let Some((earlier, handle)) = self.wake.take() {
+            if earlier <= at {
+                self.wake = Some((earlier, handle));
+                return;
+            }
+            ctx.cancel_future(handle);
+        }
+        let delay = at.since(self.links.clock.now());
+        let handle = ctx.run_later(delay, |actor, ctx| {
+            actor.wake = None;
+            actor.take(Pending { event: Event::Reconcile, reply: None }, ctx);
+        });
+        self.wake = Some((at, handle));
+    }
+
+    fn announce(&self, to: Announce) {
+        for copy in &self.model.copies {
+            let restored = copy.state.replica().cloned();
+            match (to, &copy.state) {
+                (Announce::ToPlacement, State::Pending { .. }) => {
+                    if let Some(Effect::Place(wanted)) = self.model.place(copy) {
+                        self.links.placement.tell(Place { model: self.model.name.clone(), wanted });
+                    }
+                }
+                (Announce::ToPlacement, _) => {
+                    if let Some(on) = restored {
+                        let (model, generation) = (self.model.name.clone(), copy.generation);
+                        self.links.placement.tell(Restore { model, generation, on, need: copy.need.clone() });
+                    }
+                }
+                (Announce::ToServer, State::Draining { on, phase: Drain::Unloading }) => {
+                    let (model, generation) = (self.model.name.clone(), copy.generation);
+                    let order = Order::Unregister { model, generation, drain: self.links.timing.drain };
+                    self.links.tell_server(&on.server, SetOrder { replica: on.clone(), order });
+                }
+                (Announce::ToServer, _) => {
+                    if let (Some(Effect::Register { on, generation, spec, need, attempt }), false) =
+                        (self.model.register(copy), matches!(copy.state, State::Failed { .. }))
+                    {
+                        let model = self.model.name.clone();
+                        let order = Order::Register { model, generation, spec, need, attempt };
+                        self.links.tell_server(&on.server.clone(), SetOrder { replica: on, order });
+                    }
+                }
+                (Announce::ToRouter, _) => {}
+            }
+        }
+        if to == Announce::ToRouter && self.model.is_born() {
+            self.publish(self.model.revision);
+        }
+    }
+}
+
+impl Actor for ModelActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        if self.model.is_born() {
+            self.links.board.put_model(Arc::clone(&self.model));
+            for to in [Announce::ToPlacement, Announce::ToServer, Announce::ToRouter] {
+                self.announce(to);
+            }
+        }
+        self.take(Pending { event: Event::Reconcile, reply: None }, ctx);
+        ctx.run_interval(self.links.timing.scan, |actor, ctx| {
+            if actor.waiting.is_empty() {
+                actor.take(Pending { event: Event::Reconcile, reply: None }, ctx);
+            }
+        });
+    }
+}
+
+impl Handler<Request> for ModelActor {
+    type Result = ();
+
+    fn handle(&mut self, request: Request, ctx: &mut Self::Context) {
+        self.take(Pending { event: request.event, reply: Some(request.reply) }, ctx);
+    }
+}
+
+impl Handler<Happened> for ModelActor {
+    type Result = ();
+
+    fn handle(&mut self, Happened(event): Happened, ctx: &mut Self::Context) {
+        self.take(Pending { event, reply: None }, ctx);
+    }
+}
+
+impl Handler<Announce> for ModelActor {
+    type Result = ();
+
+    fn handle(&mut self, to: Announce, _: &mut Self::Context) {
+        self.announce(to);
+    }
+}
+
+impl Handler<Committed> for ModelActor {
+    type Result = ();
+
+    fn handle(&mut self, Committed(result): Committed, ctx: &mut Self::Context) {
+        let Some(mut tentative) = self.committing.take() else { return };
+        match result {
+            Ok(()) => {
+                self.install(tentative, ctx);
+                self.decide(ctx);
+            }
+            Err(problem) => {
+                for (reply, _) in mem::take(&mut tentative.answers) {
+                    let text = format!("the journal could not be written ({problem}); nothing was changed");
+                    drop(reply.send(Err(Refusal::new(Code::Unavailable, text))));
+                }
+                let happened = mem::take(&mut tentative.happened);
+                ctx.run_later(REFUSED, move |actor, ctx| {
+                    for event in happened.into_iter().rev() {
+                        actor.waiting.push_front(Pending { event, reply: None });
+                    }
+                    actor.decide(ctx);
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! The routes: one table, its epoch, and which gateway has acknowledged what.
+//!
+//! A route is settled once every gateway with a lease has acknowledged an epoch that has it. A gateway that
+//! acknowledges nothing for its lease is waited for no longer; until one whole lease has passed since this
+//! scheduler started, gateways of the one before it may still be there, and nothing is settled.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
+
+use actix::{Actor, AsyncContext as _, Context, Handler};
+use tokio::sync::mpsc;
+
+use super::{life::Life, links::Links};
+use crate::{
+    domain::{
+        model::Event,
+        names::ModelName,
+        routes::{Epoch, Route},
+        time::Instant,
+    },
+    messages::{
+        model::{Announce, Happened},
+        router::{GatewayAcknowledged, GatewayConnected, GatewayGone, Publish, RouteUpdate},
+    },
+};
+
+pub(super) struct RouterActor {
+    links: Arc<Links>,
+    epoch: Epoch,
+    routes: BTreeMap<ModelName, Route>,
+    gateways: BTreeMap<String, Gateway>,
+    /// Changed since the last epoch, with the models' own revisions.
+    changed: BTreeMap<ModelName, u64>,
+    /// Published and not yet acknowledged by all, oldest first.
+    unsettled: VecDeque<(Epoch, Vec<(ModelName, u64)>)>,
+    flushing: bool,
+    _life: Life,
+}
+
+struct Gateway {
+    session: u64,
+    updates: Option<mpsc::Sender<RouteUpdate>>,
+    acknowledged: Epoch,
+    heard: Instant,
+}
+
+impl RouterActor {
+    pub(super) fn new(epoch: Epoch, links: Arc<Links>, life: Life) -> Self {
+        Self {
+            links,
+            epoch,
+            routes: BTreeMap::new(),
+            gateways: BTreeMap::new(),
+            changed: BTreeMap::new(),
+            unsettled: VecDeque::new(),
+            flushing: false,
+            _life: life,
+        }
+    }
+
+    /// Gives everything that changed since the last time one epoch.
+    fn flush(&mut self) {
+        self.flushing = false;
+        if self.changed.is_empty() {
+            return;
+        }
+        self.epoch = Epoch(self.epoch.0 + 1);
+        let changed = std::mem::take(&mut self.changed);
+        let routes = changed.keys().filter_map(|name| self.routes.get(name).cloned()).collect();
+        let removed = changed.keys().filter(|name| !self.routes.contains_key(*name)).cloned().collect();
+        self.send(&RouteUpdate::Changes(self.epoch, Arc::new((routes, removed))));
+        self.unsettled.push_back((self.epoch, changed.into_iter().collect()));
+        self.settle();
+    }
+
+    fn send(&mut self, update: &RouteUpdate) {
+        for (name, gateway) in &mut self.gateways {
+            if let Some(updates) = &gateway.updates
+                && updates.try_send(update.clone()).is_err()
+            {
+                tracing::warn!(target: "wharf::router", gateway = %name, "a gateway does not read its routes; it is cut off and will connect again");
+                gateway.updates = None;
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        let now = self.links.clock.now();
+        if now < self.links.unloads_from() {
+            return;
+        }
+        let lease = self.links.timing.gateway_lease;
+        self.gateways.retain(|name, gateway| {
+            let alive = now.since(gateway.heard) <= lease;
+            if !alive {
+                tracing::warn!(target: "wharf::router", gateway = %name, "a gateway's lease ran out; its routes are not waited for");
+            }
+            alive
+        });
+        let everywhere = self.gateways.values().map(|gateway| gateway.acknowledged).min();
+        while let Some((epoch, _)) = self.unsettled.front() {
+            if everywhere.is_some_and(|acknowledged| acknowledged < *epoch) {
+                return;
+            }
+            for (model, revision) in self.unsettled.pop_front().into_iter().flat_map(|(_, models)| models) {
+                self.links.tell_model(&model, Happened(Event::RoutesSettled(revision)));
+            }
+        }
+    }
+}
+
+impl Actor for RouterActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        for model in self.links.all_models() {
+            model.do_send(Announce::ToRouter);
+        }
+        ctx.run_interval(self.links.timing.gateway_lease / 4, |router, _| {
+            router.send(&RouteUpdate::Ping(router.epoch));
+            router.settle();
+        });
+    }
+}
+
+impl Handler<Publish> for RouterActor {
+    type Result = ();
+
+    fn handle(&mut self, publish: Publish, ctx: &mut Self::Context) {
+        match publish.route {
+            Some(route) => {
+                self.routes.insert(publish.model.clone(), route);
+            }
+            None => {
+                self.routes.remove(&publish.model);
+            }
+        }
+        self.changed.insert(publish.model, publish.revision);
+        if !self.flushing {
+            // Whatever is in the mailbox by then shares the epoch.
+            self.flushing = true;
+            ctx.notify(Flush);
+        }
+    }
+}
+
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+struct Flush;
+
+impl Handler<Flush> for RouterActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Flush, _: &mut Self::Context) {
+        self.flush();
+    }
+}
+
+impl Handler<GatewayConnected> for RouterActor {
+    type Result = ();
+
+    fn handle(&mut self, connected: GatewayConnected, _: &mut Self::Context) {
+        self.flush();
+        // It starts from the whole table, whatever it holds: one path to get right.
+        let table = RouteUpdate::Table(self.epoch, Arc::new(self.routes.values().cloned().collect()));
+        let sent = connected.updates.try_send(table).is_ok();
+        let acknowledged = connected.holds.unwrap_or_default();
+        tracing::info!(target: "wharf::router", gateway = %connected.gateway, epoch = self.epoch.0, "a gateway follows the routes");
+        let gateway = Gateway {
+            session: connected.session,
+            updates: sent.then_some(connected.updates),
+            acknowledged,
+            heard: self.links.clock.now(),
+        };
+        self.gateways.insert(connected.gateway, gateway);
+    }
+}
+
+impl Handler<GatewayAcknowledged> for RouterActor {
+    type Result = ();
+
+    fn handle(&mut self, acknowledged: GatewayAcknowledged, _: &mut Self::Context) {
+        let now = self.links.clock.now();
+        if let Some(gateway) = self.gateways.get_mut(&acknowledged.gateway)
+            && gateway.session == acknowledged.session
+        {
+            gateway.acknowledged = gateway.acknowledged.max(acknowledged.epoch.min(self.epoch));
+            gateway.heard = now;
+            self.settle();
+        }
+    }
+}
+
+impl Handler<GatewayGone> for RouterActor {
+    type Result = ();
+
+    fn handle(&mut self, gone: GatewayGone, _: &mut Self::Context) {
+        if let Some(gateway) = self.gateways.get_mut(&gone.gateway)
+            && gateway.session == gone.session
+        {
+            gateway.updates = None;
+        }
+    }
+}

@@ -1,0 +1,467 @@
+//! One server: its replicas, the sessions of their agents, what is wanted there and what each reported last.
+//!
+//! Orders are a set of what is wanted, compared with what is reported on every word of the agent and on a
+//! timer; an order that was lost is sent again.
+
+mod replica;
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use actix::{Actor, AsyncContext as _, Context, Handler};
+
+use self::replica::Replica;
+use super::{life::Life, links::Links};
+use crate::{
+    domain::{
+        copy::Event as CopyEvent,
+        error::{Code, Refusal},
+        memory::Resources,
+        model::{Event, Note},
+        names::{ModelName, ReplicaId},
+        record::{ServerRow, Write},
+        replica::{Event as ReplicaEvent, Patience, ReplicaState, shown, step},
+        server::Claim,
+    },
+    messages::{
+        Ask, ReplicaView, Reply, ServerView,
+        journal::{Commit, Committed},
+        model::{Announce, Happened},
+        placement::{ReplicaChanged, ReplicaFacts},
+        server::{
+            AgentConnected, AgentSpoke, Declaration, Declare, DeclareServer, Down, Mark, MarkReplica, SetMark,
+            SetOrder, Word,
+        },
+    },
+};
+
+pub(super) struct ServerActor {
+    row: ServerRow,
+    declaration: Option<Declaration>,
+    removing: bool,
+    replicas: std::collections::BTreeMap<u32, Replica>,
+    links: Arc<Links>,
+    /// Rows on their way to the journal, oldest first, with who waits for each.
+    committing: std::collections::VecDeque<(ServerRow, Done)>,
+    _life: Life,
+}
+
+/// Who is told once a row is durable.
+enum Done {
+    Declared(Reply<Result<(), Refusal>>),
+    Marked(Reply<Result<BTreeSet<u32>, Refusal>>, BTreeSet<u32>),
+    Seen,
+}
+
+impl ServerActor {
+    pub(super) fn new(row: ServerRow, declaration: Option<Declaration>, links: Arc<Links>, life: Life) -> Self {
+        for (index, door) in &row.doors {
+            links.doors.insert(ReplicaId::new(row.name.clone(), *index), door.clone());
+        }
+        let mut actor = Self {
+            row,
+            declaration,
+            removing: false,
+            replicas: std::collections::BTreeMap::new(),
+            links,
+            committing: std::collections::VecDeque::new(),
+            _life: life,
+        };
+        actor.expect();
+        actor
+    }
+
+    /// Makes room for every replica that is expected.
+    fn expect(&mut self) {
+        let now = self.links.clock.now();
+        for index in 0..self.row.expected.unwrap_or(0) {
+            self.replicas.entry(index).or_insert_with(|| Replica::new(ReplicaState::Pending, now));
+        }
+        let expected = self.row.expected.unwrap_or(u32::MAX);
+        self.replicas.retain(|index, replica| *index < expected || !replica.is_idle());
+    }
+
+    fn id(&self, index: u32) -> ReplicaId {
+        ReplicaId::new(self.row.name.clone(), index)
+    }
+
+    fn note(&self, kind: &'static str, message: String) {
+        self.links.note(self.row.name.as_str(), Note { kind, message }, serde_json::Value::Null);
+    }
+
+    /// Memory of a replica: of what is declared and what its agent reports, the smaller counts.
+    fn capacity(&self, replica: &Replica) -> Resources {
+        match (self.declaration.as_ref().and_then(|declaration| declaration.capacity.as_ref()), &replica.hello) {
+            (Some(declared), Some(hello)) => declared.min(&hello.capacity),
+            (Some(declared), None) => declared.clone(),
+            (None, Some(hello)) => hello.capacity.clone(),
+            (None, None) => Resources::default(),
+        }
+    }
+
+    fn facts(&self, index: u32, replica: &Replica) -> ReplicaFacts {
+        let declared = self.declaration.as_ref();
+        ReplicaFacts {
+            state: shown(replica.state, self.row.leaves(index)),
+            closed: self.removing || self.row.closed(index),
+            capacity: self.capacity(replica),
+            overcommit_percent: declared
+                .and_then(|declaration| declaration.overcommit_percent)
+                .or_else(|| replica.hello.as_ref().map(|hello| hello.overcommit_percent))
+                .unwrap_or(0),
+            // What the agent can do counts; what the owner says is what is expected of it.
+            capabilities: match &replica.hello {
+                Some(hello) => hello.capabilities.clone(),
+                None => declared.and_then(|declaration| declaration.capabilities.clone()).unwrap_or_default(),
+            },
+        }
+    }
+
+    /// Tells everyone how the server is now.
+    fn publish(&self) {
+        for (index, replica) in &self.replicas {
+            let facts = Some(self.facts(*index, replica));
+            self.links.placement.tell(ReplicaChanged { replica: self.id(*index), facts });
+        }
+        self.show();
+    }
+
+    /// Shows readers how the server is now.
+    fn show(&self) {
+        let mut conditions = Vec::new();
+        let replicas = self
+            .replicas
+            .iter()
+            .map(|(index, replica)| {
+                let facts = self.facts(*index, replica);
+                if let Some(difference) = self.difference(*index, replica) {
+                    conditions.push(difference);
+                }
+                ReplicaView {
+                    index: *index,
+                    state: facts.state,
+                    since: replica.since,
+                    capacity: facts.capacity,
+                    overcommit_percent: facts.overcommit_percent,
+                    resident: replica.resident.clone(),
+                    copies_resident: replica.copies_resident(),
+                    door: replica.hello.as_ref().map(|hello| hello.door.clone()).unwrap_or_default(),
+                }
+            })
+            .collect();
+        let first = self.replicas.values().find_map(|replica| replica.hello.as_ref());
+        let declared = self.declaration.as_ref().and_then(|declaration| declaration.capabilities.clone());
+        self.links.board.put_server(Arc::new(ServerView {
+            row: self.row.clone(),
+            removing: self.removing,
+            replicas,
+            capabilities: first.map(|hello| hello.capabilities.clone()).or(declared).unwrap_or_default(),
+            runtime: first.map(|hello| hello.runtime.clone()).unwrap_or_default(),
+            conditions,
+        }));
+    }
+
+    fn difference(&self, index: u32, replica: &Replica) -> Option<String> {
+        let declared = self.declaration.as_ref()?.capacity.as_ref()?;
+        let reported = &replica.hello.as_ref()?.capacity;
+        (declared != reported).then(|| {
+            let counted = declared.min(reported).primary;
+            let (declared, reported) = (declared.primary, reported.primary);
+            format!("replica {index} reports {reported}, {declared} are declared; {counted} count")
+        })
+    }
+
+    fn set_state(&mut self, index: u32, event: ReplicaEvent) {
+        let now = self.links.clock.now();
+        let patience = Patience { lease: self.links.timing.lease, grace: self.links.timing.grace };
+        let id = self.id(index);
+        let Some(replica) = self.replicas.get_mut(&index) else { return };
+        let before = replica.state;
+        replica.state = step(before, event, patience, now);
+        if replica.state == before {
+            return;
+        }
+        replica.since = now;
+        let lost = match replica.state {
+            ReplicaState::Unknown { .. } => Some(CopyEvent::AgentLost),
+            ReplicaState::Lost => Some(CopyEvent::ReplicaLost),
+            ReplicaState::Pending | ReplicaState::Available | ReplicaState::Draining => None,
+        };
+        let models = replica.models();
+        if replica.state == ReplicaState::Lost {
+            replica.forget();
+        }
+        self.note(replica_kind(self.replicas[&index].state), format!("replica {index} is {}", self.replicas[&index].state.name()));
+        if let Some(event) = lost {
+            for model in models {
+                self.links.tell_model(&model, Happened(Event::Replica(id.clone(), event.clone())));
+            }
+        }
+        self.publish();
+    }
+
+    fn tick(&mut self) {
+        let now = self.links.clock.now();
+        let indexes: Vec<u32> = self.replicas.keys().copied().collect();
+        for index in indexes {
+            let heard = self.replicas[&index].heard;
+            self.set_state(index, ReplicaEvent::Passed { heard });
+            if let Some(replica) = self.replicas.get_mut(&index) {
+                replica.repeat(now, &self.links);
+            }
+        }
+        self.expect();
+        if self.removing && self.replicas.values().all(Replica::is_idle) {
+            for index in std::mem::take(&mut self.replicas).into_keys() {
+                self.links.placement.tell(ReplicaChanged { replica: self.id(index), facts: None });
+            }
+        }
+        self.show();
+    }
+
+    /// Tells every model with a copy here which replicas their copies are to leave.
+    fn tell_leaving(&self, models: &BTreeSet<ModelName>) {
+        let leaving: BTreeSet<u32> =
+            self.replicas.keys().copied().filter(|index| self.removing || self.row.leaves(*index)).collect();
+        for model in models {
+            self.links.tell_model(model, Happened(Event::Leaving(self.row.name.clone(), leaving.clone())));
+        }
+    }
+
+    fn all_models(&self) -> BTreeSet<ModelName> {
+        self.replicas.values().flat_map(Replica::models).collect()
+    }
+
+    fn commit(&mut self, row: ServerRow, done: Done, ctx: &Context<Self>) {
+        self.links.journal.tell(Commit { writes: vec![Write::PutServer(Box::new(row.clone()))], by: ctx.address().recipient() });
+        self.committing.push_back((row, done));
+    }
+
+    /// The row that will be, once all that is on its way is durable.
+    fn latest_row(&self) -> &ServerRow {
+        self.committing.back().map_or(&self.row, |(row, _)| row)
+    }
+}
+
+fn replica_kind(state: ReplicaState) -> &'static str {
+    match state {
+        ReplicaState::Pending => "ReplicaPending",
+        ReplicaState::Available => "ReplicaAvailable",
+        ReplicaState::Draining => "ReplicaDraining",
+        ReplicaState::Unknown { .. } => "ReplicaUnknown",
+        ReplicaState::Lost => "ReplicaLost",
+    }
+}
+
+impl Actor for ServerActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        for model in self.links.all_models() {
+            model.do_send(Announce::ToServer);
+        }
+        self.publish();
+        let often = (self.links.timing.lease / 4).max(std::time::Duration::from_millis(10));
+        ctx.run_interval(often, |server, _| server.tick());
+    }
+}
+
+impl Handler<AgentConnected> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, connected: AgentConnected, ctx: &mut Self::Context) {
+        let now = self.links.clock.now();
+        let (lease, heartbeat) = (self.links.timing.lease, self.links.timing.heartbeat);
+        let id = connected.hello.replica.clone();
+        if let Some(expected) = self.row.expected
+            && id.index >= expected
+            && !self.replicas.contains_key(&id.index)
+        {
+            let reason = format!("server {} has {expected} replicas; {id} is not one of them", self.row.name);
+            drop(connected.link.try_send(Down::Refused { reason, retry: true }));
+            return;
+        }
+        drop(connected.link.try_send(Down::Welcome { lease, heartbeat }));
+        let door = connected.hello.door.clone();
+        let moved = self.links.doors.insert(id.clone(), door.clone()).is_none_or(|before| before != door);
+        if self.latest_row().doors.get(&id.index) != Some(&door) {
+            let mut row = self.latest_row().clone();
+            row.doors.insert(id.index, door);
+            self.commit(row, Done::Seen, ctx);
+        }
+        let replica = self.replicas.entry(id.index).or_insert_with(|| Replica::new(ReplicaState::Pending, now));
+        let reports = replica.connect(connected, now);
+        let models = replica.models();
+        replica.repeat(now, &self.links);
+        self.set_state(id.index, ReplicaEvent::Heard);
+        self.publish();
+        for (model, generation, report) in reports {
+            let happened = Happened(Event::Reported(id.clone(), generation, report));
+            if !self.links.tell_model(&model, happened)
+                && let Some(replica) = self.replicas.get_mut(&id.index)
+            {
+                replica.stray(model, generation, self.links.timing.drain);
+            }
+        }
+        if moved {
+            // Its door is elsewhere: every route to it is another.
+            for model in &models {
+                self.links.tell_model(model, Announce::ToRouter);
+            }
+        }
+        self.tell_leaving(&models.into_iter().collect());
+    }
+}
+
+impl Handler<AgentSpoke> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, spoke: AgentSpoke, _: &mut Self::Context) {
+        let now = self.links.clock.now();
+        let index = spoke.replica.index;
+        let Some(replica) = self.replicas.get_mut(&index).filter(|replica| replica.session == spoke.session) else {
+            return;
+        };
+        match spoke.word {
+            Word::Gone => {
+                replica.link = None;
+                self.set_state(index, ReplicaEvent::Gone);
+            }
+            Word::Goodbye => {
+                self.note("Goodbye", format!("replica {index} is about to stop"));
+            }
+            Word::Heartbeat { sequence, resident } => {
+                replica.heard = now;
+                replica.resident = resident;
+                replica.tell(Down::Heard(sequence));
+                self.set_state(index, ReplicaEvent::Heard);
+            }
+            Word::Reports(reports) => {
+                replica.heard = now;
+                for (model, generation, report) in reports {
+                    replica.reported(&model, generation, &report);
+                    let happened = Happened(Event::Reported(spoke.replica.clone(), generation, Some(report)));
+                    if !self.links.tell_model(&model, happened) {
+                        replica.stray(model, generation, self.links.timing.drain);
+                    }
+                }
+                self.set_state(index, ReplicaEvent::Heard);
+            }
+        }
+    }
+}
+
+impl Handler<SetOrder> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, order: SetOrder, _: &mut Self::Context) {
+        let now = self.links.clock.now();
+        let index = order.replica.index;
+        let model = order.order.model().clone();
+        let replica = self.replicas.entry(index).or_insert_with(|| Replica::new(ReplicaState::Unknown { since: now }, now));
+        let generation = order.order.generation();
+        if let Some(report) = replica.set(order.order, now, &self.links) {
+            // The agent has said how it stands already, perhaps to an actor that is no more.
+            self.links.tell_model(&model, Happened(Event::Reported(order.replica, generation, report)));
+        }
+        if self.removing || self.row.leaves(index) {
+            self.tell_leaving(&[model].into());
+        }
+    }
+}
+
+impl Handler<DeclareServer> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, Ask { question, reply }: DeclareServer, ctx: &mut Self::Context) {
+        let Declare { owner, declaration, .. } = question;
+        let Some(declaration) = declaration else {
+            if self.row.owner != owner {
+                let text = format!("server {} belongs to the {}", self.row.name, self.row.owner.name());
+                drop(reply.send(Err(Refusal::new(Code::PermissionDenied, text))));
+                return;
+            }
+            self.removing = true;
+            self.note("Removing", "its owner took it away; its models move first".to_owned());
+            self.publish();
+            self.tell_leaving(&self.all_models());
+            drop(reply.send(Ok(())));
+            return;
+        };
+        let claim = Claim {
+            replicas: declaration.replicas,
+            bounds: declaration.bounds,
+            kubernetes: declaration.kubernetes.clone(),
+        };
+        match self.latest_row().claimed(owner, &claim) {
+            Err(refusal) => drop(reply.send(Err(refusal))),
+            Ok(row) => {
+                self.removing = false;
+                self.declaration = Some(declaration);
+                if row == *self.latest_row() {
+                    self.publish();
+                    drop(reply.send(Ok(())));
+                } else {
+                    self.commit(row, Done::Declared(reply), ctx);
+                }
+            }
+        }
+    }
+}
+
+impl Handler<MarkReplica> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, Ask { question, reply }: MarkReplica, ctx: &mut Self::Context) {
+        let SetMark { replica, mark, server } = question;
+        let chosen: BTreeSet<u32> =
+            self.replicas.keys().copied().filter(|index| replica.is_none_or(|wanted| wanted == *index)).collect();
+        if chosen.is_empty() {
+            let known: Vec<String> = self.replicas.keys().map(u32::to_string).collect();
+            let text = format!(
+                "server {server} has no replica {}; it has {}",
+                replica.map_or_else(String::new, |index| index.to_string()),
+                if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+            );
+            drop(reply.send(Err(Refusal::new(Code::NotFound, text))));
+            return;
+        }
+        let mut row = self.latest_row().clone();
+        for index in &chosen {
+            match mark {
+                Mark::Cordon => drop(row.cordoned.insert(*index)),
+                Mark::Drain => drop(row.draining.insert(*index)),
+                Mark::Clear => {
+                    row.cordoned.remove(index);
+                    row.draining.remove(index);
+                }
+            }
+        }
+        if row == *self.latest_row() {
+            drop(reply.send(Ok(chosen)));
+        } else {
+            self.commit(row, Done::Marked(reply, chosen), ctx);
+        }
+    }
+}
+
+impl Handler<Committed> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, Committed(result): Committed, _: &mut Self::Context) {
+        let Some((row, done)) = self.committing.pop_front() else { return };
+        let result = result.map_err(|problem| {
+            Refusal::new(Code::Unavailable, format!("the journal could not be written ({problem}); nothing was changed"))
+        });
+        if result.is_ok() {
+            self.row = row;
+            self.expect();
+            self.publish();
+            self.tell_leaving(&self.all_models());
+        }
+        match done {
+            Done::Seen => {}
+            Done::Declared(reply) => drop(reply.send(result)),
+            Done::Marked(reply, chosen) => drop(reply.send(result.map(|()| chosen))),
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! What a server's actor knows of one replica.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use tokio::sync::mpsc;
+
+use crate::{
+    actors::links::Links,
+    domain::{
+        copy::{Report, Residency},
+        memory::Resources,
+        names::ModelName,
+        order::Order,
+        replica::ReplicaState,
+        time::Instant,
+        version::Generation,
+    },
+    messages::server::{AgentConnected, Down, Hello},
+};
+
+/// An order that had no visible effect is sent again after this long.
+const AGAIN: Duration = Duration::from_secs(2);
+
+pub(super) struct Replica {
+    pub(super) state: ReplicaState,
+    pub(super) since: Instant,
+    pub(super) heard: Instant,
+    pub(super) hello: Option<Hello>,
+    pub(super) session: u64,
+    pub(super) link: Option<mpsc::Sender<Down>>,
+    pub(super) resident: Resources,
+    /// What is wanted of each copy, and when it was last said.
+    wanted: BTreeMap<Generation, Wish>,
+    /// What the agent said last of each copy that it holds.
+    reported: BTreeMap<Generation, (ModelName, Report)>,
+}
+
+struct Wish {
+    order: Arc<Order>,
+    said: Option<Instant>,
+}
+
+impl Replica {
+    pub(super) const fn new(state: ReplicaState, now: Instant) -> Self {
+        Self {
+            state,
+            since: now,
+            heard: now,
+            hello: None,
+            session: 0,
+            link: None,
+            resident: Resources { primary: crate::domain::memory::Bytes::ZERO, others: BTreeMap::new() },
+            wanted: BTreeMap::new(),
+            reported: BTreeMap::new(),
+        }
+    }
+
+    /// Whether nothing is there, nor wanted there.
+    pub(super) fn is_idle(&self) -> bool {
+        self.wanted.is_empty() && self.reported.is_empty()
+    }
+
+    /// Every model that has a copy here, or wants one.
+    pub(super) fn models(&self) -> Vec<ModelName> {
+        let mut models: Vec<ModelName> =
+            self.wanted.values().map(|wish| wish.order.model().clone()).chain(self.reported.values().map(|(model, _)| model.clone())).collect();
+        models.sort_unstable();
+        models.dedup();
+        models
+    }
+
+    pub(super) fn copies_resident(&self) -> u32 {
+        let resident = |(_, report): &&(ModelName, Report)| {
+            matches!(report, Report::Available { residency: Residency::Resident, .. })
+        };
+        u32::try_from(self.reported.values().filter(resident).count()).unwrap_or(u32::MAX)
+    }
+
+    /// A new session replaces the one before it. Gives back each copy that the agent reports, and those that
+    /// it should hold and does not.
+    pub(super) fn connect(
+        &mut self,
+        connected: AgentConnected,
+        now: Instant,
+    ) -> Vec<(ModelName, Generation, Option<Report>)> {
+        self.session = connected.session;
+        self.link = Some(connected.link);
+        self.heard = now;
+        self.reported = connected
+            .hello
+            .inventory
+            .iter()
+            .map(|held| (held.generation, (held.model.clone(), held.report.clone())))
+            .collect();
+        let mut reports: Vec<_> = connected
+            .hello
+            .inventory
+            .iter()
+            .map(|held| (held.model.clone(), held.generation, Some(held.report.clone())))
+            .collect();
+        for (generation, wish) in &mut self.wanted {
+            wish.said = None;
+            if !self.reported.contains_key(generation) {
+                reports.push((wish.order.model().clone(), *generation, None));
+            }
+        }
+        self.hello = Some(connected.hello);
+        reports
+    }
+
+    /// Takes what is wanted of a copy. Gives back what the agent has said of it already, if it has spoken.
+    #[expect(clippy::option_option, reason = "no word at all is not the word that it is not there")]
+    pub(super) fn set(&mut self, order: Order, now: Instant, links: &Links) -> Option<Option<Report>> {
+        let generation = order.generation();
+        let known = self.reported.get(&generation).map(|(_, report)| report.clone());
+        let gone = matches!(order, Order::Unregister { .. }) && known.is_none() && self.link.is_some();
+        if gone {
+            self.wanted.remove(&generation);
+            return Some(None);
+        }
+        let same = self.wanted.get(&generation).is_some_and(|wish| *wish.order == order);
+        if !same {
+            self.wanted.insert(generation, Wish { order: Arc::new(order), said: None });
+        }
+        self.repeat(now, links);
+        known.map(Some)
+    }
+
+    pub(super) fn reported(&mut self, model: &ModelName, generation: Generation, report: &Report) {
+        if matches!(report, Report::Unloaded | Report::Failed { freed: true, .. }) {
+            self.reported.remove(&generation);
+            self.wanted.remove(&generation);
+        } else {
+            self.reported.insert(generation, (model.clone(), report.clone()));
+        }
+    }
+
+    /// A copy of a model that nobody knows: it is to go.
+    pub(super) fn stray(&mut self, model: ModelName, generation: Generation, drain: Duration) {
+        if self.reported.contains_key(&generation) {
+            let order = Arc::new(Order::Unregister { model, generation, drain });
+            self.wanted.insert(generation, Wish { order, said: None });
+        }
+    }
+
+    /// Says again what is wanted and can't be seen to be so.
+    pub(super) fn repeat(&mut self, now: Instant, links: &Links) {
+        let Some(link) = &self.link else { return };
+        let mut orders = Vec::new();
+        for (generation, wish) in &mut self.wanted {
+            if wish.said.is_some_and(|said| now.since(said) < AGAIN) {
+                continue;
+            }
+            let reported = self.reported.get(generation).map(|(_, report)| report);
+            let due = match (&*wish.order, reported) {
+                (Order::Register { .. }, None) => true,
+                (Order::Register { .. }, Some(_)) => false,
+                // Gateways of the scheduler before this one may still send there.
+                (Order::Unregister { .. }, _) if now < links.unloads_from() => continue,
+                (Order::Unregister { .. }, Some(Report::Draining { .. })) => false,
+                (Order::Unregister { .. }, _) => true,
+            };
+            if due {
+                orders.push(wish.order.as_ref().clone());
+            }
+            wish.said = Some(now);
+        }
+        if !orders.is_empty() && link.try_send(Down::Orders(orders)).is_err() {
+            // It does not read: the session ends, and the next one is told everything.
+            self.link = None;
+        }
+    }
+
+    pub(super) fn tell(&mut self, word: Down) {
+        if self.link.as_ref().is_some_and(|link| link.try_send(word).is_err()) {
+            self.link = None;
+        }
+    }
+
+    /// The replica is lost, and what was wanted there is wanted elsewhere.
+    pub(super) fn forget(&mut self) {
+        self.wanted.clear();
+        self.reported.clear();
+        self.link = None;
+        self.resident = Resources::default();
+    }
+}

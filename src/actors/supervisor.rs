@@ -1,0 +1,554 @@
+//! Starts the other actors, makes those anew that panic, and writes the supervision log.
+//!
+//! The rule of this module: a panic ends one actor and nothing else. It is rebuilt from the journal, and the
+//! others tell it what it has to know. Too many panics in a short time are a fault that no restart mends:
+//! then, or when the journal or the supervisor itself ends, the process exits.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
+
+use actix::{Actor, Addr, AsyncContext as _, Context, Handler};
+use serde_json::json;
+
+use super::{
+    journal::{Fatal, Journal},
+    life::{Life, remember_panics},
+    links::{Identity, Links, Slot, Timing},
+    model::ModelActor,
+    placement::PlacementActor,
+    router::RouterActor,
+    server::ServerActor,
+    spawn::{Spawner, Work},
+};
+use crate::{
+    domain::{
+        error::{Code, Refusal},
+        model::{Event, Model, Policy, restore},
+        names::{ModelName, ServerName},
+        record::{Contents, Counters, CopyRow, ModelRow, ServerRow, VersionRow, Write},
+        routes::Epoch,
+        time::Instant,
+        version::Uid,
+    },
+    messages::{
+        Ask, Board,
+        model::{Announce, Request},
+        placement::Explain,
+        router::{GatewayAcknowledged, GatewayConnected, GatewayGone},
+        server::{AgentConnected, AgentSpoke, Declare, DeclareServer, MarkReplica},
+        supervisor::{Action, AskModel, Ended, Inspect, OnModel, Terminated, Who},
+    },
+    ports::{Clock, CommitError, OpenError, Store},
+    telemetry::events::EventRing,
+};
+
+/// Numbers that one start reserves of each counter: more than one process can use.
+const RESERVED: u64 = 1 << 32;
+
+/// Everything that a scheduler needs from outside.
+pub struct Scheduler {
+    /// Where the journal is.
+    pub store: Arc<dyn Store>,
+    /// Whether commits block a thread of their own.
+    pub blocking: bool,
+    /// The clock.
+    pub clock: Arc<dyn Clock>,
+    /// What decides over models.
+    pub policy: Policy,
+    /// How long things may take.
+    pub timing: Timing,
+    /// Where actors run.
+    pub spawner: Spawner,
+    /// What happened.
+    pub events: Arc<EventRing>,
+    /// Ends the process, after saying why.
+    pub fatal: Fatal,
+}
+
+/// A scheduler could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Its journal can't be read.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Its journal can't be written.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+}
+
+/// Reads the journal and starts every actor. Blocks while it reads.
+///
+/// # Errors
+/// When the journal can't be read or written.
+pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
+    remember_panics();
+    let contents = scheduler.store.load()?;
+    let before = contents.counters;
+    let counters = Counters {
+        leader_epoch: before.leader_epoch + 1,
+        route_epoch: before.route_epoch + RESERVED,
+        uid: before.uid + RESERVED,
+    };
+    scheduler.store.commit(&[Write::PutCounters(counters)])?;
+    let identity = scheduler.store.identity();
+    let links = Arc::new(Links {
+        started: scheduler.clock.now(),
+        clock: scheduler.clock,
+        policy: scheduler.policy,
+        timing: scheduler.timing,
+        identity: Identity {
+            cluster: identity.cluster,
+            lineage: identity.lineage,
+            leader_epoch: counters.leader_epoch,
+        },
+        board: Arc::new(Board::default()),
+        events: scheduler.events,
+        doors: dashmap::DashMap::new(),
+        spawner: scheduler.spawner,
+        supervisor: Slot::empty(),
+        journal: Slot::empty(),
+        placement: Slot::empty(),
+        router: Slot::empty(),
+        models: dashmap::DashMap::new(),
+        servers: dashmap::DashMap::new(),
+    });
+    let supervisor = {
+        let links = Arc::clone(&links);
+        let (store, blocking, fatal) = (scheduler.store, scheduler.blocking, scheduler.fatal);
+        let spawner = Arc::clone(&links);
+        spawner.spawner.start(Work::Supervision, move || Supervisor {
+            links,
+            store,
+            blocking,
+            fatal,
+            next_uid: before.uid,
+            next_route_epoch: before.route_epoch,
+            contents: Some(contents),
+            declared: BTreeMap::new(),
+            panics: VecDeque::new(),
+            restarts: 0,
+            terminated: VecDeque::new(),
+        })
+    };
+    Ok(Handle { supervisor, links })
+}
+
+/// A running scheduler, for whoever composes the process.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    supervisor: Addr<Supervisor>,
+    /// What the actors share.
+    pub links: Arc<Links>,
+}
+
+impl Handle {
+    /// Where users' requests about models go.
+    #[must_use]
+    pub fn models(&self) -> actix::Recipient<AskModel> {
+        self.supervisor.clone().recipient()
+    }
+
+    /// Where declarations of servers go.
+    #[must_use]
+    pub fn servers(&self) -> actix::Recipient<DeclareServer> {
+        self.supervisor.clone().recipient()
+    }
+
+    /// Where marks on replicas go.
+    #[must_use]
+    pub fn marks(&self) -> actix::Recipient<MarkReplica> {
+        self.supervisor.clone().recipient()
+    }
+
+    /// Where agents' sessions go: their first word.
+    #[must_use]
+    pub fn agents(&self) -> (actix::Recipient<AgentConnected>, actix::Recipient<AgentSpoke>) {
+        (self.supervisor.clone().recipient(), self.supervisor.clone().recipient())
+    }
+
+    /// Where gateways' sessions go.
+    #[must_use]
+    pub fn gateways(
+        &self,
+    ) -> (actix::Recipient<GatewayConnected>, actix::Recipient<GatewayAcknowledged>, actix::Recipient<GatewayGone>)
+    {
+        (self.supervisor.clone().recipient(), self.supervisor.clone().recipient(), self.supervisor.clone().recipient())
+    }
+
+    /// Where questions about placement go.
+    #[must_use]
+    pub fn explain(&self) -> actix::Recipient<Explain> {
+        self.supervisor.clone().recipient()
+    }
+
+    /// Where questions about actors go.
+    #[must_use]
+    pub fn inspect(&self) -> actix::Recipient<Inspect> {
+        self.supervisor.clone().recipient()
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Supervisor {
+    links: Arc<Links>,
+    store: Arc<dyn Store>,
+    blocking: bool,
+    fatal: Fatal,
+    next_uid: u64,
+    next_route_epoch: u64,
+    /// What the journal held at start, until every actor has its part.
+    contents: Option<Contents>,
+    /// Servers as their owners last wanted them, for an actor that is made anew.
+    declared: BTreeMap<ServerName, Declare>,
+    panics: VecDeque<Instant>,
+    restarts: u64,
+    /// Deleted models, the first to be forgotten first.
+    terminated: VecDeque<(Instant, ModelName)>,
+}
+
+impl Supervisor {
+    fn life(&self, who: Who, ctx: &Context<Self>) -> Life {
+        Life::begin(who, ctx.address().recipient())
+    }
+
+    fn start_journal(&self, ctx: &Context<Self>) {
+        let (store, blocking, fatal) = (Arc::clone(&self.store), self.blocking, Arc::clone(&self.fatal));
+        let life = self.life(Who::Journal, ctx);
+        let addr = self.links.spawner.start(Work::Journal, move || Journal::new(store, blocking, fatal, life));
+        self.links.journal.fill(addr);
+    }
+
+    fn start_placement(&self, ctx: &Context<Self>) {
+        let (links, life) = (Arc::clone(&self.links), self.life(Who::Placement, ctx));
+        let addr = self.links.spawner.start(Work::Placement, move || PlacementActor::new(links, life));
+        self.links.placement.fill(addr);
+    }
+
+    fn start_router(&mut self, ctx: &Context<Self>) {
+        // The epoch goes on: a router made anew starts above all that the one before it can have given.
+        let epoch = Epoch(self.next_route_epoch);
+        self.next_route_epoch += RESERVED / 1024;
+        let (links, life) = (Arc::clone(&self.links), self.life(Who::Router, ctx));
+        let addr = self.links.spawner.start(Work::Journal, move || RouterActor::new(epoch, links, life));
+        self.links.router.fill(addr);
+    }
+
+    fn start_server(&self, row: ServerRow, ctx: &Context<Self>) -> Addr<ServerActor> {
+        let declaration = self.declared.get(&row.name).and_then(|declare| declare.declaration.clone());
+        let (links, life) = (Arc::clone(&self.links), self.life(Who::Server(row.name.clone()), ctx));
+        let name = row.name.clone();
+        let addr = self.links.spawner.start(Work::Servers, move || ServerActor::new(row, declaration, links, life));
+        self.links.servers.insert(name, addr.clone());
+        addr
+    }
+
+    fn server(&self, name: &ServerName, ctx: &Context<Self>) -> Addr<ServerActor> {
+        let known = self.links.servers.get(name).map(|addr| addr.clone());
+        known.unwrap_or_else(|| self.start_server(ServerRow::called(name.clone()), ctx))
+    }
+
+    fn start_model(&self, model: Model, ctx: &Context<Self>) -> Addr<ModelActor> {
+        let name = model.name.clone();
+        let (links, life) = (Arc::clone(&self.links), self.life(Who::Model(name.clone()), ctx));
+        let addr = self.links.spawner.start(Work::Models, move || ModelActor::new(model, links, life));
+        self.links.models.insert(name, addr.clone());
+        addr
+    }
+
+    /// Starts an actor for everything that the journal holds.
+    fn restore(&mut self, contents: Contents, ctx: &Context<Self>) {
+        let now = self.links.clock.now();
+        for row in contents.servers {
+            self.start_server(row, ctx);
+        }
+        let mut versions = group(contents.versions, |row: &VersionRow| row.model.clone());
+        let mut copies = group(contents.copies, |row: &CopyRow| row.model.clone());
+        let mut count = 0_usize;
+        for row in contents.models {
+            let versions = versions.remove(&row.name).unwrap_or_default();
+            let copies = copies.remove(&row.name).unwrap_or_default();
+            self.restore_model(row, versions, copies, now, ctx);
+            count += 1;
+        }
+        tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader_epoch, "the journal is read");
+    }
+
+    fn restore_model(
+        &mut self,
+        row: ModelRow,
+        versions: Vec<VersionRow>,
+        copies: Vec<CopyRow>,
+        now: Instant,
+        ctx: &Context<Self>,
+    ) {
+        if let (Some(deleted), true) = (row.deleted, copies.is_empty()) {
+            self.terminated.push_back((deleted, row.name.clone()));
+        }
+        self.start_model(restore(row, versions, copies, now), ctx);
+    }
+
+    fn fatal(&self, why: String) {
+        tracing::error!(target: "wharf::supervision", event = "escalated", why, "the process exits");
+        (self.fatal)(why);
+    }
+
+    /// Makes an actor anew that panicked.
+    fn restart(&mut self, who: &Who, cause: &str, ctx: &mut Context<Self>) {
+        let now = self.links.clock.now();
+        let window = self.links.timing.restart_window;
+        self.panics.retain(|at| now.since(*at) <= window);
+        self.panics.push_back(now);
+        if self.panics.len() > self.links.timing.restarts as usize {
+            let (count, name) = (self.panics.len(), who.to_string());
+            self.fatal(format!("{count} actors panicked within {window:?}, {name} last ({cause}); no restart mends that"));
+            return;
+        }
+        self.restarts += 1;
+        match who {
+            Who::Journal => {
+                self.fatal(format!("the journal's actor panicked ({cause})"));
+                return;
+            }
+            Who::Placement => {
+                self.links.placement.clear();
+                self.start_placement(ctx);
+            }
+            Who::Router => {
+                self.links.router.clear();
+                self.start_router(ctx);
+            }
+            Who::Server(name) => {
+                self.links.servers.remove(name);
+                let row = self.links.board.server(name).map(|view| view.row.clone());
+                self.start_server(row.unwrap_or_else(|| ServerRow::called(name.clone())), ctx);
+            }
+            Who::Model(name) => {
+                self.links.models.remove(name);
+                match self.store.load_model(name) {
+                    Ok(Some((row, versions, copies))) => self.restore_model(row, versions, copies, now, ctx),
+                    Ok(None) => self.links.board.remove_model(name),
+                    Err(error) => {
+                        self.fatal(format!("model {name} can't be rebuilt from the journal: {error}"));
+                        return;
+                    }
+                }
+            }
+        }
+        tracing::warn!(target: "wharf::supervision", event = "actor_restarted", actor = %who, cause, restarts = self.restarts, "actor restarted");
+    }
+
+    /// Forgets deleted models whose retention is over.
+    fn forget(&mut self) {
+        let now = self.links.clock.now();
+        let (retention, retained) = (self.links.timing.retention, self.links.timing.retained);
+        while let Some((at, _)) = self.terminated.front() {
+            if self.terminated.len() <= retained && now.since(*at) < retention {
+                return;
+            }
+            let Some((_, name)) = self.terminated.pop_front() else { return };
+            let over = self.links.board.model(&name).is_some_and(|model| model.deleted.is_some() && model.copies.is_empty());
+            if !over {
+                continue;
+            }
+            self.links.models.remove(&name);
+            self.links.board.remove_model(&name);
+            self.links.journal.tell(crate::messages::journal::Commit {
+                writes: vec![Write::RemoveModel(name)],
+                by: actix::Actor::start(Unheard).recipient(),
+            });
+        }
+    }
+}
+
+/// Hears the end of a commit that nobody waits for.
+struct Unheard;
+
+impl Actor for Unheard {
+    type Context = Context<Self>;
+}
+
+impl Handler<crate::messages::journal::Committed> for Unheard {
+    type Result = ();
+
+    fn handle(&mut self, _: crate::messages::journal::Committed, _: &mut Self::Context) {}
+}
+
+fn group<R>(rows: Vec<R>, key: impl Fn(&R) -> ModelName) -> BTreeMap<ModelName, Vec<R>> {
+    let mut groups: BTreeMap<ModelName, Vec<R>> = BTreeMap::new();
+    for row in rows {
+        groups.entry(key(&row)).or_default().push(row);
+    }
+    groups
+}
+
+impl Actor for Supervisor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        self.links.supervisor.fill(ctx.address());
+        self.start_journal(ctx);
+        self.start_placement(ctx);
+        self.start_router(ctx);
+        if let Some(contents) = self.contents.take() {
+            self.restore(contents, ctx);
+        }
+        ctx.run_interval(self.links.timing.scan, |supervisor, _| supervisor.forget());
+    }
+}
+
+impl Handler<Ended> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, ended: Ended, ctx: &mut Self::Context) {
+        match ended.panic {
+            Some(cause) => {
+                tracing::error!(target: "wharf::supervision", event = "actor_panicked", actor = %ended.who, cause, "actor panicked");
+                self.restart(&ended.who, &cause, ctx);
+            }
+            None => tracing::debug!(target: "wharf::supervision", event = "actor_stopped", actor = %ended.who, "actor stopped"),
+        }
+    }
+}
+
+impl Handler<AskModel> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, Ask { question, reply }: AskModel, ctx: &mut Self::Context) {
+        let OnModel { name, action } = question;
+        let known = self.links.models.get(&name).map(|addr| addr.clone());
+        let event = match action {
+            Action::Submit(definition) => {
+                self.next_uid += 1;
+                let addr = known.unwrap_or_else(|| {
+                    self.start_model(Model::unborn(name, self.links.clock.now()), ctx)
+                });
+                addr.do_send(Request { event: Event::Submit(definition, Uid(self.next_uid)), reply });
+                return;
+            }
+            Action::Delete(kubernetes) => Event::Delete(kubernetes),
+            Action::Rollback(to) => Event::Rollback(to),
+            Action::Scale(replicas) => Event::Scale(replicas),
+        };
+        match known {
+            Some(addr) => addr.do_send(Request { event, reply }),
+            None => {
+                let text = format!("model {name} is not known");
+                drop(reply.send(Err(Refusal::new(Code::FailedPrecondition, text))));
+            }
+        }
+    }
+}
+
+impl Handler<Terminated> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, Terminated(name): Terminated, _: &mut Self::Context) {
+        self.terminated.push_back((self.links.clock.now(), name));
+        self.forget();
+    }
+}
+
+impl Handler<DeclareServer> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, ask: DeclareServer, ctx: &mut Self::Context) {
+        let name = ask.question.server.clone();
+        if ask.question.declaration.is_none() && !self.links.servers.contains_key(&name) {
+            drop(ask.reply.send(Err(Refusal::new(Code::NotFound, format!("server {name} is not known")))));
+            return;
+        }
+        self.declared.insert(name.clone(), ask.question.clone());
+        self.server(&name, ctx).do_send(ask);
+    }
+}
+
+impl Handler<MarkReplica> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, ask: MarkReplica, _: &mut Self::Context) {
+        let name = ask.question.server.clone();
+        match self.links.servers.get(&name).map(|addr| addr.clone()) {
+            Some(addr) => addr.do_send(ask),
+            None => {
+                let known: Vec<String> = self.links.board.servers().iter().map(|server| server.row.name.to_string()).collect();
+                let text = format!("server {name} is not known; known are: {}", known.join(", "));
+                drop(ask.reply.send(Err(Refusal::new(Code::NotFound, text))));
+            }
+        }
+    }
+}
+
+impl Handler<AgentConnected> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, connected: AgentConnected, ctx: &mut Self::Context) {
+        let name = connected.hello.replica.server.clone();
+        self.server(&name, ctx).do_send(connected);
+    }
+}
+
+impl Handler<AgentSpoke> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, spoke: AgentSpoke, _: &mut Self::Context) {
+        self.links.tell_server(&spoke.replica.server.clone(), spoke);
+    }
+}
+
+impl Handler<GatewayConnected> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, connected: GatewayConnected, _: &mut Self::Context) {
+        self.links.router.tell(connected);
+    }
+}
+
+impl Handler<GatewayAcknowledged> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, acknowledged: GatewayAcknowledged, _: &mut Self::Context) {
+        self.links.router.tell(acknowledged);
+    }
+}
+
+impl Handler<GatewayGone> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, gone: GatewayGone, _: &mut Self::Context) {
+        self.links.router.tell(gone);
+    }
+}
+
+impl Handler<Explain> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, explain: Explain, _: &mut Self::Context) {
+        self.links.placement.tell(explain);
+    }
+}
+
+impl Handler<Inspect> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, Ask { reply, .. }: Inspect, _: &mut Self::Context) {
+        let links = &self.links;
+        let state = json!({
+            "leader_epoch": links.identity.leader_epoch,
+            "lineage": links.identity.lineage,
+            "models": links.models.len(),
+            "servers": links.servers.len(),
+            "restarts": self.restarts,
+            "terminated": self.terminated.len(),
+        });
+        drop(reply.send(state));
+    }
+}
+
+/// Every model is told to say again what one of the others lost.
+pub(super) fn announce_to(links: &Links, to: Announce) {
+    for model in links.all_models() {
+        model.do_send(to);
+    }
+}
