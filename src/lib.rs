@@ -8,7 +8,9 @@
 //!      -> { rpc  forward } -> messages -> { ports  settings  telemetry } -> domain
 //! ```
 
+pub mod cli;
 pub mod domain;
 pub mod forward;
+pub mod manifest;
 pub mod ports;
 pub mod rpc;
