@@ -10,6 +10,7 @@
 
 pub mod domain;
 pub mod forward;
+pub mod manifest;
 pub mod messages;
 pub mod ports;
 pub mod rpc;
