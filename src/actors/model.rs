@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, mem, sync::Arc};
 
-use actix::{Actor, AsyncContext as _, Context, Handler, SpawnHandle};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, SpawnHandle};
 
 use super::{life::Life, links::Links};
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
     messages::{
         Reply,
         journal::{Commit, Committed},
-        model::{Announce, Happened, Request},
+        model::{Announce, Happened, Request, Stop},
         placement::{Place, Release, Restore},
         router::Publish,
         server::SetOrder,
@@ -211,11 +211,6 @@ impl Actor for ModelActor {
             }
         }
         self.take(Pending { event: Event::Reconcile, reply: None }, ctx);
-        ctx.run_interval(self.links.timing.scan, |actor, ctx| {
-            if actor.waiting.is_empty() {
-                actor.take(Pending { event: Event::Reconcile, reply: None }, ctx);
-            }
-        });
     }
 }
 
@@ -232,6 +227,17 @@ impl Handler<Happened> for ModelActor {
 
     fn handle(&mut self, Happened(event): Happened, ctx: &mut Self::Context) {
         self.take(Pending { event, reply: None }, ctx);
+    }
+}
+
+impl Handler<Stop> for ModelActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Stop, ctx: &mut Self::Context) {
+        let over = self.model.deleted.is_some() && self.model.copies.is_empty();
+        if over && self.committing.is_none() && self.waiting.is_empty() {
+            ctx.stop();
+        }
     }
 }
 

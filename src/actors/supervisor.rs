@@ -5,11 +5,11 @@
 //! then, or when the journal or the supervisor itself ends, the process exits.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
-use actix::{Actor, Addr, AsyncContext as _, Context, Handler};
+use actix::{Actor, Addr, AsyncContext as _, Context, Handler, Recipient};
 use serde_json::json;
 
 use super::{
@@ -34,7 +34,8 @@ use crate::{
     },
     messages::{
         Ask, Board,
-        model::{Announce, Request},
+        journal::{Commit, Committed},
+        model::{Happened, Request, Stop},
         placement::Explain,
         router::{GatewayAcknowledged, GatewayConnected, GatewayGone},
         server::{AgentConnected, AgentSpoke, Declare, DeclareServer, MarkReplica},
@@ -46,6 +47,8 @@ use crate::{
 
 /// Numbers that one start reserves of each counter: more than one process can use.
 const RESERVED: u64 = 1 << 32;
+/// Scans that it takes to reach every model.
+const SCANS: usize = 12;
 
 /// Everything that a scheduler needs from outside.
 pub struct Scheduler {
@@ -130,6 +133,9 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
             panics: VecDeque::new(),
             restarts: 0,
             terminated: VecDeque::new(),
+            retiring: BTreeSet::new(),
+            unheard: Unheard.start().recipient(),
+            scanned: None,
         })
     };
     Ok(Handle { supervisor, links })
@@ -146,25 +152,25 @@ pub struct Handle {
 impl Handle {
     /// Where users' requests about models go.
     #[must_use]
-    pub fn models(&self) -> actix::Recipient<AskModel> {
+    pub fn models(&self) -> Recipient<AskModel> {
         self.supervisor.clone().recipient()
     }
 
     /// Where declarations of servers go.
     #[must_use]
-    pub fn servers(&self) -> actix::Recipient<DeclareServer> {
+    pub fn servers(&self) -> Recipient<DeclareServer> {
         self.supervisor.clone().recipient()
     }
 
     /// Where marks on replicas go.
     #[must_use]
-    pub fn marks(&self) -> actix::Recipient<MarkReplica> {
+    pub fn marks(&self) -> Recipient<MarkReplica> {
         self.supervisor.clone().recipient()
     }
 
     /// Where agents' sessions go: their first word.
     #[must_use]
-    pub fn agents(&self) -> (actix::Recipient<AgentConnected>, actix::Recipient<AgentSpoke>) {
+    pub fn agents(&self) -> (Recipient<AgentConnected>, Recipient<AgentSpoke>) {
         (self.supervisor.clone().recipient(), self.supervisor.clone().recipient())
     }
 
@@ -172,25 +178,24 @@ impl Handle {
     #[must_use]
     pub fn gateways(
         &self,
-    ) -> (actix::Recipient<GatewayConnected>, actix::Recipient<GatewayAcknowledged>, actix::Recipient<GatewayGone>)
+    ) -> (Recipient<GatewayConnected>, Recipient<GatewayAcknowledged>, Recipient<GatewayGone>)
     {
         (self.supervisor.clone().recipient(), self.supervisor.clone().recipient(), self.supervisor.clone().recipient())
     }
 
     /// Where questions about placement go.
     #[must_use]
-    pub fn explain(&self) -> actix::Recipient<Explain> {
+    pub fn explain(&self) -> Recipient<Explain> {
         self.supervisor.clone().recipient()
     }
 
     /// Where questions about actors go.
     #[must_use]
-    pub fn inspect(&self) -> actix::Recipient<Inspect> {
+    pub fn inspect(&self) -> Recipient<Inspect> {
         self.supervisor.clone().recipient()
     }
 }
 
-#[derive(Debug)]
 pub(super) struct Supervisor {
     links: Arc<Links>,
     store: Arc<dyn Store>,
@@ -206,6 +211,11 @@ pub(super) struct Supervisor {
     restarts: u64,
     /// Deleted models, the first to be forgotten first.
     terminated: VecDeque<(Instant, ModelName)>,
+    /// Models whose actors were asked to end.
+    retiring: BTreeSet<ModelName>,
+    unheard: Recipient<Committed>,
+    /// The last model that a scan reached.
+    scanned: Option<ModelName>,
 }
 
 impl Supervisor {
@@ -272,6 +282,7 @@ impl Supervisor {
             self.restore_model(row, versions, copies, now, ctx);
             count += 1;
         }
+        self.terminated.make_contiguous().sort_unstable();
         tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader_epoch, "the journal is read");
     }
 
@@ -352,13 +363,40 @@ impl Supervisor {
             if !over {
                 continue;
             }
-            self.links.models.remove(&name);
-            self.links.board.remove_model(&name);
-            self.links.journal.tell(crate::messages::journal::Commit {
-                writes: vec![Write::RemoveModel(name)],
-                by: actix::Actor::start(Unheard).recipient(),
-            });
+            self.retire(name);
         }
+    }
+
+    /// Asks a model's actor to end. What is left of the model goes when it has.
+    fn retire(&mut self, name: ModelName) {
+        if self.links.tell_model(&name, Stop) {
+            self.retiring.insert(name);
+        }
+    }
+
+    /// A model's actor has ended by intent.
+    fn retired(&mut self, name: &ModelName) {
+        if !self.retiring.remove(name) {
+            return;
+        }
+        self.links.models.remove(name);
+        if self.links.board.model(name).is_some() {
+            self.links.board.remove_model(name);
+            let by = self.unheard.clone();
+            self.links.journal.tell(Commit { writes: vec![Write::RemoveModel(name.clone())], by });
+        }
+    }
+
+    /// Has a part of all models compare wanted with reported, so that each does once a minute or so.
+    fn scan(&mut self) {
+        let share = (self.links.models.len() / SCANS).max(100);
+        let mut names: Vec<ModelName> = self.links.models.iter().map(|entry| entry.key().clone()).collect();
+        names.sort_unstable();
+        let from = self.scanned.take().map_or(0, |last| names.partition_point(|name| *name <= last));
+        for name in names.iter().skip(from).take(share) {
+            self.links.tell_model(name, Happened(Event::Reconcile));
+        }
+        self.scanned = names.get(from + share).map(|_| names[from + share - 1].clone());
     }
 }
 
@@ -369,10 +407,10 @@ impl Actor for Unheard {
     type Context = Context<Self>;
 }
 
-impl Handler<crate::messages::journal::Committed> for Unheard {
+impl Handler<Committed> for Unheard {
     type Result = ();
 
-    fn handle(&mut self, _: crate::messages::journal::Committed, _: &mut Self::Context) {}
+    fn handle(&mut self, _: Committed, _: &mut Self::Context) {}
 }
 
 fn group<R>(rows: Vec<R>, key: impl Fn(&R) -> ModelName) -> BTreeMap<ModelName, Vec<R>> {
@@ -394,7 +432,10 @@ impl Actor for Supervisor {
         if let Some(contents) = self.contents.take() {
             self.restore(contents, ctx);
         }
-        ctx.run_interval(self.links.timing.scan, |supervisor, _| supervisor.forget());
+        ctx.run_interval(self.links.timing.scan, |supervisor, _| {
+            supervisor.forget();
+            supervisor.scan();
+        });
     }
 }
 
@@ -407,7 +448,12 @@ impl Handler<Ended> for Supervisor {
                 tracing::error!(target: "wharf::supervision", event = "actor_panicked", actor = %ended.who, cause, "actor panicked");
                 self.restart(&ended.who, &cause, ctx);
             }
-            None => tracing::debug!(target: "wharf::supervision", event = "actor_stopped", actor = %ended.who, "actor stopped"),
+            None => {
+                tracing::debug!(target: "wharf::supervision", event = "actor_stopped", actor = %ended.who, "actor stopped");
+                if let Who::Model(name) = &ended.who {
+                    self.retired(name);
+                }
+            }
         }
     }
 }
@@ -445,8 +491,13 @@ impl Handler<Terminated> for Supervisor {
     type Result = ();
 
     fn handle(&mut self, Terminated(name): Terminated, _: &mut Self::Context) {
-        self.terminated.push_back((self.links.clock.now(), name));
-        self.forget();
+        if self.links.board.model(&name).is_some() {
+            self.terminated.push_back((self.links.clock.now(), name));
+            self.forget();
+        } else {
+            // Its first submission was refused: it never was a model.
+            self.retire(name);
+        }
     }
 }
 
@@ -546,9 +597,3 @@ impl Handler<Inspect> for Supervisor {
     }
 }
 
-/// Every model is told to say again what one of the others lost.
-pub(super) fn announce_to(links: &Links, to: Announce) {
-    for model in links.all_models() {
-        model.do_send(to);
-    }
-}

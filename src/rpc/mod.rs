@@ -1,6 +1,14 @@
 //! The wire: generated code once, wire to domain in one place, errors to status in one place.
 
+pub mod agent_hub;
+pub mod agent_wire;
 pub mod client;
+pub mod routes_service;
+pub mod routes_wire;
+pub mod scheduler_service;
+pub mod status;
+pub mod views;
+pub mod wharf_service;
 pub mod wire;
 
 mod generated {

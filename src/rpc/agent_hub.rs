@@ -1,0 +1,188 @@
+//! The scheduler's side of an agent's session: wire to messages and back.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use actix::Recipient;
+use futures::{Stream, StreamExt as _};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{
+    agent_wire::{order_to_wire, report_from_wire, resources_from_wire},
+    proto::agent::{self as wire, agent_hub_server::AgentHub},
+};
+use crate::{
+    domain::names::{ReplicaId, ServerName},
+    messages::server::{AgentConnected, AgentSpoke, Down, Held, Hello, Word},
+};
+
+/// Words to an agent that may wait for it to read.
+const BOUND: usize = 1024;
+
+/// Serves agents' sessions.
+#[derive(Debug)]
+pub struct AgentSessions {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    connected: Recipient<AgentConnected>,
+    spoke: Recipient<AgentSpoke>,
+    leader: Leader,
+    sessions: AtomicU64,
+}
+
+/// Who orders.
+#[derive(Clone, Debug)]
+pub struct Leader {
+    /// The cluster's id.
+    pub cluster: String,
+    /// The journal's lineage.
+    pub lineage: String,
+    /// The leader epoch.
+    pub epoch: u64,
+}
+
+impl AgentSessions {
+    /// Sessions whose words go to these.
+    #[must_use]
+    pub fn new(connected: Recipient<AgentConnected>, spoke: Recipient<AgentSpoke>, leader: Leader) -> Self {
+        Self { shared: Arc::new(Shared { connected, spoke, leader, sessions: AtomicU64::new(1) }) }
+    }
+}
+
+#[tonic::async_trait]
+impl AgentHub for AgentSessions {
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<wire::SchedulerMessage, Status>> + Send>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<wire::AgentMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut words = request.into_inner();
+        let first = words.message().await?.and_then(|word| word.message);
+        let Some(wire::agent_message::Message::Hello(hello)) = first else {
+            return Err(Status::invalid_argument("an agent's first message is its hello"));
+        };
+        let hello = hello_from_wire(hello)?;
+        let session = self.shared.sessions.fetch_add(1, Ordering::Relaxed);
+        let replica = hello.replica.clone();
+        let (link, down) = mpsc::channel(BOUND);
+        self.shared.connected.do_send(AgentConnected { hello, session, link });
+        let shared = Arc::clone(&self.shared);
+        let listener = Listener { replica, session, shared: Arc::clone(&shared) };
+        let leader = shared.leader.clone();
+        let down = ReceiverStream::new(down).map(move |word| Ok(word_to_wire(word, &leader)));
+        // The listener lives in the answer's stream: when either direction ends, the agent is gone.
+        let up = async move {
+            while let Some(Ok(word)) = words.next().await {
+                listener.hear(word);
+            }
+            drop(listener);
+        };
+        let stream = futures::stream::select(
+            down.map(Some).chain(futures::stream::iter([None])),
+            futures::stream::once(up).map(|()| None),
+        )
+        .take_while(|word| futures::future::ready(word.is_some()))
+        .filter_map(futures::future::ready);
+        Ok(Response::new(Box::pin(stream)))
+    }
+}
+
+/// Passes an agent's words on; its end is the session's.
+struct Listener {
+    replica: ReplicaId,
+    session: u64,
+    shared: Arc<Shared>,
+}
+
+impl Listener {
+    fn hear(&self, word: wire::AgentMessage) {
+        let word = match word.message {
+            Some(wire::agent_message::Message::Reports(reports)) => {
+                let read = |report| match report_from_wire(report) {
+                    Ok(report) => Some((report.model, report.generation, report.report)),
+                    Err(refusal) => {
+                        tracing::warn!(target: "wharf::agents", replica = %self.replica, problem = %refusal, "a report can't be read");
+                        None
+                    }
+                };
+                Word::Reports(reports.reports.into_iter().filter_map(read).collect())
+            }
+            Some(wire::agent_message::Message::Heartbeat(heartbeat)) => Word::Heartbeat {
+                sequence: heartbeat.sequence,
+                resident: heartbeat.resident.map(resources_from_wire).unwrap_or_default(),
+            },
+            Some(wire::agent_message::Message::Goodbye(_)) => Word::Goodbye,
+            Some(wire::agent_message::Message::Hello(_)) | None => return,
+        };
+        self.speak(word);
+    }
+
+    fn speak(&self, word: Word) {
+        self.shared.spoke.do_send(AgentSpoke { replica: self.replica.clone(), session: self.session, word });
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.speak(Word::Gone);
+    }
+}
+
+#[expect(clippy::result_large_err, reason = "tonic's own error type")]
+fn hello_from_wire(hello: wire::Hello) -> Result<Hello, Status> {
+    let server = ServerName::new(&hello.server).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let mut inventory = Vec::with_capacity(hello.inventory.len());
+    for report in hello.inventory {
+        let report = report_from_wire(report).map_err(super::status::status)?;
+        inventory.push(Held {
+            model: report.model,
+            generation: report.generation,
+            report: report.report,
+            order: report.order,
+        });
+    }
+    Ok(Hello {
+        replica: ReplicaId::new(server, hello.replica),
+        capacity: hello.capacity.map(resources_from_wire).unwrap_or_default(),
+        capabilities: hello.capabilities,
+        overcommit_percent: hello.overcommit_percent,
+        runtime: hello.runtime,
+        door: hello.door,
+        lineage: hello.lineage,
+        inventory,
+    })
+}
+
+fn word_to_wire(word: Down, leader: &Leader) -> wire::SchedulerMessage {
+    use wire::scheduler_message::Message;
+    let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let message = match word {
+        Down::Welcome { lease, heartbeat } => Message::Welcome(wire::Welcome {
+            cluster: leader.cluster.clone(),
+            lineage: leader.lineage.clone(),
+            leader_epoch: leader.epoch,
+            lease_millis: millis(lease),
+            heartbeat_millis: millis(heartbeat),
+        }),
+        Down::Orders(orders) => Message::Orders(wire::Orders {
+            leader_epoch: leader.epoch,
+            orders: orders.iter().map(order_to_wire).collect(),
+        }),
+        Down::Heard(sequence) => {
+            Message::Heartbeat(wire::HeartbeatAck { sequence, leader_epoch: leader.epoch })
+        }
+        Down::Refused { reason, retry } => Message::Refused(wire::Refused { reason, retry }),
+    };
+    wire::SchedulerMessage { message: Some(message) }
+}
