@@ -8,9 +8,11 @@
 //!      -> { rpc  forward } -> messages -> { ports  settings  telemetry } -> domain
 //! ```
 
+pub mod actors;
 pub mod domain;
 pub mod forward;
 pub mod manifest;
 pub mod messages;
 pub mod ports;
 pub mod rpc;
+pub mod telemetry;

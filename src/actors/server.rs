@@ -369,6 +369,14 @@ impl Handler<SetOrder> for ServerActor {
     }
 }
 
+impl Handler<Announce> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Announce, _: &mut Self::Context) {
+        self.publish();
+    }
+}
+
 impl Handler<DeclareServer> for ServerActor {
     type Result = ();
 

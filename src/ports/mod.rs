@@ -7,4 +7,4 @@ mod store;
 
 pub use clock::{Clock, SystemClock};
 pub use net::{BoxIo, Io, Listen, Network};
-pub use store::{CommitError, Identity, OpenError, Store};
+pub use store::{CommitError, Identity, ModelRows, OpenError, Store};

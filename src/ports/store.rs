@@ -4,7 +4,10 @@ use std::fmt;
 
 use thiserror::Error;
 
-use crate::domain::record::{Contents, Write};
+use crate::domain::{
+    names::ModelName,
+    record::{Contents, CopyRow, ModelRow, VersionRow, Write},
+};
 
 /// Keeps the journal's rows. Its tables are the state: there is no log beside them.
 pub trait Store: Send + Sync + fmt::Debug {
@@ -16,6 +19,12 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// # Errors
     /// When it can't be read.
     fn load(&self) -> Result<Contents, OpenError>;
+
+    /// What it holds of one model.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    fn load_model(&self, name: &ModelName) -> Result<Option<ModelRows>, OpenError>;
 
     /// Applies `writes` in order, all or none, and returns once they would survive a power cut. Blocks.
     ///
@@ -35,6 +44,9 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// When it can't be read.
     fn load_events(&self) -> Result<Vec<Vec<u8>>, OpenError>;
 }
+
+/// A model with its versions and copies.
+pub type ModelRows = (ModelRow, Vec<VersionRow>, Vec<CopyRow>);
 
 /// Tells one journal from another.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -198,8 +198,8 @@ pub struct Wanted {
     pub priority: i32,
     /// Replicas to be tried last.
     pub avoid: Vec<ReplicaId>,
-    /// Replicas that hold, or are to hold, copies of the same version.
-    pub siblings: Vec<ReplicaId>,
+    /// Copies of the version that may look for a place about now, this one included.
+    pub together: u32,
 }
 
 /// An event for people.
@@ -376,6 +376,8 @@ impl Model {
     #[must_use]
     pub fn place(&self, copy: &Copy) -> Option<Effect> {
         let version = copy.generation.version;
+        let placed = |other: &&Copy| other.generation.version == version && other.state.replica().is_some();
+        let placed = u32::try_from(self.copies.iter().filter(placed).count()).unwrap_or(u32::MAX);
         Some(Effect::Place(Box::new(Wanted {
             generation: copy.generation,
             spec: Arc::clone(&self.entry(version)?.spec),
@@ -383,12 +385,7 @@ impl Model {
             spread: self.deployment.spread,
             priority: self.deployment.priority,
             avoid: copy.avoid.clone(),
-            siblings: self
-                .copies
-                .iter()
-                .filter(|other| other.generation.version == version)
-                .filter_map(|other| other.state.replica().cloned())
-                .collect(),
+            together: self.deployment.replicas.saturating_sub(placed).max(1),
         })))
     }
 

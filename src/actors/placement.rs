@@ -1,0 +1,210 @@
+//! The placement: the only writer of registered bytes. It decides and reserves in one step, before it takes
+//! its next message; what it decided leaves the process only once the model's actor has it in the journal.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use actix::{Actor, AsyncContext as _, Context, Handler};
+
+use super::{life::Life, links::Links};
+use crate::{
+    domain::{
+        copy,
+        model::Event,
+        names::{ModelName, ReplicaId},
+        placement::{Capabilities, Decision, Placement, PlacementRequest, Prefer, ReplicaFacts},
+        version::Generation,
+    },
+    messages::{
+        Ask, Registered,
+        model::{Announce, Happened},
+        placement::{Explain, Explanation, Place, Release, ReplicaChanged, Restore},
+    },
+};
+
+/// Waiting copies that one message tries again at most; the rest wait for the next.
+const ROUND: usize = 256;
+/// How often the ledger is made from scratch and compared.
+const CHECK: Duration = Duration::from_secs(60);
+/// How long a replica where a copy failed is tried last.
+const AVOIDED: Duration = Duration::from_secs(300);
+
+pub(super) struct PlacementActor {
+    placement: Placement,
+    links: Arc<Links>,
+    retrying: bool,
+    _life: Life,
+}
+
+impl PlacementActor {
+    pub(super) fn new(links: Arc<Links>, life: Life) -> Self {
+        Self { placement: Placement::default(), links, retrying: false, _life: life }
+    }
+
+    fn request(&self, place: &Place) -> PlacementRequest {
+        let wanted = &place.wanted;
+        let until = self.links.clock.now() + AVOIDED;
+        PlacementRequest {
+            model: place.model.clone(),
+            generation: wanted.generation,
+            requirements: Capabilities::new(&wanted.spec.requirements),
+            server: wanted.spec.server.clone(),
+            need: wanted.need.clone(),
+            spread: wanted.spread,
+            priority: wanted.priority,
+            together: wanted.together,
+            avoid: wanted.avoid.iter().map(|replica| (replica.clone(), until)).collect::<BTreeMap<_, _>>(),
+            prefer: Prefer::default(),
+        }
+    }
+
+    fn decided(&self, model: &ModelName, generation: Generation, decision: Decision) {
+        let event = match decision.outcome {
+            Ok(placed) => {
+                self.show(&placed.replica);
+                copy::Event::Placed { on: placed.replica }
+            }
+            Err(reason) => copy::Event::Unplaced { reason },
+        };
+        self.links.tell_model(model, Happened(Event::Copy(generation, event)));
+    }
+
+    /// Shows readers what is registered on a replica.
+    fn show(&self, id: &ReplicaId) {
+        if let Some(replica) = self.placement.ledger().replica(id) {
+            let copies = u32::try_from(replica.copies().len()).unwrap_or(u32::MAX);
+            self.links.board.put_registered(id.clone(), Registered { bytes: replica.registered(), copies });
+        }
+    }
+
+    fn retry_soon(&mut self, ctx: &mut Context<Self>) {
+        if !self.retrying && self.placement.waiting_count() > 0 {
+            self.retrying = true;
+            ctx.notify(Retry);
+        }
+    }
+}
+
+impl Actor for PlacementActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        for server in self.links.servers.iter().map(|server| server.clone()).collect::<Vec<_>>() {
+            server.do_send(Announce::ToPlacement);
+        }
+        for model in self.links.all_models() {
+            model.do_send(Announce::ToPlacement);
+        }
+        ctx.run_interval(CHECK, |placement, ctx| {
+            if let Err(wrong) = placement.placement.consistency_check() {
+                for what in wrong {
+                    tracing::error!(target: "wharf::placement", event = "inconsistent", what, "the ledger contradicts itself");
+                }
+                debug_assert!(false, "the ledger contradicts itself");
+            }
+            placement.retry_soon(ctx);
+        });
+    }
+}
+
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+struct Retry;
+
+impl Handler<Retry> for PlacementActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Retry, ctx: &mut Self::Context) {
+        self.retrying = false;
+        let retried = self.placement.retry(self.links.clock.now(), ROUND);
+        for (model, generation, decision) in retried.decisions {
+            self.decided(&model, generation, decision);
+        }
+        if retried.more {
+            self.retry_soon(ctx);
+        }
+    }
+}
+
+impl Handler<Place> for PlacementActor {
+    type Result = ();
+
+    fn handle(&mut self, place: Place, _: &mut Self::Context) {
+        let now = self.links.clock.now();
+        let mut request = self.request(&place);
+        let mut decision = self.placement.place(&request, now);
+        if decision.outcome.is_err() && !request.avoid.is_empty() {
+            // Nowhere else: where it failed is still better than nowhere.
+            request.avoid.clear();
+            decision = self.placement.place(&request, now);
+        }
+        self.decided(&place.model, place.wanted.generation, decision);
+    }
+}
+
+impl Handler<Release> for PlacementActor {
+    type Result = ();
+
+    fn handle(&mut self, release: Release, ctx: &mut Self::Context) {
+        if let Some(released) = self.placement.release(&release.model, release.generation) {
+            self.show(&released.replica);
+        }
+        self.retry_soon(ctx);
+    }
+}
+
+impl Handler<Restore> for PlacementActor {
+    type Result = ();
+
+    fn handle(&mut self, restore: Restore, _: &mut Self::Context) {
+        let Restore { model, generation, on, need } = restore;
+        if let Err(error) = self.placement.restore(&model, generation, &on, need) {
+            tracing::error!(target: "wharf::placement", %model, %generation, %error, "a copy's place can't be restored");
+        }
+        self.show(&on);
+    }
+}
+
+impl Handler<ReplicaChanged> for PlacementActor {
+    type Result = ();
+
+    fn handle(&mut self, changed: ReplicaChanged, ctx: &mut Self::Context) {
+        let id = changed.replica;
+        match changed.facts {
+            None => drop(self.placement.remove_replica(&id)),
+            Some(facts) => {
+                let capacity = (!facts.capacity.is_zero()).then_some(facts.capacity);
+                let known = ReplicaFacts {
+                    reported: capacity,
+                    overcommit_percent: facts.overcommit_percent,
+                    capabilities: Capabilities::new(&facts.capabilities),
+                    runtime: String::new(),
+                    state: facts.state,
+                };
+                self.placement.upsert_replica(&id, known);
+                if let Err(error) = self.placement.set_cordoned(&id, facts.closed) {
+                    tracing::error!(target: "wharf::placement", replica = %id, %error, "a replica can't be closed");
+                }
+            }
+        }
+        self.show(&id);
+        self.retry_soon(ctx);
+    }
+}
+
+impl Handler<Explain> for PlacementActor {
+    type Result = ();
+
+    fn handle(&mut self, Ask { question, reply }: Explain, _: &mut Self::Context) {
+        let now = self.links.clock.now();
+        let explanation = self.links.board.model(&question).and_then(|model| {
+            let latest = model.latest()?.version;
+            let copies = || model.copies.iter().filter(|copy| copy.generation.version == latest && !copy.draining);
+            // One that found no place is what a user asks about; else the one that was placed last.
+            let copy = copies().find(|copy| copy.state.replica().is_none()).or_else(|| copies().last())?;
+            let Some(crate::domain::model::Effect::Place(wanted)) = model.place(copy) else { return None };
+            let report = self.placement.explain(&self.request(&Place { model: question.clone(), wanted }), now);
+            Some(Explanation { text: report.to_string(), data: serde_json::to_value(&report).unwrap_or_default() })
+        });
+        drop(reply.send(explanation));
+    }
+}
