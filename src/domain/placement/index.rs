@@ -1,0 +1,189 @@
+//! The replicas that take new copies, kept in the order of their rank, so that a decision looks at a few of them and
+//! not at all.
+//!
+//! A pool is all replicas with one set of capabilities. Within it every server has a tree of its open replicas, and
+//! one more tree orders the servers by their best replica. Every subtree knows the most room there is in it, so
+//! that what can't fit is passed over as a whole. What is counted besides lets a refusal name its reasons
+//! without asking every replica.
+
+use std::collections::BTreeMap;
+
+use super::{
+    filter::Filter,
+    problem::{Capabilities, Scope},
+    replica::{Open, Seat, Standing},
+    score::Rank,
+    tree::{Summary, Tree},
+};
+use crate::domain::{
+    memory::Resources,
+    names::{ReplicaId, ServerName},
+};
+
+/// All replicas, by capabilities.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Index {
+    pub(super) pools: BTreeMap<Capabilities, Pool>,
+    /// Replicas of each server, whatever their state.
+    pub(super) servers: BTreeMap<ServerName, u32>,
+    /// Replicas in all.
+    pub(super) replicas: u32,
+}
+
+/// All replicas with the same capabilities.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Pool {
+    pub(super) census: Census,
+    pub(super) groups: BTreeMap<ServerName, Group>,
+    /// The servers with open replicas here, each at its best replica's rank.
+    pub(super) order: Tree<Rank, Most>,
+}
+
+/// The replicas of one server with the same capabilities.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Group {
+    pub(super) census: Census,
+    /// Those that are open.
+    pub(super) open: Tree<Rank, Most>,
+}
+
+/// How many replicas there are, by what matters to a refusal.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Census {
+    /// All of them.
+    pub(super) replicas: u32,
+    /// Those that take nothing new, by the first filter that says so.
+    pub(super) closed: BTreeMap<Filter, u32>,
+    /// Those that are open, by their memory.
+    pub(super) capacities: BTreeMap<Memory, u32>,
+}
+
+/// All of a replica's memory, as a key. Resources have no order of their own: more of one device is not less of another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Memory(pub(super) Resources);
+
+impl Ord for Memory {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0.primary, &self.0.others).cmp(&(other.0.primary, &other.0.others))
+    }
+}
+
+impl PartialOrd for Memory {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// The most that any one replica of a subtree has; on each device it may be another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Most {
+    /// Bytes left within its memory.
+    pub(super) free: Resources,
+    /// The largest copy that it could take.
+    pub(super) room: Resources,
+    /// Open replicas of its server with the same capabilities.
+    pub(super) peers: u32,
+}
+
+impl Summary for Most {
+    fn absorb(&mut self, other: &Self) {
+        self.free = self.free.max(&other.free);
+        self.room = self.room.max(&other.room);
+        self.peers = self.peers.max(other.peers);
+    }
+}
+
+impl Index {
+    pub(super) fn add(&mut self, id: &ReplicaId, seat: Seat) {
+        self.replicas += 1;
+        *self.servers.entry(id.server.clone()).or_default() += 1;
+        let pool = self.pools.entry(seat.capabilities).or_default();
+        pool.census.add(&seat.standing);
+        pool.edit(&id.server, |group| {
+            group.census.add(&seat.standing);
+            if let Standing::Open(open) = seat.standing {
+                let Open { rank, free, room, capacity: _ } = *open;
+                group.open.insert(rank, Most { free, room, peers: 1 });
+            }
+        });
+    }
+
+    pub(super) fn remove(&mut self, id: &ReplicaId, seat: &Seat) {
+        self.replicas -= 1;
+        drop_one(&mut self.servers, &id.server);
+        let Some(pool) = self.pools.get_mut(&seat.capabilities) else { return };
+        pool.census.remove(&seat.standing);
+        pool.edit(&id.server, |group| {
+            group.census.remove(&seat.standing);
+            if let Standing::Open(open) = &seat.standing {
+                group.open.remove(&open.rank);
+            }
+        });
+        if pool.census.replicas == 0 {
+            self.pools.remove(&seat.capabilities);
+        }
+    }
+
+    /// The pools whose replicas are capable of `requirements`.
+    pub(super) fn capable(&self, requirements: &Capabilities) -> impl Iterator<Item = &Pool> {
+        self.pools.iter().filter(move |(capabilities, _)| capabilities.cover(requirements)).map(|(_, pool)| pool)
+    }
+
+    /// How many replicas `server` has.
+    pub(super) fn size_of(&self, server: &ServerName) -> u32 {
+        self.servers.get(server).copied().unwrap_or(0)
+    }
+}
+
+impl Pool {
+    fn edit(&mut self, server: &ServerName, edit: impl FnOnce(&mut Group)) {
+        let group = self.groups.entry(server.clone()).or_default();
+        if let Some(first) = group.open.first() {
+            self.order.remove(first);
+        }
+        edit(group);
+        if let (Some(first), Some(most)) = (group.open.first(), group.open.total()) {
+            self.order.insert(first.clone(), Most { peers: group.open.len(), ..most.clone() });
+        }
+        if group.census.replicas == 0 {
+            self.groups.remove(server);
+        }
+    }
+
+    /// The part of the pool that `scope` leaves: how many replicas, and the trees to search.
+    pub(super) fn census(&self, scope: Scope<'_>) -> Option<&Census> {
+        match scope {
+            Scope::Everywhere => Some(&self.census),
+            Scope::Only(server) => self.groups.get(server).map(|group| &group.census),
+            Scope::Nowhere => None,
+        }
+    }
+}
+
+impl Census {
+    fn add(&mut self, standing: &Standing) {
+        self.replicas += 1;
+        match standing {
+            Standing::Closed(by) => *self.closed.entry(*by).or_default() += 1,
+            Standing::Open(open) => *self.capacities.entry(Memory(open.capacity.clone())).or_default() += 1,
+        }
+    }
+
+    fn remove(&mut self, standing: &Standing) {
+        self.replicas -= 1;
+        match standing {
+            Standing::Closed(by) => drop_one(&mut self.closed, by),
+            Standing::Open(open) => drop_one(&mut self.capacities, &Memory(open.capacity.clone())),
+        }
+    }
+}
+
+/// Counts one less of `key`, and forgets it with the last.
+fn drop_one<K: Ord>(counts: &mut BTreeMap<K, u32>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
