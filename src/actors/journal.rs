@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use actix::{Actor, ActorFutureExt as _, Context, Handler, Recipient, WrapFuture as _};
+use actix::{Actor, ActorFutureExt as _, AsyncContext as _, Context, Handler, Recipient, WrapFuture as _};
 
 use super::life::Life;
 use crate::{
@@ -70,12 +70,7 @@ impl Journal {
         ctx.spawn(done);
     }
 
-    fn committed(
-        &mut self,
-        result: Result<(), CommitError>,
-        by: &[Recipient<Committed>],
-        ctx: &mut Context<Self>,
-    ) {
+    fn committed(&mut self, result: Result<(), CommitError>, by: &[Recipient<Committed>], ctx: &mut Context<Self>) {
         self.committing = false;
         self.commits += 1;
         let result = match result {
@@ -85,7 +80,9 @@ impl Journal {
                 Err(problem)
             }
             Err(CommitError::Unknown(problem)) => {
-                (self.fatal)(format!("the journal's last commit has an unknown outcome ({problem}); exiting to read it again"));
+                (self.fatal)(format!(
+                    "the journal's last commit has an unknown outcome ({problem}); exiting to read it again"
+                ));
                 return;
             }
         };

@@ -63,9 +63,7 @@ impl ModelActor {
     fn take(&mut self, pending: Pending, ctx: &mut Context<Self>) {
         if let Event::Reported(on, generation, _) = &pending.event {
             // Only the latest word about a copy counts, and words may come faster than the disk turns.
-            let same = |other: &Pending| {
-                matches!(&other.event, Event::Reported(o, g, _) if (o, g) == (on, generation))
-            };
+            let same = |other: &Pending| matches!(&other.event, Event::Reported(o, g, _) if (o, g) == (on, generation));
             self.waiting.retain(|other| !same(other));
         }
         self.waiting.push_back(pending);

@@ -190,7 +190,10 @@ impl ServerActor {
         if replica.state == ReplicaState::Lost {
             replica.forget();
         }
-        self.note(replica_kind(self.replicas[&index].state), format!("replica {index} is {}", self.replicas[&index].state.name()));
+        self.note(
+            replica_kind(self.replicas[&index].state),
+            format!("replica {index} is {}", self.replicas[&index].state.name()),
+        );
         if let Some(event) = lost {
             for model in models {
                 self.links.tell_model(&model, Happened(Event::Replica(id.clone(), event.clone())));
@@ -232,7 +235,9 @@ impl ServerActor {
     }
 
     fn commit(&mut self, row: ServerRow, done: Done, ctx: &Context<Self>) {
-        self.links.journal.tell(Commit { writes: vec![Write::PutServer(Box::new(row.clone()))], by: ctx.address().recipient() });
+        self.links
+            .journal
+            .tell(Commit { writes: vec![Write::PutServer(Box::new(row.clone()))], by: ctx.address().recipient() });
         self.committing.push_back((row, done));
     }
 
@@ -357,7 +362,8 @@ impl Handler<SetOrder> for ServerActor {
         let now = self.links.clock.now();
         let index = order.replica.index;
         let model = order.order.model().clone();
-        let replica = self.replicas.entry(index).or_insert_with(|| Replica::new(ReplicaState::Unknown { since: now }, now));
+        let replica =
+            self.replicas.entry(index).or_insert_with(|| Replica::new(ReplicaState::Unknown { since: now }, now));
         let generation = order.order.generation();
         if let Some(report) = replica.set(order.order, now, &self.links) {
             // The agent has said how it stands already, perhaps to an actor that is no more.
@@ -458,7 +464,10 @@ impl Handler<Committed> for ServerActor {
     fn handle(&mut self, Committed(result): Committed, _: &mut Self::Context) {
         let Some((row, done)) = self.committing.pop_front() else { return };
         let result = result.map_err(|problem| {
-            Refusal::new(Code::Unavailable, format!("the journal could not be written ({problem}); nothing was changed"))
+            Refusal::new(
+                Code::Unavailable,
+                format!("the journal could not be written ({problem}); nothing was changed"),
+            )
         });
         if result.is_ok() {
             self.row = row;

@@ -27,7 +27,7 @@ use crate::{
         error::{Code, Refusal},
         model::{Event, Model, Policy, restore},
         names::{ModelName, ServerName},
-        record::{Contents, Counters, CopyRow, ModelRow, ServerRow, VersionRow, Write},
+        record::{Contents, CopyRow, Counters, ModelRow, ServerRow, VersionRow, Write},
         routes::Epoch,
         time::Instant,
         version::Uid,
@@ -176,10 +176,7 @@ impl Handle {
 
     /// Where gateways' sessions go.
     #[must_use]
-    pub fn gateways(
-        &self,
-    ) -> (Recipient<GatewayConnected>, Recipient<GatewayAcknowledged>, Recipient<GatewayGone>)
-    {
+    pub fn gateways(&self) -> (Recipient<GatewayConnected>, Recipient<GatewayAcknowledged>, Recipient<GatewayGone>) {
         (self.supervisor.clone().recipient(), self.supervisor.clone().recipient(), self.supervisor.clone().recipient())
     }
 
@@ -313,7 +310,9 @@ impl Supervisor {
         self.panics.push_back(now);
         if self.panics.len() > self.links.timing.restarts as usize {
             let (count, name) = (self.panics.len(), who.to_string());
-            self.fatal(format!("{count} actors panicked within {window:?}, {name} last ({cause}); no restart mends that"));
+            self.fatal(format!(
+                "{count} actors panicked within {window:?}, {name} last ({cause}); no restart mends that"
+            ));
             return;
         }
         self.restarts += 1;
@@ -359,7 +358,8 @@ impl Supervisor {
                 return;
             }
             let Some((_, name)) = self.terminated.pop_front() else { return };
-            let over = self.links.board.model(&name).is_some_and(|model| model.deleted.is_some() && model.copies.is_empty());
+            let over =
+                self.links.board.model(&name).is_some_and(|model| model.deleted.is_some() && model.copies.is_empty());
             if !over {
                 continue;
             }
@@ -467,9 +467,7 @@ impl Handler<AskModel> for Supervisor {
         let event = match action {
             Action::Submit(definition) => {
                 self.next_uid += 1;
-                let addr = known.unwrap_or_else(|| {
-                    self.start_model(Model::unborn(name, self.links.clock.now()), ctx)
-                });
+                let addr = known.unwrap_or_else(|| self.start_model(Model::unborn(name, self.links.clock.now()), ctx));
                 addr.do_send(Request { event: Event::Submit(definition, Uid(self.next_uid)), reply });
                 return;
             }
@@ -523,7 +521,8 @@ impl Handler<MarkReplica> for Supervisor {
         match self.links.servers.get(&name).map(|addr| addr.clone()) {
             Some(addr) => addr.do_send(ask),
             None => {
-                let known: Vec<String> = self.links.board.servers().iter().map(|server| server.row.name.to_string()).collect();
+                let known: Vec<String> =
+                    self.links.board.servers().iter().map(|server| server.row.name.to_string()).collect();
                 let text = format!("server {name} is not known; known are: {}", known.join(", "));
                 drop(ask.reply.send(Err(Refusal::new(Code::NotFound, text))));
             }
@@ -596,4 +595,3 @@ impl Handler<Inspect> for Supervisor {
         drop(reply.send(state));
     }
 }
-

@@ -179,9 +179,7 @@ fn word_to_wire(word: Down, leader: &Leader) -> wire::SchedulerMessage {
             leader_epoch: leader.epoch,
             orders: orders.iter().map(order_to_wire).collect(),
         }),
-        Down::Heard(sequence) => {
-            Message::Heartbeat(wire::HeartbeatAck { sequence, leader_epoch: leader.epoch })
-        }
+        Down::Heard(sequence) => Message::Heartbeat(wire::HeartbeatAck { sequence, leader_epoch: leader.epoch }),
         Down::Refused { reason, retry } => Message::Refused(wire::Refused { reason, retry }),
     };
     wire::SchedulerMessage { message: Some(message) }

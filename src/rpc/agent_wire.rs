@@ -272,12 +272,8 @@ mod tests {
         }));
         for report in reports {
             let order = register();
-            let report = CopyReport {
-                model: order.model().clone(),
-                generation: order.generation(),
-                report,
-                order: Some(order),
-            };
+            let report =
+                CopyReport { model: order.model().clone(), generation: order.generation(), report, order: Some(order) };
             assert_eq!(report_from_wire(report_to_wire(&report)), Ok(report));
         }
     }

@@ -58,11 +58,15 @@ impl SchedulerApi {
 type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn pipelines<T>() -> Result<T, Status> {
-    Err(Status::unimplemented("pipelines are not part of Wharf; chain models in the client, or keep them in Seldon Core 2"))
+    Err(Status::unimplemented(
+        "pipelines are not part of Wharf; chain models in the client, or keep them in Seldon Core 2",
+    ))
 }
 
 fn experiments<T>() -> Result<T, Status> {
-    Err(Status::unimplemented("experiments are not part of this Wharf yet; give each candidate a model name of its own"))
+    Err(Status::unimplemented(
+        "experiments are not part of this Wharf yet; give each candidate a model name of its own",
+    ))
 }
 
 #[tonic::async_trait]

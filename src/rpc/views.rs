@@ -42,7 +42,7 @@ pub const fn seldon_state(state: ModelState) -> Word {
 #[must_use]
 pub const fn seldon_replica_state(copy: &Copy) -> ReplicaWord {
     match &copy.state {
-        State::Pending { .. } | State::Unknown { .. } => ReplicaWord::ModelReplicaStateUnknown,
+        State::Pending { .. } | State::Unknown { .. } => ReplicaWord::Unknown,
         State::Scheduled { .. } => ReplicaWord::LoadRequested,
         State::Downloading { .. } | State::Loading { .. } => ReplicaWord::Loading,
         State::Available { .. } => ReplicaWord::Available,
@@ -163,12 +163,7 @@ fn version_view(model: &Model, version: Version) -> wharf::VersionView {
         version: version.0,
         state: standing.state.name().to_owned(),
         reason: standing.sentence(),
-        copies: model
-            .copies
-            .iter()
-            .filter(|copy| copy.generation.version == version)
-            .map(copy_view)
-            .collect(),
+        copies: model.copies.iter().filter(|copy| copy.generation.version == version).map(copy_view).collect(),
         spec: model.entry(version).map(|entry| model_spec_to_wire(&entry.spec)),
     }
 }

@@ -310,10 +310,7 @@ impl Wharf for WharfApi {
         Ok(Response::new(Box::pin(replies)))
     }
 
-    async fn explain(
-        &self,
-        request: Request<wire::ExplainRequest>,
-    ) -> Result<Response<wire::ExplainResponse>, Status> {
+    async fn explain(&self, request: Request<wire::ExplainRequest>) -> Result<Response<wire::ExplainResponse>, Status> {
         let name = request.into_inner().model;
         let known = ModelName::new(&name).ok().filter(|name| self.board.model(name).is_some());
         let Some(known) = known else { return Err(Status::not_found(self.unknown(&name))) };
@@ -325,10 +322,7 @@ impl Wharf for WharfApi {
         Ok(Response::new(wire::ExplainResponse { text, data: data.to_string() }))
     }
 
-    async fn inspect(
-        &self,
-        _: Request<wire::InspectRequest>,
-    ) -> Result<Response<wire::InspectResponse>, Status> {
+    async fn inspect(&self, _: Request<wire::InspectRequest>) -> Result<Response<wire::InspectResponse>, Status> {
         let data = self.inspect.ask(()).await.map_err(status)?.to_string();
         Ok(Response::new(wire::InspectResponse { data }))
     }

@@ -62,8 +62,12 @@ impl Replica {
 
     /// Every model that has a copy here, or wants one.
     pub(super) fn models(&self) -> Vec<ModelName> {
-        let mut models: Vec<ModelName> =
-            self.wanted.values().map(|wish| wish.order.model().clone()).chain(self.reported.values().map(|(model, _)| model.clone())).collect();
+        let mut models: Vec<ModelName> = self
+            .wanted
+            .values()
+            .map(|wish| wish.order.model().clone())
+            .chain(self.reported.values().map(|(model, _)| model.clone()))
+            .collect();
         models.sort_unstable();
         models.dedup();
         models

@@ -205,17 +205,6 @@ impl Ledger {
         Decision { outcome, examined }
     }
 
-    /// Places what fits, even when not everything does: by priority, and among equals in the order given. The
-    /// decisions are in the order of the requests.
-    pub fn place_all(&mut self, requests: &[PlacementRequest], now: Instant) -> Vec<Decision> {
-        let mut order: Vec<(usize, &PlacementRequest)> = requests.iter().enumerate().collect();
-        order.sort_by_key(|(_, request)| std::cmp::Reverse(request.priority));
-        let mut decisions: Vec<(usize, Decision)> =
-            order.into_iter().map(|(at, request)| (at, self.place(request, now))).collect();
-        decisions.sort_by_key(|(at, _)| *at);
-        decisions.into_iter().map(|(_, decision)| decision).collect()
-    }
-
     /// Gives back a copy's memory, and says where it was and how much.
     pub fn release(&mut self, model: &ModelName, generation: Generation) -> Option<Registered> {
         let key = (model.clone(), generation);
@@ -297,6 +286,11 @@ impl Ledger {
         explain::explain(self, request, now)
     }
 
+    /// All servers, by name, with what is declared as the memory of each replica.
+    pub fn declared(&self) -> impl Iterator<Item = (&ServerName, &Option<Resources>)> {
+        self.declared.iter()
+    }
+
     /// A replica.
     #[must_use]
     pub fn replica(&self, id: &ReplicaId) -> Option<&Replica> {
@@ -325,9 +319,8 @@ impl Ledger {
         &'a self,
         model: &ModelName,
     ) -> impl Iterator<Item = (&'a Generation, &'a Registered)> + use<'a> {
-        let at = |uid, version, number| {
-            (model.clone(), Generation { uid: Uid(uid), version: Version(version), number })
-        };
+        let at =
+            |uid, version, number| (model.clone(), Generation { uid: Uid(uid), version: Version(version), number });
         let range = at(0, 0, 0)..=at(u64::MAX, u32::MAX, u32::MAX);
         self.copies.range(range).map(|((_, generation), copy)| (generation, copy))
     }
@@ -364,7 +357,11 @@ impl Ledger {
                 ));
             }
             if copies != replica.copies {
-                wrong.push(format!("{id} lists {} copies, {} are registered on it", replica.copies.len(), copies.len()));
+                wrong.push(format!(
+                    "{id} lists {} copies, {} are registered on it",
+                    replica.copies.len(),
+                    copies.len()
+                ));
             }
             if self.declared.get(&id.server).cloned().flatten() != replica.declared {
                 wrong.push(format!("{id} does not have what is declared of its server"));

@@ -187,13 +187,7 @@ impl<K: Ord, S: Summary> Node<K, S> {
         self.right.as_deref().and_then(|right| right.first_after(after, admits))
     }
 
-    fn count(
-        &self,
-        limit: u32,
-        found: &mut u32,
-        admits: &dyn Fn(&S) -> bool,
-        leaf: &mut dyn FnMut(&K, &S) -> bool,
-    ) {
+    fn count(&self, limit: u32, found: &mut u32, admits: &dyn Fn(&S) -> bool, leaf: &mut dyn FnMut(&K, &S) -> bool) {
         if *found >= limit || !admits(&self.total) {
             return;
         }
