@@ -169,10 +169,6 @@ impl<A: Actor<Context = Context<A>>> Slot<A> {
         self.0.store(None);
     }
 
-    pub(super) fn get(&self) -> Option<Addr<A>> {
-        self.0.load().as_deref().cloned()
-    }
-
     /// Tells the actor. While it is being made anew the message is lost: it asks everyone when it is back.
     pub(super) fn tell<M>(&self, message: M)
     where

@@ -15,6 +15,7 @@ mod server;
 mod spawn;
 mod supervisor;
 
+pub use journal::Fatal;
 pub use links::{Identity, Links, Timing};
-pub use spawn::Spawner;
-pub use supervisor::{Scheduler, StartError, start};
+pub use spawn::{Arbiters, Spawner};
+pub use supervisor::{Handle, Scheduler, StartError, start};

@@ -20,7 +20,7 @@ use crate::{
         model::{Announce, Happened, Request, Stop},
         placement::{Place, Release, Restore},
         router::Publish,
-        server::SetOrder,
+        server::{Enquire, SetOrder},
         supervisor::Terminated,
     },
 };
@@ -179,6 +179,12 @@ impl ModelActor {
                     let (model, generation) = (self.model.name.clone(), copy.generation);
                     let order = Order::Unregister { model, generation, drain: self.links.timing.drain };
                     self.links.tell_server(&on.server, SetOrder { replica: on.clone(), order });
+                }
+                (Announce::ToServer, _) if copy.draining => {
+                    if let Some(on) = restored {
+                        let (model, generation) = (self.model.name.clone(), copy.generation);
+                        self.links.tell_server(&on.server.clone(), Enquire { replica: on, model, generation });
+                    }
                 }
                 (Announce::ToServer, _) => {
                     if let (Some(Effect::Register { on, generation, spec, need, attempt }), false) =

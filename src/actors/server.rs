@@ -28,7 +28,7 @@ use crate::{
         model::{Announce, Happened},
         placement::{ReplicaChanged, ReplicaFacts},
         server::{
-            AgentConnected, AgentSpoke, Declaration, Declare, DeclareServer, Down, Mark, MarkReplica, SetMark,
+            AgentConnected, AgentSpoke, Declaration, Declare, DeclareServer, Down, Enquire, Mark, MarkReplica, SetMark,
             SetOrder, Word,
         },
     },
@@ -371,6 +371,22 @@ impl Handler<SetOrder> for ServerActor {
         }
         if self.removing || self.row.leaves(index) {
             self.tell_leaving(&[model].into());
+        }
+    }
+}
+
+impl Handler<Enquire> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, Enquire { replica, model, generation }: Enquire, _: &mut Self::Context) {
+        let now = self.links.clock.now();
+        let asked = self
+            .replicas
+            .entry(replica.index)
+            .or_insert_with(|| Replica::new(ReplicaState::Unknown { since: now }, now))
+            .ask(model.clone(), generation);
+        if let Some(report) = asked {
+            self.links.tell_model(&model, Happened(Event::Reported(replica, generation, report)));
         }
     }
 }

@@ -26,7 +26,7 @@ pub struct Arbiters {
 
 /// What kind of work an actor does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
+pub(super) enum Work {
     /// Starting and watching the others.
     Supervision,
     /// Deciding where copies go.
@@ -75,11 +75,17 @@ impl Spawner {
     }
 }
 
+impl fmt::Debug for Arbiters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Arbiters({})", self.models.len())
+    }
+}
+
 impl fmt::Debug for Spawner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Local => f.write_str("Local"),
-            Self::Arbiters(arbiters) => write!(f, "Arbiters({})", arbiters.models.len()),
+            Self::Arbiters(arbiters) => arbiters.fmt(f),
         }
     }
 }

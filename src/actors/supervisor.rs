@@ -70,6 +70,12 @@ pub struct Scheduler {
     pub fatal: Fatal,
 }
 
+impl std::fmt::Debug for Scheduler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scheduler").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
 /// A scheduler could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {

@@ -126,6 +126,18 @@ pub struct SetOrder {
     pub order: Order,
 }
 
+/// A model wants to know what became of a copy that it wants no longer.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Enquire {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// The model.
+    pub model: ModelName,
+    /// The copy.
+    pub generation: Generation,
+}
+
 /// The owner says how the server is to be; absent when it takes it away.
 #[derive(Clone, Debug)]
 pub struct Declare {

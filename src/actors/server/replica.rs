@@ -31,6 +31,8 @@ pub(super) struct Replica {
     pub(super) resident: Resources,
     /// What is wanted of each copy, and when it was last said.
     wanted: BTreeMap<Generation, Wish>,
+    /// Copies that models ask about, until the agent has said whether it holds them.
+    asked: BTreeMap<Generation, ModelName>,
     /// What the agent said last of each copy that it holds.
     reported: BTreeMap<Generation, (ModelName, Report)>,
 }
@@ -51,6 +53,7 @@ impl Replica {
             link: None,
             resident: Resources { primary: crate::domain::memory::Bytes::ZERO, others: BTreeMap::new() },
             wanted: BTreeMap::new(),
+            asked: BTreeMap::new(),
             reported: BTreeMap::new(),
         }
     }
@@ -108,6 +111,11 @@ impl Replica {
                 reports.push((wish.order.model().clone(), *generation, None));
             }
         }
+        for (generation, model) in std::mem::take(&mut self.asked) {
+            if !self.reported.contains_key(&generation) {
+                reports.push((model, generation, None));
+            }
+        }
         self.hello = Some(connected.hello);
         reports
     }
@@ -128,6 +136,16 @@ impl Replica {
         }
         self.repeat(now, links);
         known.map(Some)
+    }
+
+    /// What the agent has said of a copy; nothing until it has called, and then it will be answered.
+    #[expect(clippy::option_option, reason = "no word at all is not the word that it is not there")]
+    pub(super) fn ask(&mut self, model: ModelName, generation: Generation) -> Option<Option<Report>> {
+        if self.link.is_none() {
+            self.asked.insert(generation, model);
+            return None;
+        }
+        Some(self.reported.get(&generation).map(|(_, report)| report.clone()))
     }
 
     pub(super) fn reported(&mut self, model: &ModelName, generation: Generation, report: &Report) {
@@ -184,6 +202,7 @@ impl Replica {
     /// The replica is lost, and what was wanted there is wanted elsewhere.
     pub(super) fn forget(&mut self) {
         self.wanted.clear();
+        self.asked.clear();
         self.reported.clear();
         self.link = None;
         self.resident = Resources::default();

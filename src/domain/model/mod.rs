@@ -7,6 +7,8 @@
 mod restore;
 mod state;
 mod submit;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 

@@ -1,0 +1,538 @@
+//! One model in a small world of agents that lose messages, fail, fall silent and come back, and of a
+//! scheduler that forgets everything but its journal. After every step the rules hold; once the world is
+//! quiet again, what is wanted is there and nothing else.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::domain::{
+    copy::{Drain, Event as CopyEvent, FailureClass, Report, Residency},
+    placement::{Capabilities, Placement, PlacementRequest, Prefer, ReplicaFacts},
+    replica::ReplicaState,
+    spec::{DeploymentPatch, Replicas, Strategy as Rollout},
+};
+
+const REPLICAS: u32 = 3;
+const ROOM: u64 = 3;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Fetching,
+    Loading,
+    Available,
+    Failed,
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Submit {
+        spec: u8,
+        replicas: u32,
+        rollout: Rollout,
+    },
+    Scale(u32),
+    Delete,
+    Rollback,
+    /// The oldest message arrives; or it is lost.
+    Deliver,
+    Lose,
+    /// An agent looks at its orders and gets on with them.
+    Work {
+        replica: u32,
+        fail: bool,
+    },
+    /// An agent says all that it holds.
+    Inventory(u32),
+    Silent(u32),
+    Lost(u32),
+    Drain(u32),
+    Undrain,
+    Restart,
+    Pass(u64),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let rollout = prop_oneof![
+        4 => (0..3_u32, 0..2_u32)
+            .prop_filter("a surge or a gap", |(surge, gap)| surge + gap > 0)
+            .prop_map(|(max_surge, max_unavailable)| Rollout::RollingUpdate { max_surge, max_unavailable }),
+        1 => Just(Rollout::Recreate),
+    ];
+    prop_oneof![
+        3 => (0..4_u8, 0..4_u32, rollout)
+            .prop_map(|(spec, replicas, rollout)| Act::Submit { spec, replicas, rollout }),
+        1 => (0..4_u32).prop_map(Act::Scale),
+        1 => Just(Act::Delete),
+        1 => Just(Act::Rollback),
+        20 => Just(Act::Deliver),
+        1 => Just(Act::Lose),
+        12 => (0..REPLICAS, prop::bool::weighted(0.1)).prop_map(|(replica, fail)| Act::Work { replica, fail }),
+        2 => (0..REPLICAS).prop_map(Act::Inventory),
+        1 => (0..REPLICAS).prop_map(Act::Silent),
+        1 => (0..REPLICAS).prop_map(Act::Lost),
+        1 => (0..REPLICAS).prop_map(Act::Drain),
+        1 => Just(Act::Undrain),
+        1 => Just(Act::Restart),
+        2 => (0..10_u64).prop_map(Act::Pass),
+    ]
+}
+
+/// On its way to the model.
+#[derive(Clone, Debug)]
+enum Mail {
+    Answer(Generation, CopyEvent),
+    Report(ReplicaId, Generation, Option<Report>),
+    Settled(u64),
+}
+
+struct World {
+    model: Model,
+    policy: Policy,
+    now: Instant,
+    placement: Placement,
+    mail: VecDeque<Mail>,
+    /// What each agent is to hold (true) or to let go.
+    orders: BTreeMap<(ReplicaId, Generation), bool>,
+    agents: BTreeMap<ReplicaId, BTreeMap<Generation, Phase>>,
+    /// Copies that agents are asked about without an order.
+    asked: BTreeSet<(ReplicaId, Generation)>,
+    /// What was reported Available by an agent at least once since it was last absent there.
+    reported: BTreeSet<Generation>,
+    route: BTreeSet<Generation>,
+    settled: u64,
+    rows: Rows,
+    uid: u64,
+    draining: BTreeSet<u32>,
+}
+
+#[derive(Default)]
+struct Rows {
+    model: Option<ModelRow>,
+    versions: BTreeMap<Version, VersionRow>,
+    copies: BTreeMap<Generation, CopyRow>,
+}
+
+fn replica(index: u32) -> ReplicaId {
+    ReplicaId::new(ServerName::new("s").expect("valid"), index)
+}
+
+impl World {
+    fn new() -> Self {
+        let now = Instant::from_micros(1);
+        let name = ModelName::new("m").expect("valid");
+        let mut world = Self {
+            model: Model::unborn(name, now),
+            policy: Policy { default_memory: Bytes(1), ..Policy::default() },
+            now,
+            placement: Placement::default(),
+            mail: VecDeque::new(),
+            orders: BTreeMap::new(),
+            agents: (0..REPLICAS).map(|index| (replica(index), BTreeMap::new())).collect(),
+            asked: BTreeSet::new(),
+            reported: BTreeSet::new(),
+            route: BTreeSet::new(),
+            settled: 0,
+            rows: Rows::default(),
+            uid: 0,
+            draining: BTreeSet::new(),
+        };
+        world.replicas();
+        world
+    }
+
+    fn replicas(&mut self) {
+        for index in 0..REPLICAS {
+            let facts = ReplicaFacts {
+                reported: Some(Resources::primary(Bytes(ROOM))),
+                state: ReplicaState::Available,
+                ..ReplicaFacts::default()
+            };
+            self.placement.upsert_replica(&replica(index), facts);
+            self.placement.set_cordoned(&replica(index), self.draining.contains(&index)).expect("known");
+        }
+    }
+
+    fn happen(&mut self, event: Event) {
+        let Ok(decision) = self.model.apply(event, &self.policy, self.now) else { return };
+        for write in decision.writes {
+            match write {
+                Write::PutModel(row) => self.rows.model = Some(*row),
+                Write::RemoveModel(_) => self.rows = Rows::default(),
+                Write::PutVersion(row) => drop(self.rows.versions.insert(row.version, *row)),
+                Write::RemoveVersion(_, version) => drop(self.rows.versions.remove(&version)),
+                Write::PutCopy(row) => drop(self.rows.copies.insert(row.generation, *row)),
+                Write::RemoveCopy(_, generation) => drop(self.rows.copies.remove(&generation)),
+                Write::PutServer(_) | Write::RemoveServer(_) | Write::PutCounters(_) => unreachable!("not a model's"),
+            }
+        }
+        for effect in decision.effects {
+            self.perform(effect);
+        }
+        self.retry();
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Place(wanted) => {
+                let request = PlacementRequest {
+                    model: self.model.name.clone(),
+                    generation: wanted.generation,
+                    requirements: Capabilities::default(),
+                    server: None,
+                    need: wanted.need,
+                    spread: wanted.spread,
+                    priority: wanted.priority,
+                    together: 1,
+                    avoid: BTreeMap::new(),
+                    prefer: Prefer::default(),
+                };
+                let decision = self.placement.place(&request, self.now);
+                self.answer(wanted.generation, decision);
+            }
+            Effect::Withdraw(generation) | Effect::Release(generation) => {
+                self.placement.release(&self.model.name, generation);
+            }
+            Effect::Register { on, generation, .. } => drop(self.orders.insert((on, generation), true)),
+            Effect::Unregister { on, generation } => {
+                assert!(!self.route.contains(&generation), "{generation} is ordered away while it is routed");
+                let copy = self.model.copies.iter().find(|copy| copy.generation == generation);
+                if let Some(copy) = copy.filter(|copy| copy.left > 0) {
+                    assert!(copy.left <= self.settled, "{generation} is ordered away before its route is settled");
+                }
+                self.orders.insert((on, generation), false);
+            }
+            Effect::Publish(revision) => {
+                let route = self.model.route(|_| Some("door".to_owned()));
+                let endpoints = route.targets.iter().flat_map(|target| &target.endpoints);
+                self.route = endpoints.map(|endpoint| endpoint.generation).collect();
+                self.mail.push_back(Mail::Settled(revision));
+            }
+            Effect::Wake(_) | Effect::Note(_) | Effect::Terminated => {}
+        }
+    }
+
+    fn answer(&mut self, generation: Generation, decision: crate::domain::placement::Decision) {
+        let event = match decision.outcome {
+            Ok(placed) => CopyEvent::Placed { on: placed.replica },
+            Err(reason) => CopyEvent::Unplaced { reason },
+        };
+        self.mail.push_back(Mail::Answer(generation, event));
+    }
+
+    fn retry(&mut self) {
+        loop {
+            let retried = self.placement.retry(self.now, 100);
+            for (_, generation, decision) in retried.decisions {
+                self.answer(generation, decision);
+            }
+            if !retried.more {
+                return;
+            }
+        }
+    }
+
+    fn deliver(&mut self) {
+        match self.mail.pop_front() {
+            None => {}
+            Some(Mail::Answer(generation, event)) => self.happen(Event::Copy(generation, event)),
+            Some(Mail::Settled(revision)) => {
+                self.settled = self.settled.max(revision);
+                self.happen(Event::RoutesSettled(revision));
+            }
+            Some(Mail::Report(on, generation, report)) => {
+                if matches!(report, Some(Report::Available { .. })) {
+                    self.reported.insert(generation);
+                }
+                if matches!(report, None | Some(Report::Unloaded | Report::Failed { .. })) {
+                    self.orders.remove(&(on.clone(), generation));
+                    self.asked.remove(&(on.clone(), generation));
+                    let failed = self.agents[&on].get(&generation) == Some(&Phase::Failed);
+                    if failed {
+                        self.agents.get_mut(&on).expect("known").remove(&generation);
+                    }
+                }
+                self.happen(Event::Reported(on, generation, report));
+            }
+        }
+    }
+
+    /// The agent takes each of its orders one step further and reports.
+    fn work(&mut self, index: u32, fail: bool) {
+        let on = replica(index);
+        let orders: Vec<(Generation, bool)> =
+            self.orders.iter().filter(|((to, _), _)| *to == on).map(|((_, g), hold)| (*g, *hold)).collect();
+        for (generation, hold) in orders {
+            let held = self.agents[&on].get(&generation).copied();
+            let next = match (hold, held) {
+                (true, None) => Some(Phase::Fetching),
+                (true, Some(Phase::Fetching)) if fail => Some(Phase::Failed),
+                (true, Some(Phase::Fetching)) => Some(Phase::Loading),
+                (true, Some(Phase::Loading)) => Some(Phase::Available),
+                (true, Some(phase)) => Some(phase),
+                (false, _) => None,
+            };
+            let agent = self.agents.get_mut(&on).expect("known");
+            match next {
+                None => drop(agent.remove(&generation)),
+                Some(phase) => drop(agent.insert(generation, phase)),
+            }
+            self.mail.push_back(Mail::Report(on.clone(), generation, Some(report(next))));
+        }
+    }
+
+    fn inventory(&mut self, index: u32) {
+        let on = replica(index);
+        for (generation, phase) in self.agents[&on].clone() {
+            self.mail.push_back(Mail::Report(on.clone(), generation, Some(report(Some(phase)))));
+        }
+        for (to, generation) in self.orders.keys().chain(&self.asked).cloned().collect::<Vec<_>>() {
+            if to == on && !self.agents[&on].contains_key(&generation) {
+                self.mail.push_back(Mail::Report(on.clone(), generation, None));
+            }
+        }
+    }
+
+    fn restart(&mut self) {
+        self.mail.clear();
+        self.orders.clear();
+        self.placement = Placement::default();
+        self.replicas();
+        let name = self.model.name.clone();
+        self.model = match self.rows.model.clone() {
+            None => Model::unborn(name, self.now),
+            Some(row) => restore(
+                row,
+                self.rows.versions.values().cloned().collect(),
+                self.rows.copies.values().cloned().collect(),
+                self.now,
+            ),
+        };
+        self.settled = 0;
+        for index in 0..self.model.copies.len() {
+            let copy = self.model.copies[index].clone();
+            let on = copy.state.replica().expect("restored copies have one").clone();
+            self.placement.restore(&self.model.name, copy.generation, &on, copy.need.clone()).expect("once");
+            if copy.draining {
+                self.asked.insert((on, copy.generation));
+            } else {
+                self.perform(self.model.register(&copy).expect("has a version"));
+            }
+        }
+        let route = self.model.route(|_| Some("door".to_owned()));
+        self.route =
+            route.targets.iter().flat_map(|target| &target.endpoints).map(|endpoint| endpoint.generation).collect();
+        let server = ServerName::new("s").expect("valid");
+        self.happen(Event::Leaving(server, self.draining.clone()));
+        (0..REPLICAS).for_each(|index| self.inventory(index));
+    }
+
+    fn take(&mut self, act: Act) {
+        let server = ServerName::new("s").expect("valid");
+        match act {
+            Act::Submit { spec, replicas, rollout } => {
+                self.uid += 1;
+                let definition = Definition {
+                    name: self.model.name.clone(),
+                    spec: ModelSpec { uri: format!("/{spec}"), memory: Some(Bytes(1)), ..ModelSpec::default() },
+                    deployment: DeploymentPatch {
+                        replicas: Some(Replicas { replicas, min: 0, max: 0, log_payloads: false }),
+                        strategy: Some(rollout),
+                        ..DeploymentPatch::default()
+                    },
+                    kubernetes: None,
+                    passthrough: Passthrough::default(),
+                };
+                self.happen(Event::Submit(Box::new(definition), Uid(self.uid)));
+            }
+            Act::Scale(replicas) => self.happen(Event::Scale(replicas)),
+            Act::Delete => self.happen(Event::Delete(None)),
+            Act::Rollback => self.happen(Event::Rollback(None)),
+            Act::Deliver => self.deliver(),
+            // Only words of agents are ever lost: the rest is said within the process.
+            Act::Lose => {
+                if matches!(self.mail.front(), Some(Mail::Report(..))) {
+                    self.mail.pop_front();
+                }
+            }
+            Act::Work { replica, fail } => self.work(replica, fail),
+            Act::Inventory(index) => self.inventory(index),
+            Act::Silent(index) => self.happen(Event::Replica(replica(index), CopyEvent::AgentLost)),
+            Act::Lost(index) => {
+                // The scheduler gives it up; the agent, for all it knows, still holds everything.
+                self.orders.retain(|(on, _), _| *on != replica(index));
+                self.happen(Event::Replica(replica(index), CopyEvent::ReplicaLost));
+            }
+            Act::Drain(index) => {
+                self.draining.insert(index);
+                self.replicas();
+                self.happen(Event::Leaving(server, self.draining.clone()));
+            }
+            Act::Undrain => {
+                self.draining.clear();
+                self.replicas();
+                self.retry();
+                self.happen(Event::Leaving(server, BTreeSet::new()));
+            }
+            Act::Restart => self.restart(),
+            Act::Pass(seconds) => {
+                self.now = self.now + Duration::from_secs(seconds);
+                self.happen(Event::Reconcile);
+            }
+        }
+    }
+
+    fn check(&self) {
+        self.placement.consistency_check().unwrap_or_else(|wrong| panic!("{wrong:?}"));
+        let rows: BTreeSet<Generation> = self.rows.copies.keys().copied().collect();
+        for copy in &self.model.copies {
+            let generation = copy.generation;
+            if matches!(copy.state, State::Available { .. }) {
+                assert!(self.reported.contains(&generation), "{generation} is Available and no agent said so");
+                assert!(copy.routed != copy.draining);
+            }
+            if copy.routed {
+                assert!(matches!(copy.state, State::Available { .. } | State::Unknown { .. }), "{copy:?}");
+            }
+            let placed = self.placement.ledger().copy(&self.model.name, generation).is_some();
+            if copy.state.replica().is_some() {
+                assert!(placed, "{generation} has a replica and no reservation");
+                assert!(rows.contains(&generation), "{generation} has a replica and no row");
+            }
+            if matches!(copy.state, State::Draining { phase: Drain::Unloading, .. }) {
+                assert!(!self.route.contains(&generation));
+            }
+        }
+        let routed: BTreeSet<Generation> =
+            self.model.copies.iter().filter(|copy| copy.routed).map(|copy| copy.generation).collect();
+        assert_eq!(routed, self.route, "the published route is the model's");
+        let held = self.model.copies.iter().map(|copy| copy.generation).collect::<BTreeSet<_>>();
+        for generation in rows {
+            assert!(held.contains(&generation), "{generation} has a row and is not known");
+        }
+    }
+
+    /// Everyone is back, nothing is lost, nothing fails: time passes until nothing changes any more.
+    fn calm(&mut self) {
+        self.take(Act::Undrain);
+        for _ in 0..60 {
+            (0..REPLICAS).for_each(|index| self.inventory(index));
+            for _ in 0..4 {
+                (0..REPLICAS).for_each(|index| self.work(index, false));
+                while !self.mail.is_empty() {
+                    self.deliver();
+                    self.check();
+                }
+            }
+            self.take(Act::Pass(400));
+        }
+    }
+}
+
+fn report(phase: Option<Phase>) -> Report {
+    match phase {
+        Some(Phase::Fetching) => Report::Downloading(copy::Progress::default()),
+        Some(Phase::Loading) => Report::Loading,
+        Some(Phase::Available) => Report::Available { residency: Residency::Resident, measured: None },
+        Some(Phase::Failed) => Report::Failed {
+            failure: Failure { class: FailureClass::Runtime, message: "it broke".to_owned() },
+            freed: true,
+        },
+        None => Report::Unloaded,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_rules_hold_after_every_step_and_what_is_wanted_comes(acts in prop::collection::vec(act(), 1..160)) {
+        let mut world = World::new();
+        for act in acts {
+            world.take(act);
+            world.check();
+        }
+        world.calm();
+        world.check();
+        let model = &world.model;
+        let held: usize = world.agents.values().map(BTreeMap::len).sum();
+        prop_assert_eq!(held, model.copies.iter().filter(|copy| copy.state.replica().is_some()).count());
+        if !model.is_born() || model.deleted.is_some() || model.deployment.replicas == 0 {
+            prop_assert!(model.copies.is_empty(), "{:?}", model.copies);
+            prop_assert!(world.rows.copies.is_empty());
+            prop_assert_eq!(world.placement.ledger().copy_count(), 0);
+        } else {
+            let latest = model.latest().expect("born");
+            // A rollout that was given up stays so until it is resubmitted.
+            let version = if latest.failed.is_some() { model.serving.expect("serves") } else { latest.version };
+            let standing = model.version_standing(version);
+            prop_assert_eq!(model.standing().available, model.deployment.replicas, "{:?}", model.copies);
+            prop_assert_eq!(standing.available, model.deployment.replicas, "{:?}", model.copies);
+            prop_assert_eq!(model.copies.len(), model.deployment.replicas as usize);
+        }
+    }
+
+    #[test]
+    fn a_rollout_never_goes_below_its_floor(
+        replicas in 1..4_u32,
+        (surge, gap) in (0..3_u32, 0..2_u32).prop_filter("a surge or a gap", |(surge, gap)| surge + gap > 0),
+        order in prop::collection::vec((0..REPLICAS, any::<bool>()), 0..200),
+    ) {
+        let rollout = Rollout::RollingUpdate { max_surge: surge, max_unavailable: gap };
+        let mut world = World::new();
+        world.take(Act::Submit { spec: 0, replicas, rollout });
+        world.calm();
+        world.take(Act::Submit { spec: 1, replicas, rollout });
+        let floor = replicas.saturating_sub(gap);
+        for (replica, deliver) in order {
+            world.take(if deliver { Act::Deliver } else { Act::Work { replica, fail: false } });
+            let staying = world.model.copies.iter().filter(|copy| !copy.draining).count();
+            prop_assert!(world.route.len() >= floor as usize, "{} of {floor} answer", world.route.len());
+            prop_assert!(staying <= (replicas + surge) as usize, "{staying} copies of {replicas} + {surge}");
+        }
+    }
+}
+
+#[test]
+fn a_rollout_that_fails_leaves_the_old_version_serving_until_it_is_resubmitted() {
+    let rollout = Rollout::default();
+    let mut world = World::new();
+    world.take(Act::Submit { spec: 0, replicas: 1, rollout });
+    world.calm();
+    world.take(Act::Submit { spec: 1, replicas: 1, rollout });
+    for _ in 0..20 {
+        (0..REPLICAS).for_each(|index| world.work(index, true));
+        while !world.mail.is_empty() {
+            world.deliver();
+            world.check();
+        }
+        world.take(Act::Pass(10));
+    }
+    assert!(world.model.latest().expect("born").failed.is_some());
+    assert_eq!(world.model.serving, Some(Version(1)));
+    assert_eq!(world.model.standing().state, ModelState::Available);
+    assert_eq!(world.model.version_standing(Version(2)).state, ModelState::Failed);
+    world.take(Act::Submit { spec: 1, replicas: 1, rollout });
+    world.calm();
+    assert_eq!(world.model.serving, Some(Version(2)));
+    assert_eq!(world.model.version_standing(Version(2)).state, ModelState::Available);
+}
+
+#[test]
+fn resubmitting_the_same_spec_changes_nothing_and_another_number_of_copies_is_no_new_version() {
+    let rollout = Rollout::default();
+    let mut world = World::new();
+    world.take(Act::Submit { spec: 0, replicas: 1, rollout });
+    world.calm();
+    let before = world.model.clone();
+    world.take(Act::Submit { spec: 0, replicas: 1, rollout });
+    assert_eq!(world.model, before);
+    world.take(Act::Submit { spec: 0, replicas: 2, rollout });
+    world.calm();
+    assert_eq!(world.model.versions.len(), 1);
+    assert_eq!(world.model.standing().available, 2);
+}
