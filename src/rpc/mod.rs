@@ -1,5 +1,7 @@
 //! The wire: generated code once, wire to domain in one place, errors to status in one place.
 
+pub mod routes_wire;
+
 mod generated {
     #![expect(missing_docs, unreachable_pub, clippy::all, reason = "generated; the .proto files say what it means")]
     tonic::include_proto!("wire");
