@@ -10,6 +10,6 @@
 
 pub mod domain;
 pub mod forward;
-//pub mod gateway;
+pub mod gateway;
 pub mod ports;
 pub mod rpc;

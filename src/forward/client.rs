@@ -182,7 +182,9 @@ impl HttpUpstream {
             .timer(TokioTimer::new())
             .initial_stream_window_size(self.options.window)
             // As much as all streams together may have on their way: one that nobody reads holds up no other.
-            .initial_connection_window_size(self.options.window.saturating_mul(self.options.streams as u32).min(i32::MAX as u32))
+            .initial_connection_window_size(
+                self.options.window.saturating_mul(self.options.streams as u32).min(i32::MAX as u32),
+            )
             .max_frame_size(FRAME)
             .keep_alive_interval(self.options.probe_every)
             .keep_alive_timeout(self.options.probe_timeout)

@@ -221,8 +221,8 @@ pub fn percent_encoded(message: &str) -> HeaderValue {
 
 #[cfg(test)]
 mod tests {
-    use prost::Message as _;
     use proptest::prelude::*;
+    use prost::Message as _;
 
     use super::*;
     use crate::rpc::proto::inference::{ModelInferRequest, ModelReadyRequest};
@@ -277,16 +277,21 @@ mod tests {
     #[test]
     fn what_is_not_a_message_is_said_so() {
         assert_eq!(peek_model(&[1, 0, 0, 0, 9, 1], 100), Some(Peeked::Compressed));
-        for bad in [&[7, 0, 0, 0, 0][..], &framed(&[0x08, 1]), &framed(&[0x0a, 9, b'x']), &framed(&[0x0a, 1, 0xff]), &framed(&[0x0f, 1])] {
+        for bad in [
+            &[7, 0, 0, 0, 0][..],
+            &framed(&[0x08, 1]),
+            &framed(&[0x0a, 9, b'x']),
+            &framed(&[0x0a, 1, 0xff]),
+            &framed(&[0x0f, 1]),
+        ] {
             assert!(matches!(peek_model(bad, 100), Some(Peeked::Malformed(_))), "{bad:?}");
         }
     }
 
     #[test]
     fn only_grpc_is_grpc() {
-        let is = |value: &'static str| {
-            is_grpc(&HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(value))]))
-        };
+        let is =
+            |value: &'static str| is_grpc(&HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(value))]));
         assert!(is("application/grpc") && is("application/grpc+proto") && is("application/grpc;x=1"));
         assert!(!is("application/grpc-web") && !is("application/json") && !is_grpc(&HeaderMap::new()));
     }

@@ -66,13 +66,7 @@ pub(super) struct Bounds {
 
 impl Pool {
     pub(super) fn new(clock: Arc<dyn Clock>, limits: Bounds) -> Arc<Self> {
-        Arc::new(Self {
-            idle: Mutex::default(),
-            shared: Mutex::default(),
-            sweeper: Mutex::default(),
-            clock,
-            limits,
-        })
+        Arc::new(Self { idle: Mutex::default(), shared: Mutex::default(), sweeper: Mutex::default(), clock, limits })
     }
 
     /// The connection that was used last, of those that can take a request now.

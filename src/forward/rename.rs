@@ -16,7 +16,7 @@ use http::{
     header::CONTENT_LENGTH,
     uri::{InvalidUri, PathAndQuery},
 };
-use http_body::{Body as _, Frame};
+use http_body::Frame;
 use thiserror::Error;
 
 use super::{
@@ -34,8 +34,10 @@ const JOIN: usize = 4096;
 #[derive(Debug, Error)]
 pub enum RenameError {
     /// Compressed messages can't be changed without unpacking them.
-    #[error("the request's messages are compressed ({0}), and this server passes only uncompressed ones; send them \
-             without grpc-encoding")]
+    #[error(
+        "the request's messages are compressed ({0}), and this server passes only uncompressed ones; send them \
+             without grpc-encoding"
+    )]
     Compressed(String),
     /// Neither a REST path of a model nor one of the four gRPC methods of one.
     #[error("{0:?} is not a path of a model")]
@@ -209,8 +211,8 @@ impl http_body::Body for Renamed {
 #[cfg(test)]
 mod tests {
     use http_body_util::{BodyExt as _, StreamBody};
-    use prost::Message as _;
     use proptest::prelude::*;
+    use prost::Message as _;
 
     use super::*;
     use crate::rpc::proto::inference::ModelInferRequest;

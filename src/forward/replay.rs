@@ -204,11 +204,7 @@ impl Drop for Replay {
 
 impl Source {
     /// One frame of the inner body, kept when there is room (always, when `must_keep`).
-    fn poll_inner(
-        &mut self,
-        cx: &mut Context<'_>,
-        must_keep: bool,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_inner(&mut self, cx: &mut Context<'_>, must_keep: bool) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let frame = match Pin::new(&mut self.inner).poll_frame(cx) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(None) => {
@@ -329,7 +325,8 @@ mod tests {
     use super::*;
 
     fn chunks(parts: &[&'static str]) -> Body {
-        let frames: Vec<_> = parts.iter().map(|p| Ok::<_, BoxError>(Frame::data(Bytes::from_static(p.as_bytes())))).collect();
+        let frames: Vec<_> =
+            parts.iter().map(|p| Ok::<_, BoxError>(Frame::data(Bytes::from_static(p.as_bytes())))).collect();
         Body::new(StreamBody::new(futures::stream::iter(frames)))
     }
 
