@@ -13,6 +13,7 @@ pub mod domain;
 pub mod forward;
 pub mod manifest;
 pub mod messages;
+pub mod gateway;
 pub mod ports;
 pub mod rpc;
 pub mod telemetry;

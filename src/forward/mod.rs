@@ -4,12 +4,29 @@
 //! The rule of this module: a body is never parsed, copied or buffered whole on its way through.
 
 mod body;
+mod client;
+mod connections;
+pub mod grpc;
+pub mod headers;
+mod net;
+mod pool;
+mod rename;
+pub mod replay;
+pub mod respond;
+mod server;
+mod wire;
 
 use std::fmt;
 
 use futures::future::BoxFuture;
 
 pub use body::{Body, BoxError};
+pub use client::{AddressError, ClientOptions, HttpUpstream};
+pub use connections::{Connections, IN_PROCESS, Registration};
+pub use net::TcpNetwork;
+pub use rename::{RenameError, rename};
+pub use respond::error_response;
+pub use server::{Limits, serve};
 
 /// A request on its way to a door or an inference server: REST and gRPC alike.
 pub type Request = http::Request<Body>;

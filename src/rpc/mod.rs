@@ -10,6 +10,7 @@ pub mod status;
 pub mod views;
 pub mod wharf_service;
 pub mod wire;
+pub mod routes_wire;
 
 mod generated {
     #![expect(missing_docs, unreachable_pub, clippy::all, reason = "generated; the .proto files say what it means")]

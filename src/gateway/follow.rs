@@ -1,0 +1,279 @@
+//! Keeps the route table that of the scheduler.
+//!
+//! The rule of this module: what the scheduler sent last stays in force until it sends something newer, however
+//! long it is gone. An epoch is acknowledged when nothing will be sent under an older one, and not before; a
+//! ping is answered at once with the newest epoch of which that is true, so that a request that is slow to leave
+//! delays an acknowledgement but never the lease.
+
+use std::{
+    sync::{Arc, MutexGuard, PoisonError, atomic::Ordering},
+    time::Duration,
+};
+
+use hyper_util::rt::TokioIo;
+use thiserror::Error;
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+
+use super::{Gateway, epochs::Turn};
+use crate::{
+    domain::{
+        names::ModelName,
+        routes::{Absence, Changes, Epoch, Route, Snapshot},
+    },
+    ports::Network,
+    rpc::{
+        proto::routes::{self as wire, gateway_message, routes_client::RoutesClient, routes_message},
+        routes_wire::route_from_wire,
+    },
+};
+
+/// The largest message that the scheduler may send.
+const MESSAGE: usize = 64 << 20;
+/// Words to the scheduler on their way at a time.
+const OUTBOX: usize = 16;
+/// How long the scheduler may be silent until it says what the lease is.
+const FIRST_LEASE: Duration = Duration::from_secs(10);
+/// How often a silent connection is probed.
+const PROBE: Duration = Duration::from_secs(5);
+
+/// The journal whose routes the table holds.
+#[derive(Clone, Debug)]
+pub(super) struct Lineage {
+    pub(super) name: String,
+    /// The turn at which the table became this lineage's.
+    since: u64,
+}
+
+/// Why a connection to the scheduler ended.
+#[derive(Debug, Error)]
+enum Lost {
+    #[error("{0:?} is not an address of the form host:port: {1}")]
+    Address(String, tonic::transport::Error),
+    #[error("the scheduler at {0} could not be reached: {1}")]
+    Connect(String, String),
+    #[error("the scheduler ended the stream of routes: {0}")]
+    Ended(Status),
+    #[error("the scheduler closed the stream of routes")]
+    Closed,
+    #[error("the scheduler was silent for {0:?}")]
+    Silent(Duration),
+    #[error("the scheduler speaks of epoch {0}, and nothing made it here: the whole table is asked for again")]
+    Missed(u64),
+}
+
+/// One connection to the scheduler.
+struct Session {
+    inbound: Streaming<wire::RoutesMessage>,
+    outbound: mpsc::Sender<wire::GatewayMessage>,
+    lease: Duration,
+    /// The lineage that the scheduler named.
+    lineage: String,
+    /// The pieces of a table so far.
+    pieces: Vec<Route>,
+    /// The turn to acknowledge when it has settled.
+    owed: Option<Turn>,
+}
+
+impl Gateway {
+    /// Keeps the table that of the scheduler at `address`, `host:port`, until `shutdown`. Ends only then.
+    pub async fn follow(self: Arc<Self>, network: Arc<dyn Network>, address: String, shutdown: CancellationToken) {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = self.follow_always(network, address) => {}
+        }
+    }
+
+    async fn follow_always(&self, network: Arc<dyn Network>, address: String) {
+        let mut wait = self.options.reconnect_first;
+        // When changes were missed, the scheduler must not resume where the table is.
+        let mut anew = false;
+        loop {
+            let lost = match self.connect(&network, &address, anew).await {
+                Ok(mut session) => {
+                    let heard = self.metrics.epochs.load(Ordering::Relaxed);
+                    let lost = self.listen(&mut session).await;
+                    if self.metrics.epochs.load(Ordering::Relaxed) > heard {
+                        wait = self.options.reconnect_first;
+                    }
+                    lost
+                }
+                Err(lost) => lost,
+            };
+            anew = matches!(lost, Lost::Missed(_));
+            tracing::warn!(reason = %lost, "routes are not followed; the last ones stay in force");
+            // Between half of it and all of it, so that many gateways don't call at the same instant.
+            sleep(wait / 2 + (wait / 2).mul_f64((self.random.next() >> 11) as f64 / (1_u64 << 53) as f64)).await;
+            wait = (wait * 2).min(self.options.reconnect_most);
+        }
+    }
+
+    async fn connect(&self, network: &Arc<dyn Network>, address: &str, anew: bool) -> Result<Session, Lost> {
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .map_err(|error| Lost::Address(address.to_owned(), error))?
+            .connect_timeout(self.options.connect_timeout)
+            .http2_keep_alive_interval(PROBE)
+            .keep_alive_timeout(PROBE)
+            .keep_alive_while_idle(true);
+        let unreachable = |problem: String| Lost::Connect(address.to_owned(), problem);
+        let connector = tower::service_fn({
+            let (network, address) = (Arc::clone(network), address.to_owned());
+            move |_| {
+                let (network, address) = (Arc::clone(&network), address.clone());
+                async move { network.connect(&address).await.map(TokioIo::new) }
+            }
+        });
+        let connecting = timeout(self.options.connect_timeout, endpoint.connect_with_connector(connector));
+        let channel: Channel = connecting
+            .await
+            .map_err(|_| unreachable(format!("nothing within {:?}", self.options.connect_timeout)))?
+            .map_err(|error| unreachable(chain(&error)))?;
+        self.metrics.connects.fetch_add(1, Ordering::Relaxed);
+        let (outbound, words) = mpsc::channel(OUTBOX);
+        let held = self.table.held_epoch().0.zip(self.lineage()).filter(|_| !anew);
+        let (lineage, epoch) = held.map_or_else(Default::default, |(epoch, lineage)| (lineage.name, epoch.0));
+        let hello = wire::Hello { gateway: self.options.name.clone(), lineage, epoch };
+        say(&outbound, gateway_message::Message::Hello(hello));
+        let mut client = RoutesClient::new(channel).max_decoding_message_size(MESSAGE);
+        let watching = timeout(self.options.connect_timeout, client.watch(ReceiverStream::new(words)));
+        let inbound = watching
+            .await
+            .map_err(|_| unreachable("it did not begin to send routes".to_owned()))?
+            .map_err(Lost::Ended)?
+            .into_inner();
+        Ok(Session { inbound, outbound, lease: FIRST_LEASE, lineage: String::new(), pieces: Vec::new(), owed: None })
+    }
+
+    async fn listen(&self, session: &mut Session) -> Lost {
+        loop {
+            let owed = session.owed;
+            let settle = async {
+                match owed {
+                    Some(turn) => self.table.settle(turn).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let message = tokio::select! {
+                biased;
+                () = settle => {
+                    session.owed = None;
+                    self.acknowledge(session);
+                    continue;
+                }
+                message = timeout(session.lease, session.inbound.message()) => message,
+            };
+            let message = match message {
+                Ok(Ok(Some(message))) => message.message,
+                Ok(Ok(None)) => return Lost::Closed,
+                Ok(Err(status)) => return Lost::Ended(status),
+                Err(_) => return Lost::Silent(session.lease),
+            };
+            // A message of a later version of the protocol changes nothing here.
+            let Some(message) = message else { continue };
+            if let Err(lost) = self.take(session, message) {
+                return lost;
+            }
+        }
+    }
+
+    fn take(&self, session: &mut Session, message: routes_message::Message) -> Result<(), Lost> {
+        match message {
+            routes_message::Message::Welcome(welcome) => {
+                session.lineage = welcome.lineage;
+                if welcome.lease_millis > 0 {
+                    session.lease = Duration::from_millis(welcome.lease_millis);
+                }
+            }
+            routes_message::Message::Table(table) => {
+                session.pieces.extend(table.routes.into_iter().filter_map(|route| self.route(route)));
+                if table.last {
+                    let routes = std::mem::take(&mut session.pieces);
+                    let turn = self.table.replace(Snapshot { epoch: Epoch(table.epoch), routes });
+                    self.metrics.epochs.fetch_add(1, Ordering::Relaxed);
+                    *self.lineage_mut() = Some(Lineage { name: session.lineage.clone(), since: turn.sequence });
+                    session.owed = Some(turn);
+                }
+            }
+            routes_message::Message::Changes(changes) => {
+                if !self.is_same_lineage(session) {
+                    return Err(Lost::Missed(changes.epoch));
+                }
+                let removed = changes.removed.iter().filter_map(|name| ModelName::new(name).ok()).collect();
+                let routes = changes.routes.into_iter().filter_map(|route| self.route(route)).collect();
+                if let Some(turn) = self.table.apply(Changes { epoch: Epoch(changes.epoch), routes, removed }) {
+                    self.metrics.epochs.fetch_add(1, Ordering::Relaxed);
+                    session.owed = Some(turn);
+                }
+            }
+            routes_message::Message::Ping(ping) => {
+                let held = self.table.held_epoch().0;
+                if !self.is_same_lineage(session) || held.is_none_or(|held| held.0 < ping.epoch) {
+                    return Err(Lost::Missed(ping.epoch));
+                }
+                self.acknowledge(session);
+            }
+        }
+        Ok(())
+    }
+
+    /// A route that is not understood leaves its model known, without an endpoint and with the reason: sending to
+    /// what it was before could be sending to what it was taken from.
+    fn route(&self, route: wire::Route) -> Option<Route> {
+        let name = route.model.clone();
+        match route_from_wire(route, self.clock.now()) {
+            Ok(route) => Some(route),
+            Err(error) => {
+                tracing::error!(model = name, %error, "a route was not understood");
+                let absence = Absence { state: "Unknown".to_owned(), reason: error.to_string(), retry_at: None };
+                Some(Route { model: ModelName::new(&name).ok()?, targets: Vec::new(), absence })
+            }
+        }
+    }
+
+    /// Says under which epoch, at the oldest, requests are sent from now on.
+    fn acknowledge(&self, session: &Session) {
+        let settled = self.table.settled();
+        if self.lineage().is_some_and(|lineage| settled.sequence >= lineage.since) {
+            let epoch = settled.epoch.0;
+            say(&session.outbound, gateway_message::Message::Acknowledged(wire::Acknowledged { epoch }));
+        }
+    }
+
+    fn is_same_lineage(&self, session: &Session) -> bool {
+        self.lineage_mut().as_ref().is_some_and(|lineage| lineage.name == session.lineage)
+    }
+
+    pub(super) fn lineage(&self) -> Option<Lineage> {
+        self.lineage_mut().clone()
+    }
+
+    fn lineage_mut(&self) -> MutexGuard<'_, Option<Lineage>> {
+        self.lineage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What finds no room is not said: the scheduler's next ping asks for it again.
+fn say(outbound: &mpsc::Sender<wire::GatewayMessage>, message: gateway_message::Message) {
+    if outbound.try_send(wire::GatewayMessage { message: Some(message) }).is_err() {
+        tracing::debug!("the scheduler takes no acknowledgements at present");
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += ": ";
+        text += &cause.to_string();
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,118 @@
+//! Which copy a request goes to: the domain's choice, over what this gateway knows of its endpoints.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+};
+
+use super::route::{Entry, Place, Share};
+use crate::domain::{
+    routes::{Load, Rank, choose_endpoint, choose_target},
+    time::Instant,
+    version::{Generation, Version},
+};
+
+/// Random numbers for choices, not for secrets: the same seed gives the same sequence (SplitMix64).
+#[derive(Debug)]
+pub(super) struct Random(AtomicU64);
+
+impl Random {
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+    pub(super) const fn new(seed: u64) -> Self {
+        Self(AtomicU64::new(seed))
+    }
+
+    pub(super) fn next(&self) -> u64 {
+        let mut z = self.0.fetch_add(Self::STEP, Ordering::Relaxed).wrapping_add(Self::STEP);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+/// What this gateway has seen of one copy; kept over changes of its route.
+#[derive(Debug, Default)]
+pub(super) struct Pulse {
+    pub(super) in_flight: AtomicUsize,
+    pub(super) resident: AtomicBool,
+    /// Microseconds since the epoch until which it counts as hard to reach.
+    pub(super) suspect_until: AtomicU64,
+}
+
+/// One request's place in a copy's count.
+#[derive(Debug)]
+pub(super) struct Flight(Arc<Pulse>);
+
+impl Flight {
+    pub(super) fn board(pulse: &Arc<Pulse>) -> Self {
+        pulse.in_flight.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(pulse))
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What a request asks of a route.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wish<'a> {
+    /// This version and no other.
+    pub(super) version: Option<Version>,
+    /// The `x-seldon-route` that the client was given before: the same version, if it still has a share.
+    pub(super) sticky: Option<&'a [u8]>,
+}
+
+/// A copy for one more attempt, not one of `tried`.
+pub(super) fn pick<'e>(
+    entry: &'e Entry,
+    wish: Wish<'_>,
+    tried: &[Generation],
+    random: &Random,
+    now: impl Fn() -> Instant,
+) -> Option<(&'e Share, &'e Place)> {
+    let open = |share: &Share| {
+        wish.version.is_none_or(|version| version == share.version)
+            && share.places.iter().any(|place| !tried.contains(&place.generation))
+    };
+    let same = wish.sticky.filter(|_| wish.version.is_none()).and_then(|sticky| {
+        entry.shares.iter().find(|share| share.weight > 0 && open(share) && contains(sticky, share.sticky.as_bytes()))
+    });
+    // A version that was begun with is stayed with while it has another copy.
+    let begun = || entry.shares.iter().find(|s| open(s) && tried.last().is_some_and(|last| last.version == s.version));
+    let share = match same.or_else(begun) {
+        Some(share) => share,
+        None => match entry.shares.as_ref() {
+            [only] if open(only) => only,
+            shares => {
+                let weights = shares.iter().map(|share| open(share).then_some(share.weight));
+                &shares[choose_target(weights, random.next())?]
+            }
+        },
+    };
+    let place = match share.places.as_ref() {
+        [only] => only,
+        places => {
+            let load = |index: usize| {
+                let place: &Place = places.get(index)?;
+                if tried.contains(&place.generation) {
+                    return None;
+                }
+                let suspect_until = place.pulse.suspect_until.load(Ordering::Relaxed);
+                let suspect = suspect_until != 0 && now().as_micros() < suspect_until;
+                let evicted = !place.pulse.resident.load(Ordering::Relaxed);
+                let in_flight = place.pulse.in_flight.load(Ordering::Relaxed);
+                Some(Load { rank: Rank { suspect, evicted }, in_flight })
+            };
+            &places[choose_endpoint(places.len(), load, random.next())?]
+        }
+    };
+    Some((share, place))
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}

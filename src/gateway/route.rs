@@ -1,0 +1,284 @@
+//! The route table as requests see it.
+//!
+//! The rule of this module: a request takes no lock to find its route, and a change costs what it changes. The
+//! table is 4,096 shards, each an immutable map behind an atomic pointer: a look-up reads one pointer and one
+//! map, the same for one model as for a million; a change copies the shards that it touches (25 entries
+//! each with 100,000 models, 250 with a million) and swaps their pointers. That a request may meet one
+//! change half applied is no harm: routes of different models are independent, and the epoch that the
+//! change makes is marked only after its last shard ([`Epochs`]).
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    hash::{BuildHasherDefault, Hasher},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+};
+
+use arc_swap::ArcSwap;
+use http::HeaderValue;
+use tokio::sync::watch;
+
+use super::{
+    epochs::{Epochs, Guard, Turn},
+    pick::Pulse,
+};
+use crate::{
+    domain::{
+        names::{ModelName, ReplicaId},
+        routes::{Absence, Changes, Epoch, Route, Snapshot},
+        version::{Generation, Version, served_name},
+    },
+    forward::{Connections, Upstream},
+};
+
+/// A power of two.
+const SHARDS: usize = 4096;
+
+type Shard = HashMap<ModelName, Arc<Entry>, BuildHasherDefault<Fnv>>;
+
+/// Routes of all models.
+#[derive(Debug)]
+pub struct Table {
+    shards: Box<[ArcSwap<Shard>]>,
+    epochs: Epochs,
+    /// Grows with every change, for those who wait for one.
+    changed: watch::Sender<u64>,
+    held: Mutex<Held>,
+    doors: Arc<Connections>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    epoch: Option<Epoch>,
+    models: usize,
+}
+
+/// One model's route, ready for requests.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) model: ModelName,
+    pub(super) shares: Box<[Share]>,
+    pub(super) absence: Absence,
+}
+
+/// One version's share of a route.
+#[derive(Debug)]
+pub(super) struct Share {
+    pub(super) version: Version,
+    pub(super) weight: u32,
+    /// The name under which doors know it: `iris_2`.
+    pub(super) served: HeaderValue,
+    /// What clients see of it: `:iris_2:`.
+    pub(super) sticky: HeaderValue,
+    pub(super) places: Box<[Place]>,
+}
+
+/// One endpoint.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) generation: Generation,
+    /// The generation as the door reads it.
+    pub(super) copy: HeaderValue,
+    pub(super) replica: ReplicaId,
+    pub(super) door: Arc<dyn Upstream>,
+    pub(super) pulse: Arc<Pulse>,
+}
+
+impl Table {
+    pub(super) fn new(doors: Arc<Connections>) -> Self {
+        let empty = Arc::new(Shard::default());
+        Self {
+            shards: (0..SHARDS).map(|_| ArcSwap::new(Arc::clone(&empty))).collect(),
+            epochs: Epochs::default(),
+            changed: watch::Sender::new(0),
+            held: Mutex::default(),
+            doors,
+        }
+    }
+
+    /// A guard of the present epoch, to be taken before [`get`](Self::get).
+    pub(super) fn enter(&self) -> Guard {
+        self.epochs.enter()
+    }
+
+    /// The route of the model named `name`.
+    pub(super) fn get(&self, name: &str) -> Option<Arc<Entry>> {
+        self.shards[shard_of(name)].load().get(name).cloned()
+    }
+
+    /// Whether there is a route for `name`.
+    pub(super) fn knows(&self, name: &str) -> bool {
+        self.shards[shard_of(name)].load().contains_key(name)
+    }
+
+    /// Waits for a route of `entry`'s model other than `entry`. `None` when the model has none any more.
+    pub(super) async fn next(&self, entry: &Arc<Entry>) -> Option<Arc<Entry>> {
+        let mut changed = self.changed.subscribe();
+        loop {
+            changed.borrow_and_update();
+            match self.get(entry.model.as_str()) {
+                Some(now) if Arc::ptr_eq(&now, entry) => {}
+                other => return other,
+            }
+            if changed.changed().await.is_err() {
+                return None;
+            }
+        }
+    }
+
+    /// Replaces the whole table. What is known of a copy's load and residency stays with it.
+    pub fn replace(&self, snapshot: Snapshot) -> Turn {
+        let mut held = self.held();
+        let mut shards: Vec<Shard> = (0..SHARDS).map(|_| Shard::default()).collect();
+        for route in snapshot.routes {
+            let shard = shard_of(route.model.as_str());
+            let before = self.shards[shard].load().get(route.model.as_str()).cloned();
+            let entry = self.entry(route, before.as_deref());
+            shards[shard].insert(entry.model.clone(), entry);
+        }
+        held.models = shards.iter().map(HashMap::len).sum();
+        for (shard, new) in self.shards.iter().zip(shards) {
+            shard.store(Arc::new(new));
+        }
+        self.mark(&mut held, snapshot.epoch)
+    }
+
+    /// Applies what one epoch changed. Changes that are not newer than the table change nothing: `None`.
+    pub fn apply(&self, changes: Changes) -> Option<Turn> {
+        let mut held = self.held();
+        if held.epoch.is_none_or(|epoch| changes.epoch <= epoch) {
+            return None;
+        }
+        let mut touched: BTreeMap<usize, (Vec<Route>, Vec<ModelName>)> = BTreeMap::new();
+        for route in changes.routes {
+            touched.entry(shard_of(route.model.as_str())).or_default().0.push(route);
+        }
+        for model in changes.removed {
+            touched.entry(shard_of(model.as_str())).or_default().1.push(model);
+        }
+        for (shard, (routes, removed)) in touched {
+            let before = self.shards[shard].load_full();
+            let mut after = Shard::clone(&before);
+            for route in routes {
+                let known = before.get(&route.model);
+                let entry = self.entry(route, known.map(Arc::as_ref));
+                after.insert(entry.model.clone(), entry);
+            }
+            for model in removed {
+                after.remove(&model);
+            }
+            held.models = held.models + after.len() - before.len();
+            self.shards[shard].store(Arc::new(after));
+        }
+        Some(self.mark(&mut held, changes.epoch))
+    }
+
+    fn mark(&self, held: &mut Held, epoch: Epoch) -> Turn {
+        held.epoch = Some(epoch);
+        let turn = self.epochs.advance(epoch);
+        self.changed.send_modify(|count| *count += 1);
+        turn
+    }
+
+    fn entry(&self, route: Route, before: Option<&Entry>) -> Arc<Entry> {
+        let known = |generation: Generation| {
+            let shares = before.into_iter().flat_map(|entry| entry.shares.iter());
+            let mut places = shares.flat_map(|share| share.places.iter());
+            places.find(|place| place.generation == generation).map(|place| Arc::clone(&place.pulse))
+        };
+        let shares = route.targets.into_iter().map(|target| {
+            let places = target.endpoints.into_iter().filter_map(|endpoint| {
+                let door = match self.doors.get(&endpoint.door) {
+                    Ok(door) => door,
+                    Err(error) => {
+                        tracing::error!(model = %route.model, replica = %endpoint.replica, %error, "endpoint left out");
+                        return None;
+                    }
+                };
+                let pulse = known(endpoint.generation).unwrap_or_default();
+                pulse.resident.store(endpoint.resident, Ordering::Relaxed);
+                Some(Place {
+                    generation: endpoint.generation,
+                    copy: header(&endpoint.generation.to_string()),
+                    replica: endpoint.replica,
+                    door,
+                    pulse,
+                })
+            });
+            let served = served_name(&route.model, target.version);
+            Share {
+                version: target.version,
+                weight: target.weight,
+                sticky: header(&format!(":{served}:")),
+                served: header(&served),
+                places: places.collect(),
+            }
+        });
+        Arc::new(Entry { shares: shares.collect(), model: route.model.clone(), absence: route.absence })
+    }
+
+    /// The epoch of the table that is held, and how many models are in it.
+    pub fn held_epoch(&self) -> (Option<Epoch>, usize) {
+        let held = self.held();
+        (held.epoch, held.models)
+    }
+
+    /// The newest epoch that may be acknowledged.
+    pub fn settled(&self) -> Turn {
+        self.epochs.settled()
+    }
+
+    /// Waits until `turn` may be acknowledged.
+    pub async fn settle(&self, turn: Turn) {
+        self.epochs.settle(turn).await;
+    }
+
+    /// Calls `visit` for each route until it answers false, in an order of the table's own.
+    pub(super) fn visit(&self, mut visit: impl FnMut(&Arc<Entry>) -> bool) {
+        for shard in &self.shards {
+            for entry in shard.load().values() {
+                if !visit(entry) {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Names and numbers that were checked are valid in a header.
+fn header(text: &str) -> HeaderValue {
+    HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static(""))
+}
+
+/// FNV-1a: short keys, and the same order in every run, so that a simulation can be repeated. The names in the
+/// table are the scheduler's, so no client can choose ones that collide.
+#[derive(Debug)]
+pub(super) struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Hasher for Fnv {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+fn shard_of(name: &str) -> usize {
+    let mut hash = Fnv::default();
+    hash.write(name.as_bytes());
+    // The upper half: the maps within a shard use the rest.
+    (hash.finish() >> 40) as usize & (SHARDS - 1)
+}
