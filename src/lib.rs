@@ -8,6 +8,7 @@
 //!      -> { rpc  forward } -> messages -> { ports  settings  telemetry } -> domain
 //! ```
 
+pub mod agent;
 pub mod domain;
 pub mod forward;
 pub mod ports;
