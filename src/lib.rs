@@ -9,6 +9,7 @@
 //! ```
 
 pub mod actors;
+pub mod agent;
 pub mod domain;
 pub mod forward;
 pub mod manifest;

@@ -14,6 +14,7 @@ pub mod placement;
 pub mod record;
 pub mod replica;
 pub mod rollout;
+pub mod residency;
 pub mod routes;
 pub mod server;
 pub mod spec;

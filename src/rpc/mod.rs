@@ -28,3 +28,6 @@ pub mod proto {
     /// Descriptors of all services, for reflection.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }
+
+pub mod agent_wire;
+pub mod wire;

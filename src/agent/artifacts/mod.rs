@@ -1,0 +1,331 @@
+//! Artifacts: fetched once, kept on disk by content, put together into the folder that an inference server
+//! loads.
+//!
+//! The rules of this module: a file is visible under its digest only once it is whole, checked and durable;
+//! whoever asks for an artifact that is being fetched shares that fetch; one that a copy uses is never
+//! removed, and of the others the one unused for longest goes first.
+
+mod http;
+mod local;
+mod select;
+mod shelf;
+mod uri;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, Shared, WeakShared},
+};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
+
+pub use http::HttpSource;
+pub use local::LocalSource;
+use shelf::{Manifest, Shelf};
+pub(crate) use uri::redacted;
+use uri::{Uri, bad};
+
+use super::{
+    disk::{self, DiskError},
+    metrics::Metrics,
+    options::{Blocking, Options},
+};
+use crate::{
+    domain::{
+        copy::{Failure, Progress},
+        spec::{ModelSpec, Storage},
+    },
+    ports::{ArtifactSource, Clock, FetchLimits, FetchRequest, Fetched, ProgressSink},
+};
+
+/// The cache of artifacts.
+pub(crate) struct Artifacts {
+    root: PathBuf,
+    sources: Vec<Arc<dyn ArtifactSource>>,
+    limits: FetchLimits,
+    most_bytes: u64,
+    blocking: Blocking,
+    clock: Arc<dyn Clock>,
+    metrics: Arc<Metrics>,
+    shelf: Mutex<Shelf>,
+    flights: Mutex<HashMap<String, Flight>>,
+    /// Held while the shelves on disk change, so that no blob is removed that another artifact just took.
+    writing: tokio::sync::Mutex<()>,
+}
+
+type Landing = Shared<BoxFuture<'static, Result<Arc<Manifest>, Failure>>>;
+
+/// A fetch that is going on. It ends when nobody waits for it any more.
+struct Flight {
+    landing: WeakShared<BoxFuture<'static, Result<Arc<Manifest>, Failure>>>,
+    progress: watch::Receiver<Progress>,
+}
+
+/// An artifact on disk. It stays there for as long as this lives.
+pub(crate) struct Artifact {
+    manifest: Arc<Manifest>,
+    _use: Use,
+}
+
+impl Artifact {
+    /// What it is kept under.
+    pub(crate) fn key(&self) -> &str {
+        &self.manifest.key
+    }
+}
+
+impl fmt::Debug for Artifact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Artifact({})", self.manifest.uri)
+    }
+}
+
+/// Keeps an artifact, or the place for one, from being removed.
+struct Use {
+    artifacts: Arc<Artifacts>,
+    key: String,
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        let now = self.artifacts.clock.now();
+        self.artifacts.shelf().put_back(&self.key, now);
+    }
+}
+
+impl fmt::Debug for Artifacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Artifacts").field("root", &self.root).finish_non_exhaustive()
+    }
+}
+
+impl Artifacts {
+    pub(crate) fn new(
+        options: &Options,
+        sources: Vec<Arc<dyn ArtifactSource>>,
+        clock: Arc<dyn Clock>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            root: options.data_dir.join("artifacts"),
+            sources,
+            limits: options.artifact,
+            most_bytes: options.artifact_cache.0,
+            blocking: options.blocking,
+            clock,
+            metrics,
+            shelf: Mutex::default(),
+            flights: Mutex::default(),
+            writing: tokio::sync::Mutex::default(),
+        }
+    }
+
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads what is on disk from before, and clears what was left half done.
+    pub(crate) async fn open(&self) -> Result<(), DiskError> {
+        let root = self.root.clone();
+        let shelf = disk::run(self.blocking, move || shelf::open(&root)).await?;
+        *self.shelf() = shelf;
+        Ok(())
+    }
+
+    /// Bytes and artifacts on disk.
+    pub(crate) fn size(&self) -> (u64, usize) {
+        self.shelf().size()
+    }
+
+    /// The artifact of `spec`, from disk or from where it is; `progress` is told how far that is.
+    pub(crate) async fn fetch(
+        self: &Arc<Self>,
+        spec: &ModelSpec,
+        progress: impl Fn(Progress),
+    ) -> Result<Artifact, Failure> {
+        let uri = Uri::parse(&spec.uri)?;
+        let key = key(spec);
+        self.shelf().take(&key);
+        let in_use = Use { artifacts: Arc::clone(self), key: key.clone() };
+        let (landing, mut seen) = self.join(&key, uri, spec);
+        tokio::pin!(landing);
+        let manifest = loop {
+            tokio::select! {
+                biased;
+                landed = &mut landing => break landed?,
+                Ok(()) = seen.changed() => {
+                    let now = *seen.borrow_and_update();
+                    progress(now);
+                }
+            }
+        };
+        Ok(Artifact { manifest, _use: in_use })
+    }
+
+    /// An artifact that was on disk before a restart, unless it is not any more.
+    pub(crate) fn find(self: &Arc<Self>, key: &str) -> Option<Artifact> {
+        let mut shelf = self.shelf();
+        let manifest = shelf.get(key)?;
+        shelf.take(key);
+        drop(shelf);
+        Some(Artifact { manifest, _use: Use { artifacts: Arc::clone(self), key: key.to_owned() } })
+    }
+
+    /// The fetch for `key` that is going on, or a new one.
+    fn join(self: &Arc<Self>, key: &str, uri: Uri, spec: &ModelSpec) -> (Landing, watch::Receiver<Progress>) {
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(flight) = flights.get(key)
+            && let Some(landing) = flight.landing.upgrade()
+            && landing.peek().is_none()
+        {
+            return (landing, flight.progress.clone());
+        }
+        flights.retain(|_, flight| flight.landing.upgrade().is_some());
+        let (tell, progress) = watch::channel(Progress::default());
+        let this = Arc::clone(self);
+        let (owned, storage) = (key.to_owned(), spec.storage.clone());
+        let sink: ProgressSink = Arc::new(move |now| {
+            tell.send_replace(now);
+        });
+        let landing = async move { this.download(owned, uri, storage, sink).await }.boxed().shared();
+        if let Some(weak) = landing.downgrade() {
+            flights.insert(key.to_owned(), Flight { landing: weak, progress: progress.clone() });
+        }
+        (landing, progress)
+    }
+
+    async fn download(
+        self: Arc<Self>,
+        key: String,
+        uri: Uri,
+        storage: Option<Storage>,
+        sink: ProgressSink,
+    ) -> Result<Arc<Manifest>, Failure> {
+        let known = self.shelf().get(&key);
+        let known = match known {
+            Some(manifest) => {
+                let (root, check) = (self.root.clone(), Arc::clone(&manifest));
+                disk::run(self.blocking, move || shelf::whole(&root, &check)).await.then_some(manifest)
+            }
+            None => None,
+        };
+        // A pinned artifact that is here can't be another one there.
+        if let (Some(manifest), Some(pinned)) = (&known, &uri.pinned)
+            && manifest.digest() == Some(pinned)
+        {
+            self.metrics.fetch_hits.inc();
+            return Ok(Arc::clone(manifest));
+        }
+        let source = self.source(&uri)?;
+        let into = self.root.join("staging").join(&key);
+        let request = FetchRequest {
+            uri: uri.address.clone(),
+            storage,
+            known: known.as_ref().and_then(|manifest| manifest.tag.clone()),
+            into: into.clone(),
+            limits: self.limits,
+        };
+        let folder = into.clone();
+        disk::run(self.blocking, move || std::fs::create_dir_all(&folder))
+            .await
+            .map_err(|error| disk::failure("the download can't be written", &into, &error))?;
+        let fetched = source.fetch(request, sink).await;
+        let landed = match fetched {
+            Ok(Fetched::Unchanged) => known.ok_or_else(|| bad("the source says unchanged of what was not known")),
+            Ok(Fetched::Files { tag, files }) => {
+                let manifest = Manifest::new(key, redacted(&uri.address), tag, files, self.limits)?;
+                match &uri.pinned {
+                    Some(pinned) if manifest.digest() != Some(pinned) => Err(bad(format!(
+                        "{} is not what was pinned: its digest is {}, {pinned} was wanted",
+                        redacted(&uri.address),
+                        manifest.digest().map_or("that of a folder", String::as_str),
+                    ))),
+                    _ => self.store(manifest, into.clone()).await,
+                }
+            }
+            Err(failure) => Err(failure),
+        };
+        if landed.is_ok() {
+            self.metrics.fetched.inc();
+        }
+        // What a failed fetch left there would only be in the way: no source resumes.
+        if let Err(error) = disk::run(self.blocking, move || disk::remove(&into)).await {
+            tracing::warn!(%error, "a staging folder can't be removed");
+        }
+        landed
+    }
+
+    fn source(&self, uri: &Uri) -> Result<&Arc<dyn ArtifactSource>, Failure> {
+        self.sources.iter().find(|source| source.schemes().contains(&uri.scheme.as_str())).ok_or_else(|| {
+            let known: Vec<String> = self
+                .sources
+                .iter()
+                .flat_map(|source| source.schemes())
+                .map(|scheme| if scheme.is_empty() { "plain paths".to_owned() } else { format!("{scheme}://") })
+                .collect();
+            bad(format!("nothing here fetches {}; this agent knows {}", redacted(&uri.address), known.join(", ")))
+        })
+    }
+
+    /// Puts fetched files onto the shelf, and makes room for them.
+    async fn store(&self, manifest: Manifest, from: PathBuf) -> Result<Arc<Manifest>, Failure> {
+        let manifest = Arc::new(manifest);
+        let _writing = self.writing.lock().await;
+        let (dropped, fits) = self.shelf().place(Arc::clone(&manifest), self.clock.now(), self.most_bytes);
+        self.metrics.artifacts_dropped.add(dropped.artifacts);
+        let (root, kept) = (self.root.clone(), Arc::clone(&manifest));
+        let stored = disk::run(self.blocking, move || {
+            shelf::discard(&root, &dropped);
+            if fits { shelf::write(&root, &kept, &from) } else { Ok(()) }
+        })
+        .await;
+        match stored {
+            Ok(()) if fits => Ok(manifest),
+            Ok(()) => Err(bad(format!(
+                "the artifact has {} bytes, and what is in use leaves no room for it in the artifact cache of {} \
+                 bytes; make the cache larger",
+                manifest.bytes(),
+                self.most_bytes
+            ))),
+            Err(failure) => {
+                self.shelf().forget(&manifest.key);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Puts the folder `to` together from an artifact: whole, or not at all.
+    pub(crate) async fn lay_out(
+        &self,
+        artifact: &Artifact,
+        artifact_version: Option<u32>,
+        to: &Path,
+    ) -> Result<(), Failure> {
+        let manifest = &artifact.manifest;
+        let chosen = select::select(manifest.files.iter().map(|file| file.path.as_str()), artifact_version)?;
+        let digest = |from: &String| {
+            manifest.files.iter().find(|file| file.path == *from).map(|file| file.sha256.clone()).unwrap_or_default()
+        };
+        let files: Vec<_> = chosen.iter().map(|(to, from)| (to.clone(), digest(from))).collect();
+        let (root, to) = (self.root.clone(), to.to_owned());
+        disk::run(self.blocking, move || shelf::lay_out(&root, &files, &to)).await
+    }
+}
+
+/// What an artifact is kept under: where it is from, which version of it is meant, and with which credentials.
+fn key(spec: &ModelSpec) -> String {
+    let mut digest = Sha256::new();
+    let storage = match &spec.storage {
+        None => ("none", ""),
+        Some(Storage::SecretName(name)) => ("secret", name.as_str()),
+        Some(Storage::RcloneConfig(text)) => ("rclone", text.as_str()),
+    };
+    digest.update(format!("{}\0{:?}\0{}\0{}", spec.uri.trim(), spec.artifact_version, storage.0, storage.1));
+    disk::hex(&digest.finalize())
+}

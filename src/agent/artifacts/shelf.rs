@@ -1,0 +1,283 @@
+//! The cache's shelves: blobs by digest, a manifest per artifact, and which of them are in use.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, Permissions},
+    io,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::uri::{bad, file_name};
+use crate::{
+    agent::disk::{self, DiskError},
+    domain::{copy::Failure, time::Instant},
+    ports::{FetchLimits, FetchedFile},
+};
+
+/// An artifact on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Manifest {
+    /// What it is kept under.
+    pub(super) key: String,
+    /// Where it is from, for people.
+    pub(super) uri: String,
+    /// Tells its content from a later one.
+    pub(super) tag: Option<String>,
+    pub(super) files: Vec<Kept>,
+}
+
+/// A file of an artifact.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Kept {
+    pub(super) path: String,
+    pub(super) bytes: u64,
+    pub(super) sha256: String,
+}
+
+impl Manifest {
+    /// Checks what a source says that it fetched.
+    pub(super) fn new(
+        key: String,
+        uri: String,
+        tag: Option<String>,
+        files: Vec<FetchedFile>,
+        limits: FetchLimits,
+    ) -> Result<Self, Failure> {
+        let files: Vec<_> =
+            files.into_iter().map(|file| Kept { path: file.path, bytes: file.bytes, sha256: file.sha256 }).collect();
+        let manifest = Self { key, uri, tag, files };
+        if manifest.files.is_empty() {
+            return Err(bad(format!("{} holds no files", manifest.uri)));
+        }
+        if manifest.files.len() > limits.files || manifest.bytes() > limits.bytes {
+            return Err(bad(format!("{} exceeds the limits of an artifact", manifest.uri)));
+        }
+        if !manifest.sound() {
+            return Err(bad(format!("{} has a file name that can't be served", manifest.uri)));
+        }
+        Ok(manifest)
+    }
+
+    /// Whether every path stays below its folder and every digest is one.
+    fn sound(&self) -> bool {
+        let digest = |text: &str| text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        self.files.iter().all(|file| digest(&file.sha256) && file.path.split('/').all(|part| file_name(part).is_some()))
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes))
+    }
+
+    /// The digest of the one file, if it is one.
+    pub(super) fn digest(&self) -> Option<&String> {
+        match self.files.as_slice() {
+            [file] => Some(&file.sha256),
+            _ => None,
+        }
+    }
+}
+
+/// What is on disk and who uses it.
+#[derive(Debug, Default)]
+pub(super) struct Shelf {
+    manifests: BTreeMap<String, (Arc<Manifest>, Instant)>,
+    users: BTreeMap<String, u32>,
+    /// Size of each blob, and how many files are it.
+    blobs: BTreeMap<String, (u64, u32)>,
+}
+
+/// What leaves the disk.
+#[derive(Debug, Default)]
+pub(super) struct Dropped {
+    manifests: Vec<String>,
+    blobs: Vec<String>,
+    pub(super) artifacts: u64,
+}
+
+impl Shelf {
+    pub(super) fn size(&self) -> (u64, usize) {
+        (self.bytes(), self.manifests.len())
+    }
+
+    fn bytes(&self) -> u64 {
+        self.blobs.values().fold(0, |sum, (bytes, _)| sum.saturating_add(*bytes))
+    }
+
+    pub(super) fn get(&self, key: &str) -> Option<Arc<Manifest>> {
+        self.manifests.get(key).map(|(manifest, _)| Arc::clone(manifest))
+    }
+
+    pub(super) fn take(&mut self, key: &str) {
+        *self.users.entry(key.to_owned()).or_default() += 1;
+    }
+
+    pub(super) fn put_back(&mut self, key: &str, now: Instant) {
+        if let Some(count) = self.users.get_mut(key) {
+            *count -= 1;
+            if *count == 0 {
+                self.users.remove(key);
+            }
+        }
+        if let Some((_, last_used)) = self.manifests.get_mut(key) {
+            *last_used = now;
+        }
+    }
+
+    fn add(&mut self, manifest: Arc<Manifest>, now: Instant) {
+        for file in &manifest.files {
+            self.blobs.entry(file.sha256.clone()).or_insert((file.bytes, 0)).1 += 1;
+        }
+        self.manifests.insert(manifest.key.clone(), (manifest, now));
+    }
+
+    /// Forgets an artifact; what it alone had comes back.
+    pub(super) fn forget(&mut self, key: &str) -> Vec<String> {
+        let Some((manifest, _)) = self.manifests.remove(key) else { return Vec::new() };
+        let mut orphans = Vec::new();
+        for file in &manifest.files {
+            if let Some((_, count)) = self.blobs.get_mut(&file.sha256) {
+                *count -= 1;
+                if *count == 0 {
+                    self.blobs.remove(&file.sha256);
+                    orphans.push(file.sha256.clone());
+                }
+            }
+        }
+        orphans
+    }
+
+    /// Takes `manifest` in. Others that nobody uses go, the one unused for longest first, until all fits into
+    /// `most` bytes; when it can't, `manifest` itself is not taken in and the answer says so.
+    pub(super) fn place(&mut self, manifest: Arc<Manifest>, now: Instant, most: u64) -> (Dropped, bool) {
+        let key = manifest.key.clone();
+        let mut dropped = Dropped::default();
+        let mut orphans = self.forget(&key);
+        self.add(manifest, now);
+        while self.bytes() > most {
+            let unused = self
+                .manifests
+                .iter()
+                .filter(|(other, _)| **other != key && !self.users.contains_key(*other))
+                .min_by_key(|(other, (_, last_used))| (*last_used, (*other).clone()))
+                .map(|(other, _)| other.clone());
+            let Some(other) = unused else { break };
+            orphans.extend(self.forget(&other));
+            dropped.manifests.push(other);
+            dropped.artifacts += 1;
+        }
+        let fits = self.bytes() <= most;
+        if !fits {
+            orphans.extend(self.forget(&key));
+            dropped.manifests.push(key);
+        }
+        orphans.retain(|digest| !self.blobs.contains_key(digest));
+        dropped.blobs = orphans;
+        (dropped, fits)
+    }
+}
+
+fn blob(root: &Path, digest: &str) -> PathBuf {
+    root.join("blobs").join(digest)
+}
+
+fn manifest_file(root: &Path, key: &str) -> PathBuf {
+    root.join("manifests").join(format!("{key}.json"))
+}
+
+/// Reads the shelves. What no manifest names is removed, and so is what was being written.
+pub(super) fn open(root: &Path) -> Result<Shelf, DiskError> {
+    let error = |error: io::Error| DiskError { path: root.display().to_string(), problem: error.to_string() };
+    disk::remove(&root.join("staging")).map_err(error)?;
+    let (manifests, blobs) = (root.join("manifests"), root.join("blobs"));
+    fs::create_dir_all(&manifests).map_err(error)?;
+    fs::create_dir_all(&blobs).map_err(error)?;
+    let mut shelf = Shelf::default();
+    for entry in fs::read_dir(&manifests).map_err(error)? {
+        let entry = entry.map_err(error)?;
+        let parsed = fs::read(entry.path()).ok().and_then(|text| serde_json::from_slice::<Manifest>(&text).ok());
+        let modified = entry.metadata().and_then(|meta| meta.modified()).ok();
+        let since = modified.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok()).unwrap_or_default();
+        match parsed {
+            Some(manifest) if manifest.sound() && entry.path() == manifest_file(root, &manifest.key) => {
+                shelf.add(Arc::new(manifest), Instant::from_micros(0) + since);
+            }
+            _ => disk::remove(&entry.path()).map_err(error)?,
+        }
+    }
+    for entry in fs::read_dir(&blobs).map_err(error)? {
+        let entry = entry.map_err(error)?;
+        if entry.file_name().to_str().is_none_or(|name| !shelf.blobs.contains_key(name)) {
+            disk::remove(&entry.path()).map_err(error)?;
+        }
+    }
+    Ok(shelf)
+}
+
+/// Whether every file of an artifact is there in its full size.
+pub(super) fn whole(root: &Path, manifest: &Manifest) -> bool {
+    manifest
+        .files
+        .iter()
+        .all(|file| fs::metadata(blob(root, &file.sha256)).is_ok_and(|meta| meta.is_file() && meta.len() == file.bytes))
+}
+
+/// Moves the files of `manifest` out of `from` onto the shelf, durably, and the manifest last.
+pub(super) fn write(root: &Path, manifest: &Manifest, from: &Path) -> Result<(), Failure> {
+    let place = |file: &Kept| -> io::Result<()> {
+        let (source, target) = (from.join(&file.path), blob(root, &file.sha256));
+        let opened = File::open(&source)?;
+        if opened.metadata()?.len() != file.bytes {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "its size is not what was fetched"));
+        }
+        opened.sync_all()?;
+        // A server that writes into its folder must not reach the blob.
+        fs::set_permissions(&source, Permissions::from_mode(0o444))?;
+        fs::rename(&source, &target)
+    };
+    for file in &manifest.files {
+        place(file).map_err(|error| disk::failure("the artifact can't be kept", &from.join(&file.path), &error))?;
+    }
+    let path = manifest_file(root, &manifest.key);
+    let failed = |error: io::Error| disk::failure("the artifact can't be kept", &path, &error);
+    disk::sync_folder(&root.join("blobs")).map_err(failed)?;
+    let text = serde_json::to_vec(manifest).map_err(|error| failed(io::Error::other(error)))?;
+    disk::write_whole(&path, &text).map_err(failed)
+}
+
+/// Removes what left the shelf. What can't be removed now is removed at the next start.
+pub(super) fn discard(root: &Path, dropped: &Dropped) {
+    let manifests = dropped.manifests.iter().map(|key| manifest_file(root, key));
+    for path in manifests.chain(dropped.blobs.iter().map(|digest| blob(root, digest))) {
+        if let Err(error) = disk::remove(&path) {
+            tracing::warn!(path = %path.display(), %error, "a cached artifact can't be removed");
+        }
+    }
+}
+
+/// Puts a folder together from blobs, beside its place, and renames it there.
+pub(super) fn lay_out(root: &Path, files: &[(String, String)], to: &Path) -> Result<(), Failure> {
+    let name = to.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let beside = to.with_file_name(format!(".{name}.preparing"));
+    let build = || -> io::Result<()> {
+        disk::remove(&beside)?;
+        fs::create_dir_all(&beside)?;
+        for (path, digest) in files {
+            let target = beside.join(path);
+            if let Some(parent) = target.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            let blob = blob(root, digest);
+            // Another file system takes no links.
+            if fs::hard_link(&blob, &target).is_err() {
+                fs::copy(&blob, &target)?;
+            }
+        }
+        disk::remove(to)?;
+        fs::rename(&beside, to)
+    };
+    build().map_err(|error| disk::failure("the model's folder can't be prepared", to, &error))
+}

@@ -1,0 +1,520 @@
+//! One copy as requests see it: its phase and the number of its holds, in one atomic word.
+//!
+//! The rules of this module: a hold is taken and given back without a lock; eviction succeeds only on a word
+//! that says resident with no hold, so the two can't cross. A request that waits for an evicted copy already
+//! holds it, so what is brought back for it is not evicted again before its turn.
+
+use std::{
+    fmt,
+    future::Future,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    agent::{artifacts::Artifact, measure::Durations},
+    domain::{
+        copy::{Failure, Progress, Report, Residency},
+        memory::Resources,
+        names::ModelName,
+        order::Order,
+        spec::ModelSpec,
+        time::Instant,
+        version::{Generation, served_name},
+    },
+    ports::Clock,
+};
+
+/// Where a copy stands, for whoever wants to hold it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Phase {
+    /// Not yet answering.
+    Preparing,
+    /// In memory.
+    Resident,
+    /// On its way out of memory.
+    Evicting,
+    /// On disk only.
+    Evicted,
+    /// On its way back.
+    Reloading,
+    /// Leaving: no new holds.
+    Draining,
+    /// Left.
+    Gone,
+}
+
+impl Phase {
+    const fn of(word: u64) -> Self {
+        match word >> 32 {
+            0 => Self::Preparing,
+            1 => Self::Resident,
+            2 => Self::Evicting,
+            3 => Self::Evicted,
+            4 => Self::Reloading,
+            5 => Self::Draining,
+            _ => Self::Gone,
+        }
+    }
+
+    const fn with(self, holds: u32) -> u64 {
+        ((self as u64) << 32) | holds as u64
+    }
+
+    /// Whether the copy answers requests, if need be after a reload.
+    pub(crate) const fn serves(self) -> bool {
+        match self {
+            Self::Resident | Self::Evicting | Self::Evicted | Self::Reloading => true,
+            Self::Preparing | Self::Draining | Self::Gone => false,
+        }
+    }
+}
+
+const fn holds_of(word: u64) -> u32 {
+    (word & 0xffff_ffff) as u32
+}
+
+/// How far a copy is that does not answer yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Scheduled,
+    Downloading(Progress),
+    Loading,
+}
+
+/// What is known of a copy in the inference server. Whoever talks to the server about the copy holds its lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum InServer {
+    No,
+    Yes,
+    /// A load was asked for and did not succeed: something of it may be there.
+    Maybe,
+}
+
+/// Why a copy leaves.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fate {
+    /// How long holds may keep it, once it was unregistered.
+    pub(crate) drain: Option<Duration>,
+    /// What went wrong, if something did.
+    pub(crate) failure: Option<Failure>,
+}
+
+/// Wakes those who wait for memory whenever some may have become free.
+#[derive(Debug, Default)]
+pub(crate) struct Pressure {
+    waiting: AtomicU32,
+    changed: Notify,
+}
+
+impl Pressure {
+    /// Something may have changed in favour of those who wait.
+    pub(crate) fn eased(&self) {
+        if self.waiting.load(SeqCst) > 0 {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Counts a waiter for as long as the guard lives. From then on no release goes unnoticed.
+    pub(crate) fn enter(self: &Arc<Self>) -> Waiting {
+        self.waiting.fetch_add(1, SeqCst);
+        Waiting(Arc::clone(self))
+    }
+}
+
+/// One waiter for memory.
+#[derive(Debug)]
+pub(crate) struct Waiting(Arc<Pressure>);
+
+impl Waiting {
+    pub(crate) fn changed(&self) -> &Notify {
+        &self.0.changed
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, SeqCst);
+    }
+}
+
+/// One copy that the agent was ordered to hold.
+pub(crate) struct Entry {
+    pub(crate) model: ModelName,
+    pub(crate) generation: Generation,
+    pub(crate) spec: Arc<ModelSpec>,
+    pub(crate) need: Resources,
+    pub(crate) attempt: u32,
+    /// The name by which the inference server knows it.
+    pub(crate) served: String,
+    word: AtomicU64,
+    last_used: AtomicU64,
+    reload_began: AtomicU64,
+    verified: AtomicU64,
+    /// Requests that wait for it to come back.
+    pub(crate) waiting: AtomicU32,
+    /// The phase, or the number of holds of a draining copy, changed.
+    pub(crate) changed: Notify,
+    /// It is to leave.
+    pub(crate) stop: CancellationToken,
+    /// What still holds it is to end.
+    pub(crate) ended: CancellationToken,
+    /// Serialises what is asked of the inference server about it.
+    pub(crate) in_server: tokio::sync::Mutex<InServer>,
+    pub(crate) loads: Durations,
+    pub(crate) artifact: Mutex<Option<Artifact>>,
+    stage: Mutex<Stage>,
+    fate: Mutex<Fate>,
+    pressure: Arc<Pressure>,
+    clock: Arc<dyn Clock>,
+}
+
+/// What an attempt to hold a copy found.
+#[derive(Debug)]
+pub(crate) enum Acquired {
+    /// It is in memory.
+    Ready(Hold),
+    /// It is not, and comes back.
+    Waiting(Hold),
+    /// It can't be held.
+    NotHere,
+}
+
+/// A request's claim on a copy. While one is out the copy is not evicted or unloaded.
+pub(crate) struct Hold(Arc<Entry>);
+
+impl Hold {
+    pub(crate) fn entry(&self) -> &Arc<Entry> {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Hold({})", self.0.generation)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Entry({} {} {:?} holds {})", self.model, self.generation, self.phase(), self.holds())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Entry {
+    pub(crate) fn new(
+        (model, generation): (ModelName, Generation),
+        (spec, need, attempt): (Arc<ModelSpec>, Resources, u32),
+        pressure: Arc<Pressure>,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        Self {
+            served: served_name(&model, generation.version),
+            model,
+            generation,
+            spec,
+            need,
+            attempt,
+            word: AtomicU64::new(Phase::Preparing.with(0)),
+            last_used: AtomicU64::new(clock.now().as_micros()),
+            reload_began: AtomicU64::new(0),
+            verified: AtomicU64::new(0),
+            waiting: AtomicU32::new(0),
+            changed: Notify::new(),
+            stop: CancellationToken::new(),
+            ended: CancellationToken::new(),
+            in_server: tokio::sync::Mutex::new(InServer::No),
+            loads: Durations::default(),
+            artifact: Mutex::new(None),
+            stage: Mutex::new(Stage::Scheduled),
+            fate: Mutex::new(Fate::default()),
+            pressure,
+            clock,
+        }
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        Phase::of(self.word.load(SeqCst))
+    }
+
+    pub(crate) fn holds(&self) -> u32 {
+        holds_of(self.word.load(SeqCst))
+    }
+
+    /// Phase and holds of one and the same moment.
+    pub(crate) fn snapshot(&self) -> (Phase, u32) {
+        let word = self.word.load(SeqCst);
+        (Phase::of(word), holds_of(word))
+    }
+
+    pub(crate) fn last_used(&self) -> Instant {
+        Instant::from_micros(self.last_used.load(SeqCst))
+    }
+
+    fn touch(&self) {
+        self.last_used.fetch_max(self.clock.now().as_micros(), SeqCst);
+    }
+
+    /// Takes a hold, unless the copy can't be held.
+    pub(crate) fn acquire(self: &Arc<Self>) -> Acquired {
+        let mut word = self.word.load(SeqCst);
+        loop {
+            let phase = Phase::of(word);
+            if !phase.serves() || holds_of(word) == u32::MAX {
+                return Acquired::NotHere;
+            }
+            match self.word.compare_exchange_weak(word, word + 1, SeqCst, SeqCst) {
+                Ok(_) => {
+                    self.touch();
+                    let hold = Hold(Arc::clone(self));
+                    return if phase == Phase::Resident { Acquired::Ready(hold) } else { Acquired::Waiting(hold) };
+                }
+                Err(found) => word = found,
+            }
+        }
+    }
+
+    fn release(&self) {
+        self.touch();
+        let before = self.word.fetch_sub(1, SeqCst);
+        if holds_of(before) == 1 {
+            if !matches!(Phase::of(before), Phase::Resident) {
+                self.changed.notify_waiters();
+            }
+            self.pressure.eased();
+        }
+    }
+
+    /// Moves from `from` to `to` and keeps the holds. False when it was not in `from`.
+    pub(crate) fn shift(&self, from: Phase, to: Phase) -> bool {
+        let mut word = self.word.load(SeqCst);
+        while Phase::of(word) == from {
+            match self.word.compare_exchange_weak(word, to.with(holds_of(word)), SeqCst, SeqCst) {
+                Ok(_) => {
+                    if to == Phase::Reloading {
+                        self.reload_began.store(self.clock.now().as_micros(), SeqCst);
+                    }
+                    self.changed.notify_waiters();
+                    self.pressure.eased();
+                    return true;
+                }
+                Err(found) => word = found,
+            }
+        }
+        false
+    }
+
+    /// Claims a resident copy for eviction. False when it is held or not resident.
+    pub(crate) fn claim(&self) -> bool {
+        self.word.compare_exchange(Phase::Resident.with(0), Phase::Evicting.with(0), SeqCst, SeqCst).is_ok()
+    }
+
+    /// Refuses holds from now on.
+    pub(crate) fn drain(&self) {
+        let mut word = self.word.load(SeqCst);
+        while !matches!(Phase::of(word), Phase::Draining | Phase::Gone) {
+            match self.word.compare_exchange_weak(word, Phase::Draining.with(holds_of(word)), SeqCst, SeqCst) {
+                Ok(_) => break,
+                Err(found) => word = found,
+            }
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until `condition` holds, looking again whenever the phase or a draining copy's holds change.
+    pub(crate) async fn until(&self, condition: impl Fn(&Self) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if condition(self) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Runs `work` unless the copy is to leave; `None` when it is.
+    pub(crate) async fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => None,
+            done = work => Some(done),
+        }
+    }
+
+    pub(crate) fn set_stage(&self, stage: Stage) {
+        *lock(&self.stage) = stage;
+    }
+
+    /// How long the reload that is going on has run.
+    pub(crate) fn reloading_for(&self) -> Duration {
+        self.clock.now().since(Instant::from_micros(self.reload_began.load(SeqCst)))
+    }
+
+    /// Whether it is time to ask the inference server whether it still has the copy; true at most once a second.
+    pub(crate) fn verification_due(&self) -> bool {
+        const PAUSE: u64 = 1_000_000;
+        let now = self.clock.now().as_micros();
+        let last = self.verified.load(SeqCst);
+        now.saturating_sub(last) >= PAUSE && self.verified.compare_exchange(last, now, SeqCst, SeqCst).is_ok()
+    }
+
+    /// It is to leave, by order, its holds within `drain`. A later order may only shorten that.
+    pub(crate) fn unregister(&self, drain: Duration) {
+        {
+            let mut fate = lock(&self.fate);
+            fate.drain = Some(fate.drain.map_or(drain, |before| before.min(drain)));
+        }
+        self.drain();
+        self.stop.cancel();
+    }
+
+    /// It is to leave because of `failure`.
+    pub(crate) fn fail(&self, failure: Failure) {
+        lock(&self.fate).failure.get_or_insert(failure);
+        self.drain();
+        self.stop.cancel();
+    }
+
+    pub(crate) fn fate(&self) -> Fate {
+        lock(&self.fate).clone()
+    }
+
+    /// What there is to say of it now.
+    pub(crate) fn report(&self) -> Report {
+        let available = |residency| Report::Available { residency, measured: None };
+        match self.snapshot() {
+            (Phase::Preparing, _) => match *lock(&self.stage) {
+                Stage::Scheduled => Report::Scheduled,
+                Stage::Downloading(progress) => Report::Downloading(progress),
+                Stage::Loading => Report::Loading,
+            },
+            (Phase::Resident, _) => available(Residency::Resident),
+            (Phase::Evicting, _) => available(Residency::Evicting),
+            (Phase::Evicted, _) => available(Residency::Evicted),
+            (Phase::Reloading, _) => available(Residency::Reloading),
+            (Phase::Draining, holds) => Report::Draining { holds },
+            (Phase::Gone, _) => Report::Unloaded,
+        }
+    }
+
+    /// The order that it came from.
+    pub(crate) fn order(&self) -> Order {
+        Order::Register {
+            model: self.model.clone(),
+            generation: self.generation,
+            spec: Arc::clone(&self.spec),
+            need: self.need.clone(),
+            attempt: self.attempt,
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::{
+        domain::{
+            memory::Bytes,
+            version::{Uid, Version},
+        },
+        ports::SystemClock,
+    };
+
+    pub(crate) fn entry(uid: u64, size: u64, pressure: &Arc<Pressure>) -> Arc<Entry> {
+        Arc::new(Entry::new(
+            (
+                ModelName::new(&format!("m{uid}")).expect("valid"),
+                Generation { uid: Uid(uid), version: Version(1), number: 1 },
+            ),
+            (Arc::new(ModelSpec::default()), Resources::primary(Bytes(size)), 0),
+            Arc::clone(pressure),
+            Arc::new(SystemClock::starting_at(Instant::from_micros(1))),
+        ))
+    }
+
+    fn resident() -> Arc<Entry> {
+        let entry = entry(1, 1, &Arc::default());
+        assert!(entry.shift(Phase::Preparing, Phase::Resident));
+        entry
+    }
+
+    #[test]
+    fn a_held_copy_is_not_claimed_and_a_claimed_one_is_held_only_to_wait() {
+        let entry = resident();
+        let Acquired::Ready(hold) = entry.acquire() else { panic!("resident") };
+        assert!(!entry.claim());
+        drop(hold);
+        assert!(entry.claim());
+        let Acquired::Waiting(hold) = entry.acquire() else { panic!("evicting") };
+        assert_eq!(entry.snapshot(), (Phase::Evicting, 1));
+        drop(hold);
+        entry.drain();
+        assert!(matches!(entry.acquire(), Acquired::NotHere));
+        assert_eq!(entry.snapshot(), (Phase::Draining, 0));
+    }
+
+    #[test]
+    fn holds_and_claims_never_cross_under_contention() {
+        let entry = resident();
+        let evicting = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..20_000 {
+                        if let Acquired::Ready(hold) = entry.acquire() {
+                            assert_eq!(evicting.load(SeqCst), 0, "held while it was being evicted");
+                            drop(hold);
+                        }
+                    }
+                });
+            }
+            scope.spawn(|| {
+                for _ in 0..20_000 {
+                    if entry.claim() {
+                        // A holder that got in before the claim is gone; a later one only waits.
+                        evicting.store(1, SeqCst);
+                        std::hint::spin_loop();
+                        evicting.store(0, SeqCst);
+                        assert!(entry.shift(Phase::Evicting, Phase::Resident));
+                    }
+                }
+            });
+        });
+        assert_eq!(entry.snapshot(), (Phase::Resident, 0));
+    }
+
+    #[tokio::test]
+    async fn the_last_hold_of_a_draining_copy_wakes_who_waits() {
+        let entry = resident();
+        let (Acquired::Ready(first), Acquired::Ready(second)) = (entry.acquire(), entry.acquire()) else {
+            panic!("resident")
+        };
+        entry.drain();
+        let waiter = tokio::spawn({
+            let entry = Arc::clone(&entry);
+            async move { entry.until(|entry| entry.holds() == 0).await }
+        });
+        drop(first);
+        drop(second);
+        tokio::time::timeout(Duration::from_secs(5), waiter).await.expect("woken").expect("no panic");
+    }
+}

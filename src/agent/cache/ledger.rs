@@ -1,0 +1,296 @@
+//! The ledger of resident bytes: who takes memory, and who may enter it.
+//!
+//! The rule of this module: deciding and reserving are one step under one lock, so two decisions never see the
+//! same free byte. What is decided is told by `domain::residency`.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use super::{Entry, Phase, Pressure};
+use crate::domain::{
+    memory::Resources,
+    residency::{Decision, Occupant, Standing, decide},
+    version::Generation,
+};
+
+/// Who takes memory.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    capacity: Resources,
+    seats: Mutex<BTreeMap<Generation, Seat>>,
+    pressure: Arc<Pressure>,
+}
+
+#[derive(Debug)]
+struct Seat {
+    entry: Arc<Entry>,
+    kind: Kind,
+}
+
+/// What a seat stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Room is kept; nothing is in memory yet.
+    Promised,
+    /// It is, or may be, in memory.
+    Taken,
+    /// It is being unloaded.
+    Leaving,
+}
+
+/// The answer to a wish for memory.
+#[derive(Debug)]
+pub(crate) enum Admission {
+    /// It has its room.
+    Seated,
+    /// Its room is kept until these have left, each already claimed.
+    Promised(Vec<Arc<Entry>>),
+    /// Not before something is released.
+    Wait,
+    /// Never.
+    TooLarge,
+}
+
+/// What became of a promise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Settled {
+    /// It has its room.
+    Seated,
+    /// What is leaving has not left yet.
+    NotYet,
+    /// What was to leave stays: the promise is taken back.
+    Broken,
+}
+
+impl Ledger {
+    pub(crate) fn new(capacity: Resources) -> Self {
+        Self { capacity, seats: Mutex::default(), pressure: Arc::default() }
+    }
+
+    pub(crate) const fn pressure(&self) -> &Arc<Pressure> {
+        &self.pressure
+    }
+
+    pub(crate) const fn capacity(&self) -> &Resources {
+        &self.capacity
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Generation, Seat>> {
+        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes that are, or may be, in memory.
+    pub(crate) fn used(&self) -> Resources {
+        used(&self.lock())
+    }
+
+    /// Asks for room for `entry`. With `evict` false nothing is evicted for it.
+    pub(crate) fn admit(&self, entry: &Arc<Entry>, evict: bool) -> Admission {
+        let mut seats = self.lock();
+        if seats.contains_key(&entry.generation) {
+            // It never left, or is still leaving.
+            return Admission::Wait;
+        }
+        loop {
+            let occupants: Vec<_> = seats.values().map(occupant).collect();
+            let victims = match decide(&occupants, &self.capacity, &entry.need) {
+                Decision::Fits => {
+                    seats.insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Taken });
+                    return Admission::Seated;
+                }
+                Decision::Refuse => return Admission::TooLarge,
+                Decision::Wait => return Admission::Wait,
+                Decision::Settle | Decision::Evict(_) if !evict => return Admission::Wait,
+                Decision::Settle => Vec::new(),
+                Decision::Evict(victims) => victims,
+            };
+            // A request may have taken a hold since; then the decision is made again.
+            if let Some(claimed) = claim(&mut seats, &victims) {
+                seats.insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Promised });
+                return Admission::Promised(claimed);
+            }
+        }
+    }
+
+    /// Whether a promise can be kept now.
+    pub(crate) fn settle(&self, entry: &Entry) -> Settled {
+        let mut seats = self.lock();
+        let covers = |taken: Option<Resources>| {
+            taken.and_then(|taken| taken.checked_add(&entry.need)).is_some_and(|sum| self.capacity.covers(&sum))
+        };
+        let others = |seats: &BTreeMap<Generation, Seat>, count: fn(Kind) -> bool| {
+            seats
+                .iter()
+                .filter(|(generation, seat)| **generation != entry.generation && count(seat.kind))
+                .try_fold(Resources::default(), |sum, (_, seat)| sum.checked_add(&seat.entry.need))
+        };
+        if covers(others(&seats, |kind| kind != Kind::Promised)) {
+            if let Some(seat) = seats.get_mut(&entry.generation) {
+                seat.kind = Kind::Taken;
+                return Settled::Seated;
+            }
+            return Settled::Broken;
+        }
+        if covers(others(&seats, |kind| kind != Kind::Leaving)) {
+            return Settled::NotYet;
+        }
+        seats.remove(&entry.generation);
+        drop(seats);
+        self.pressure.eased();
+        Settled::Broken
+    }
+
+    /// Takes back a promise that nobody waits for any more.
+    pub(crate) fn forget_promise(&self, generation: Generation) {
+        let mut seats = self.lock();
+        if seats.get(&generation).is_some_and(|seat| seat.kind == Kind::Promised) {
+            seats.remove(&generation);
+            drop(seats);
+            self.pressure.eased();
+        }
+    }
+
+    /// Counts a copy that was found in memory, whether or not it fits.
+    pub(crate) fn found(&self, entry: &Arc<Entry>) {
+        self.lock().insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Taken });
+    }
+
+    /// Claims what must leave because more was found than the capacity allows.
+    pub(crate) fn shed(&self) -> Vec<Arc<Entry>> {
+        let mut seats = self.lock();
+        let occupants: Vec<_> = seats.values().map(occupant).collect();
+        match decide(&occupants, &self.capacity, &Resources::default()) {
+            Decision::Evict(victims) => claim(&mut seats, &victims).unwrap_or_default(),
+            Decision::Fits | Decision::Settle | Decision::Wait | Decision::Refuse => Vec::new(),
+        }
+    }
+
+    /// An unload begins.
+    pub(crate) fn leaving(&self, generation: Generation) {
+        self.mark(generation, Kind::Leaving);
+    }
+
+    /// An unload did not succeed.
+    pub(crate) fn stays(&self, generation: Generation) {
+        self.mark(generation, Kind::Taken);
+    }
+
+    fn mark(&self, generation: Generation, kind: Kind) {
+        if let Some(seat) = self.lock().get_mut(&generation) {
+            seat.kind = kind;
+        }
+        self.pressure.eased();
+    }
+
+    /// Its memory is free.
+    pub(crate) fn left(&self, generation: Generation) {
+        self.lock().remove(&generation);
+        self.pressure.eased();
+    }
+}
+
+/// Claims all of `victims` and marks them leaving, or none.
+fn claim(seats: &mut BTreeMap<Generation, Seat>, victims: &[Generation]) -> Option<Vec<Arc<Entry>>> {
+    let mut claimed: Vec<Arc<Entry>> = Vec::with_capacity(victims.len());
+    for victim in victims {
+        match seats.get(victim) {
+            Some(seat) if seat.entry.claim() => claimed.push(Arc::clone(&seat.entry)),
+            _ => {
+                for one in claimed {
+                    one.shift(Phase::Evicting, Phase::Resident);
+                }
+                return None;
+            }
+        }
+    }
+    for victim in victims {
+        if let Some(seat) = seats.get_mut(victim) {
+            seat.kind = Kind::Leaving;
+        }
+    }
+    Some(claimed)
+}
+
+fn used(seats: &BTreeMap<Generation, Seat>) -> Resources {
+    seats
+        .values()
+        .filter(|seat| seat.kind != Kind::Promised)
+        .try_fold(Resources::default(), |sum, seat| sum.checked_add(&seat.entry.need))
+        .unwrap_or_default()
+}
+
+fn occupant(seat: &Seat) -> Occupant {
+    let (phase, holds) = seat.entry.snapshot();
+    let standing = match (seat.kind, phase) {
+        (Kind::Leaving, _) => Standing::Leaving,
+        (Kind::Taken, Phase::Resident) => Standing::Resident,
+        (Kind::Taken | Kind::Promised, _) => Standing::Entering,
+    };
+    let bytes = seat.entry.need.clone();
+    Occupant { copy: seat.entry.generation, bytes, last_used: seat.entry.last_used(), holds, standing }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        agent::cache::{Acquired, entry::tests::entry},
+        domain::memory::Bytes,
+    };
+
+    fn ledger(capacity: u64) -> Ledger {
+        Ledger::new(Resources::primary(Bytes(capacity)))
+    }
+
+    fn seated(ledger: &Ledger, uid: u64, size: u64) -> Arc<Entry> {
+        let entry = entry(uid, size, ledger.pressure());
+        assert!(matches!(ledger.admit(&entry, true), Admission::Seated));
+        assert!(entry.shift(Phase::Preparing, Phase::Resident));
+        entry
+    }
+
+    #[test]
+    fn room_is_kept_for_a_promise_and_given_when_the_victims_left() {
+        let ledger = ledger(10);
+        let first = seated(&ledger, 1, 6);
+        let second = entry(2, 8, ledger.pressure());
+        let Admission::Promised(victims) = ledger.admit(&second, true) else { panic!("evicts") };
+        assert_eq!(victims.len(), 1);
+        assert_eq!(ledger.settle(&second), Settled::NotYet);
+        let third = entry(3, 3, ledger.pressure());
+        assert!(matches!(ledger.admit(&third, true), Admission::Wait), "it is promised to the second");
+        ledger.left(first.generation);
+        assert!(matches!(ledger.admit(&third, true), Admission::Wait), "it is promised to the second");
+        assert_eq!(ledger.settle(&second), Settled::Seated);
+        assert_eq!(ledger.used(), Resources::primary(Bytes(8)));
+    }
+
+    #[test]
+    fn a_promise_breaks_when_its_victim_stays() {
+        let ledger = ledger(10);
+        let first = seated(&ledger, 1, 6);
+        let second = entry(2, 8, ledger.pressure());
+        assert!(matches!(ledger.admit(&second, true), Admission::Promised(_)));
+        ledger.stays(first.generation);
+        assert!(first.shift(Phase::Evicting, Phase::Resident));
+        assert_eq!(ledger.settle(&second), Settled::Broken);
+        assert_eq!(ledger.used(), Resources::primary(Bytes(6)));
+    }
+
+    #[test]
+    fn a_held_copy_makes_the_next_wait_and_an_oversized_one_evicts_nothing() {
+        let ledger = ledger(10);
+        let first = seated(&ledger, 1, 6);
+        let large = entry(3, 11, ledger.pressure());
+        assert!(matches!(ledger.admit(&large, true), Admission::TooLarge));
+        assert_eq!(first.phase(), Phase::Resident);
+        let Acquired::Ready(hold) = first.acquire() else { panic!("resident") };
+        let second = entry(2, 8, ledger.pressure());
+        assert!(matches!(ledger.admit(&second, true), Admission::Wait));
+        drop(hold);
+        assert!(matches!(ledger.admit(&second, false), Admission::Wait));
+        assert!(matches!(ledger.admit(&second, true), Admission::Promised(_)));
+    }
+}

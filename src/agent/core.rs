@@ -1,0 +1,131 @@
+//! What the parts of one agent share.
+
+use std::{
+    future::Future,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
+};
+
+use tokio::{sync::Semaphore, task::JoinSet};
+
+use super::{
+    Deps,
+    artifacts::Artifacts,
+    cache::{Book, Entry, Ledger},
+    disk::Disk,
+    fence::Seen,
+    measure::Durations,
+    metrics::Metrics,
+    options::Options,
+    outbox::Outbox,
+    runtimes::{Oip, Runtime},
+    session::Link,
+};
+use crate::{
+    domain::copy::Report,
+    forward::Upstream,
+    ports::{Clock, Network},
+    rpc::agent_wire::CopyReport,
+};
+
+/// The state of an agent.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) options: Options,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) network: Arc<dyn Network>,
+    pub(crate) server: Arc<dyn Upstream>,
+    pub(crate) runtime: Box<dyn Runtime>,
+    pub(crate) artifacts: Arc<Artifacts>,
+    pub(crate) book: Book,
+    pub(crate) ledger: Ledger,
+    pub(crate) disk: Disk,
+    pub(crate) outbox: Outbox,
+    pub(crate) metrics: Arc<Metrics>,
+    /// Loads of all copies.
+    pub(crate) load_times: Durations,
+    /// Requests that wait for evicted copies.
+    pub(crate) waiting: AtomicU32,
+    pub(crate) fetches: Semaphore,
+    pub(crate) loads: Semaphore,
+    pub(crate) reloads: Semaphore,
+    pub(crate) seen: Mutex<Seen>,
+    pub(crate) link: Mutex<Link>,
+    tasks: Mutex<Option<JoinSet<()>>>,
+}
+
+impl Core {
+    pub(crate) fn new(options: Options, deps: Deps) -> Self {
+        let metrics = Arc::<Metrics>::default();
+        let artifacts = Artifacts::new(&options, deps.sources, Arc::clone(&deps.clock), Arc::clone(&metrics));
+        Self {
+            runtime: Box::new(Oip::new(Arc::clone(&deps.server))),
+            artifacts: Arc::new(artifacts),
+            book: Book::new(),
+            ledger: Ledger::new(options.capacity.clone()),
+            disk: Disk::new(options.data_dir.clone(), options.blocking),
+            outbox: Outbox::default(),
+            metrics,
+            load_times: Durations::default(),
+            waiting: AtomicU32::new(0),
+            fetches: Semaphore::new(options.fetches.max(1)),
+            loads: Semaphore::new(options.loads.max(1)),
+            reloads: Semaphore::new(options.reloads.max(1)),
+            seen: Mutex::default(),
+            link: Mutex::default(),
+            tasks: Mutex::new(Some(JoinSet::new())),
+            clock: deps.clock,
+            network: deps.network,
+            server: deps.server,
+            options,
+        }
+    }
+
+    /// Runs `work` for as long as the agent lives. False when it does not any more.
+    pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) -> bool {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(tasks) = tasks.as_mut() else { return false };
+        while let Some(ended) = tasks.try_join_next() {
+            if let Err(error) = ended
+                && error.is_panic()
+            {
+                tracing::error!(%error, "a task of the agent panicked");
+            }
+        }
+        tasks.spawn(work);
+        true
+    }
+
+    /// Ends everything that was spawned, and refuses more.
+    pub(crate) fn end_tasks(&self) {
+        let tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(tasks);
+    }
+
+    /// The folder of a copy in the inference server's repository.
+    pub(crate) fn folder(&self, entry: &Entry) -> PathBuf {
+        self.options.repository.join(&entry.served)
+    }
+
+    /// Says how a copy stands.
+    pub(crate) fn report(&self, entry: &Entry) {
+        self.say(entry, entry.report());
+    }
+
+    /// Says `report` of a copy.
+    pub(crate) fn say(&self, entry: &Entry, report: Report) {
+        self.outbox.push(CopyReport { model: entry.model.clone(), generation: entry.generation, report, order: None });
+    }
+
+    /// How many requests wait for evicted copies.
+    pub(crate) fn waiting(&self) -> u32 {
+        self.waiting.load(SeqCst)
+    }
+
+    pub(crate) fn seen(&self) -> Seen {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}

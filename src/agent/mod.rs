@@ -1,0 +1,181 @@
+//! The agent: stands beside one inference server, holds its copies, and opens the door to them.
+//!
+//! What the scheduler orders comes through `session` and is done by `reconcile`; what clients want comes
+//! through `door` and takes a hold in `cache`; `residence` and `reload` move copies into memory and out of
+//! it. The rules: resident bytes stay within the capacity; no copy is unloaded under a hold; the agent goes on
+//! serving, evicting and reloading what it knows when no scheduler is to be had.
+
+pub mod artifacts;
+mod cache;
+mod core;
+mod disk;
+mod door;
+mod fence;
+mod measure;
+mod metrics;
+mod options;
+mod outbox;
+mod reconcile;
+mod recover;
+mod reload;
+mod residence;
+mod runtimes;
+mod session;
+
+use std::{
+    fmt,
+    sync::{Arc, PoisonError},
+};
+
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use self::{cache::Entry, core::Core, door::Door};
+use crate::{
+    domain::{copy::Report, memory::Resources},
+    forward::Upstream,
+    ports::{ArtifactSource, Clock, Network},
+};
+
+pub use self::{
+    disk::DiskError,
+    metrics::{Cell, Metrics},
+    options::{Blocking, Options},
+};
+
+/// What an agent needs from the world.
+#[derive(Clone, Debug)]
+pub struct Deps {
+    /// Tells the time.
+    pub clock: Arc<dyn Clock>,
+    /// How the scheduler is reached.
+    pub network: Arc<dyn Network>,
+    /// The inference server.
+    pub server: Arc<dyn Upstream>,
+    /// Where artifacts come from.
+    pub sources: Vec<Arc<dyn ArtifactSource>>,
+}
+
+/// An agent. What it does in the background ends when it is dropped.
+pub struct Agent {
+    core: Arc<Core>,
+    leaving: CancellationToken,
+}
+
+impl fmt::Debug for Agent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Agent({})", self.core.options.replica)
+    }
+}
+
+impl Agent {
+    /// An agent that does nothing yet.
+    #[must_use]
+    pub fn new(options: Options, deps: Deps) -> Arc<Self> {
+        Arc::new(Self { core: Arc::new(Core::new(options, deps)), leaving: CancellationToken::new() })
+    }
+
+    /// Takes up what was held before a restart, then keeps a session with the scheduler at `scheduler`
+    /// (`host:port`) until `shutdown` is cancelled. To be called once.
+    ///
+    /// # Errors
+    /// When the agent's files can't be used.
+    pub async fn run(&self, scheduler: String, shutdown: CancellationToken) -> Result<(), DiskError> {
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return Ok(()),
+            recovered = self.core.recover() => recovered?,
+        }
+        session::keep(Arc::clone(&self.core), scheduler, self.leaving.clone(), shutdown).await;
+        Ok(())
+    }
+
+    /// Where requests come in.
+    #[must_use]
+    pub fn door(&self) -> Arc<dyn Upstream> {
+        Arc::new(Door(Arc::clone(&self.core)))
+    }
+
+    /// Tells the scheduler that the agent stops by intent, so that its copies are moved away. The agent goes
+    /// on serving; [`drained`](Self::drained) says when it may stop.
+    pub fn drain(&self) {
+        self.leaving.cancel();
+    }
+
+    /// Waits until the agent holds no copy. The caller sets the deadline.
+    pub async fn drained(&self) {
+        self.core.book.emptied().await;
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.core.metrics
+    }
+
+    /// Everything there is to see, for people and tests.
+    #[must_use]
+    pub fn inspect(&self) -> Value {
+        let core = &self.core;
+        let (link, seen) = (core.link.lock().unwrap_or_else(PoisonError::into_inner).clone(), core.seen());
+        let (bytes, artifacts) = core.artifacts.size();
+        let metrics = core.metrics.samples();
+        json!({
+            "replica": core.options.replica.to_string(),
+            "runtime": core.options.runtime,
+            "capacity": resources(core.ledger.capacity()),
+            "resident": resources(&core.ledger.used()),
+            "session": {
+                "connected": link.cluster.is_some(),
+                "cluster": link.cluster,
+                "lastError": link.last_error,
+                "lineage": seen.lineage,
+                "leaderEpoch": seen.epoch,
+            },
+            "copies": core.book.all().iter().map(|entry| copy(entry)).collect::<Vec<_>>(),
+            "waiting": core.waiting(),
+            "artifacts": { "count": artifacts, "bytes": bytes },
+            "counters": metrics.iter().map(|(name, _, value)| ((*name).to_owned(), json!(value))).collect::<serde_json::Map<_, _>>(),
+        })
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.core.end_tasks();
+    }
+}
+
+fn resources(resources: &Resources) -> Value {
+    json!({ "primary": resources.primary.0, "others": resources.others })
+}
+
+fn copy(entry: &Entry) -> Value {
+    let state = match entry.report() {
+        Report::Scheduled => "Scheduled",
+        Report::Downloading(_) => "Downloading",
+        Report::Loading => "Loading",
+        Report::Available { .. } => "Available",
+        Report::Draining { .. } => "Draining",
+        Report::Unloaded => "Unloaded",
+        Report::Failed { .. } => "Failed",
+    };
+    json!({
+        "model": entry.model.as_str(),
+        "version": entry.generation.version.0,
+        "generation": entry.generation.to_string(),
+        "servedName": entry.served,
+        "state": state,
+        "phase": format!("{:?}", entry.phase()),
+        "holds": entry.holds(),
+        "waiting": entry.waiting.load(std::sync::atomic::Ordering::SeqCst),
+        "need": resources(&entry.need),
+        "uri": artifacts::redacted(&entry.spec.uri),
+        "lastUsedMicros": entry.last_used().as_micros(),
+        "loads": {
+            "count": entry.loads.count(),
+            "averageMillis": entry.loads.average().map(|average| average.as_millis()),
+            "maxMillis": entry.loads.max().as_millis(),
+        },
+    })
+}

@@ -1,0 +1,117 @@
+//! What an agent is told about itself and its bounds.
+
+use std::{path::PathBuf, time::Duration};
+
+use crate::{
+    domain::{
+        memory::{Bytes, Resources},
+        names::ReplicaId,
+    },
+    ports::FetchLimits,
+};
+
+/// Where blocking file work is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blocking {
+    /// On tokio's blocking threads.
+    Pool,
+    /// Where it comes up: for simulations, which have one thread.
+    Inline,
+}
+
+/// An agent's settings. [`Options::new`] has the defaults.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The replica that it stands beside.
+    pub replica: ReplicaId,
+    /// Memory of the inference server, by device. Resident copies never exceed it.
+    pub capacity: Resources,
+    /// How much more than the capacity may be registered, in percent. The scheduler keeps to it.
+    pub overcommit_percent: u32,
+    /// What the inference server can serve.
+    pub capabilities: Vec<String>,
+    /// What serves the models: `builtin`, `mlserver`, `triton`, `oip`.
+    pub runtime: String,
+    /// Where gateways reach the door: `host:port`, or `inproc:NAME`.
+    pub door_address: String,
+    /// The agent's own folder: fence, orders, artifact cache.
+    pub data_dir: PathBuf,
+    /// The inference server's model repository. Everything in it belongs to the agent.
+    pub repository: PathBuf,
+    /// Where blocking file work is done.
+    pub blocking: Blocking,
+    /// Bounds of one artifact.
+    pub artifact: FetchLimits,
+    /// Bytes that cached artifacts may take on disk.
+    pub artifact_cache: Bytes,
+    /// Longest fetch.
+    pub fetch_deadline: Duration,
+    /// Longest load or reload, without its wait for memory.
+    pub load_deadline: Duration,
+    /// Longest wait for readiness after a load.
+    pub probe_deadline: Duration,
+    /// Longest unload.
+    pub unload_deadline: Duration,
+    /// How long a first load waits for memory that is held.
+    pub memory_deadline: Duration,
+    /// How long a request waits for an evicted copy.
+    pub reload_wait: Duration,
+    /// Requests that may wait for one evicted copy.
+    pub reload_queue: u32,
+    /// Requests that may wait for evicted copies, all together.
+    pub reload_queue_total: u32,
+    /// Tries to bring a copy back before it counts as failed.
+    pub reload_attempts: u32,
+    /// Longest wait for the head of an answer from the inference server.
+    pub answer_deadline: Duration,
+    /// Fetches at a time.
+    pub fetches: usize,
+    /// First loads at a time.
+    pub loads: usize,
+    /// Reloads at a time.
+    pub reloads: usize,
+    /// Copies that the agent keeps at most, resident or not.
+    pub max_copies: usize,
+    /// Longest wait for a connection to the scheduler and for its welcome.
+    pub connect_deadline: Duration,
+    /// First and longest pause before another try to reach the scheduler.
+    pub reconnect: (Duration, Duration),
+}
+
+impl Options {
+    /// Defaults for an agent of `replica`, with its own files in `data_dir` and the inference server's
+    /// repository below it.
+    #[must_use]
+    pub fn new(replica: ReplicaId, capacity: Resources, data_dir: PathBuf) -> Self {
+        const GIB: u64 = 1 << 30;
+        Self {
+            replica,
+            capacity,
+            overcommit_percent: 0,
+            capabilities: Vec::new(),
+            runtime: "oip".to_owned(),
+            door_address: String::new(),
+            repository: data_dir.join("repository"),
+            data_dir,
+            blocking: Blocking::Pool,
+            artifact: FetchLimits { bytes: 64 * GIB, files: 10_000 },
+            artifact_cache: Bytes(256 * GIB),
+            fetch_deadline: Duration::from_secs(3600),
+            load_deadline: Duration::from_secs(600),
+            probe_deadline: Duration::from_secs(60),
+            unload_deadline: Duration::from_secs(60),
+            memory_deadline: Duration::from_secs(60),
+            reload_wait: Duration::from_secs(30),
+            reload_queue: 256,
+            reload_queue_total: 4096,
+            reload_attempts: 3,
+            answer_deadline: Duration::from_secs(600),
+            fetches: 4,
+            loads: 4,
+            reloads: 4,
+            max_copies: 100_000,
+            connect_deadline: Duration::from_secs(5),
+            reconnect: (Duration::from_millis(100), Duration::from_secs(5)),
+        }
+    }
+}
