@@ -5,6 +5,7 @@
 
 pub mod copy;
 pub mod error;
+pub mod invariants;
 pub mod memory;
 pub mod names;
 pub mod placement;

@@ -205,17 +205,6 @@ impl Ledger {
         Decision { outcome, examined }
     }
 
-    /// Places what fits, even when not everything does: by priority, and among equals in the order given. The
-    /// decisions are in the order of the requests.
-    pub fn place_all(&mut self, requests: &[PlacementRequest], now: Instant) -> Vec<Decision> {
-        let mut order: Vec<(usize, &PlacementRequest)> = requests.iter().enumerate().collect();
-        order.sort_by_key(|(_, request)| std::cmp::Reverse(request.priority));
-        let mut decisions: Vec<(usize, Decision)> =
-            order.into_iter().map(|(at, request)| (at, self.place(request, now))).collect();
-        decisions.sort_by_key(|(at, _)| *at);
-        decisions.into_iter().map(|(_, decision)| decision).collect()
-    }
-
     /// Gives back a copy's memory, and says where it was and how much.
     pub fn release(&mut self, model: &ModelName, generation: Generation) -> Option<Registered> {
         let key = (model.clone(), generation);
@@ -295,6 +284,11 @@ impl Ledger {
     #[must_use]
     pub fn explain(&self, request: &PlacementRequest, now: Instant) -> Report {
         explain::explain(self, request, now)
+    }
+
+    /// All servers, by name, with what is declared as the memory of each replica.
+    pub fn declared(&self) -> impl Iterator<Item = (&ServerName, &Option<Resources>)> {
+        self.declared.iter()
     }
 
     /// A replica.
