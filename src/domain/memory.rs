@@ -82,7 +82,9 @@ pub enum QuantityProblem {
     #[error("it has more than one decimal point")]
     TwoPoints,
     /// A unit that does not exist.
-    #[error("its unit is not known; units are k, M, G, T, P, E (powers of 1000) and Ki, Mi, Gi, Ti, Pi, Ei (powers of 1024)")]
+    #[error(
+        "its unit is not known; units are k, M, G, T, P, E (powers of 1000) and Ki, Mi, Gi, Ti, Pi, Ei (powers of 1024)"
+    )]
     Unit,
     /// `e` without a whole number after it.
     #[error("its exponent is not a whole number")]

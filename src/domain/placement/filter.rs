@@ -142,11 +142,9 @@ impl std::fmt::Display for Rejection {
             Self::Failed { until } => {
                 write!(f, "failed to load it of late (avoided until {} us after 1970)", until.as_micros())
             }
-            Self::TooBig { device, capacity, need } => write!(
-                f,
-                "has {capacity}{} in all, less than the {need} needed",
-                on_device(device.as_deref())
-            ),
+            Self::TooBig { device, capacity, need } => {
+                write!(f, "has {capacity}{} in all, less than the {need} needed", on_device(device.as_deref()))
+            }
             Self::Memory { device, missing } => {
                 write!(f, "lacks {missing}{}", on_device(device.as_deref()))
             }

@@ -319,9 +319,8 @@ impl Ledger {
         &'a self,
         model: &ModelName,
     ) -> impl Iterator<Item = (&'a Generation, &'a Registered)> + use<'a> {
-        let at = |uid, version, number| {
-            (model.clone(), Generation { uid: Uid(uid), version: Version(version), number })
-        };
+        let at =
+            |uid, version, number| (model.clone(), Generation { uid: Uid(uid), version: Version(version), number });
         let range = at(0, 0, 0)..=at(u64::MAX, u32::MAX, u32::MAX);
         self.copies.range(range).map(|((_, generation), copy)| (generation, copy))
     }
@@ -358,7 +357,11 @@ impl Ledger {
                 ));
             }
             if copies != replica.copies {
-                wrong.push(format!("{id} lists {} copies, {} are registered on it", replica.copies.len(), copies.len()));
+                wrong.push(format!(
+                    "{id} lists {} copies, {} are registered on it",
+                    replica.copies.len(),
+                    copies.len()
+                ));
             }
             if self.declared.get(&id.server).cloned().flatten() != replica.declared {
                 wrong.push(format!("{id} does not have what is declared of its server"));

@@ -407,7 +407,10 @@ mod tests {
     fn one_sentence_says_what_stands_in_the_way() {
         let triton = (server("triton"), Capabilities::new(["onnx", "python"]));
         for (unplaced, text) in [
-            (Unplaced::default(), "its size is not known, and an unknown size never counts as zero; set memory in its manifest"),
+            (
+                Unplaced::default(),
+                "its size is not known, and an unknown size never counts as zero; set memory in its manifest",
+            ),
             (unplaced(&[], |_| {}), "no server replica has registered"),
             (
                 unplaced(&[(Filter::Capabilities, 2)], |found| {
@@ -439,10 +442,16 @@ mod tests {
                 }),
                 "server gone, which its manifest names, has no replicas (servers: a, b)",
             ),
-            (unplaced(&[(Filter::Memory, 12)], near), "12 replicas match, each lacks at least 200 MiB; the nearest is mlserver-3"),
+            (
+                unplaced(&[(Filter::Memory, 12)], near),
+                "12 replicas match, each lacks at least 200 MiB; the nearest is mlserver-3",
+            ),
             (unplaced(&[(Filter::Memory, 1)], near), "1 replica matches, and it lacks at least 200 MiB"),
             (
-                unplaced(&[(Filter::Memory, 9), (Filter::Cordoned, 2), (Filter::Held, 1), (Filter::Capabilities, 4)], near),
+                unplaced(
+                    &[(Filter::Memory, 9), (Filter::Cordoned, 2), (Filter::Held, 1), (Filter::Capabilities, 4)],
+                    near,
+                ),
                 "12 replicas match: 2 are cordoned, 1 already holds this version, 9 lack at least 200 MiB; the nearest is \
                  mlserver-3; 4 more lack its requirements",
             ),

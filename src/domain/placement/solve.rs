@@ -135,7 +135,8 @@ pub(super) fn unplaced(ledger: &Ledger, problem: &Problem<'_>) -> Unplaced {
     let mut left = index.replicas;
     for (filter, server) in [(Filter::Server, &request.server), (Filter::Anchor, &problem.anchor)] {
         if let Some(server) = server {
-            let stay = if problem.scope() == Scope::Nowhere && filter == Filter::Anchor { 0 } else { index.size_of(server) };
+            let stay =
+                if problem.scope() == Scope::Nowhere && filter == Filter::Anchor { 0 } else { index.size_of(server) };
             count(filter, left - stay);
             left = stay;
         }

@@ -130,18 +130,20 @@ fn requests() -> impl Strategy<Value = PlacementRequest> {
         (any::<bool>(), -1_i32..2, 0_u32..5),
         (avoid, prefer),
     )
-        .prop_map(|((model, generation), requirements, server, need, (spread, priority, together), (avoid, prefer))| {
-            PlacementRequest {
-                requirements,
-                server,
-                spread: if spread { Spread::Servers } else { Spread::OneServer },
-                priority,
-                together,
-                avoid,
-                prefer,
-                ..PlacementRequest::new(model, generation, need)
-            }
-        })
+        .prop_map(
+            |((model, generation), requirements, server, need, (spread, priority, together), (avoid, prefer))| {
+                PlacementRequest {
+                    requirements,
+                    server,
+                    spread: if spread { Spread::Servers } else { Spread::OneServer },
+                    priority,
+                    together,
+                    avoid,
+                    prefer,
+                    ..PlacementRequest::new(model, generation, need)
+                }
+            },
+        )
 }
 
 fn ops() -> impl Strategy<Value = Op> {
@@ -393,7 +395,8 @@ fn a_byte_that_comes_free_disturbs_nobody_whom_it_cannot_serve() {
     assert_eq!((retried.decisions.len(), retried.more), (0, false), "499 bytes are too few for anybody");
     placement.resize(&filler.model, filler.generation, memory(500)).expect("it is registered");
     let retried = placement.retry(T0, 10);
-    let placed: Vec<_> = retried.decisions.iter().map(|(model, _, decision)| (model.as_str(), decision.outcome.is_ok())).collect();
+    let placed: Vec<_> =
+        retried.decisions.iter().map(|(model, _, decision)| (model.as_str(), decision.outcome.is_ok())).collect();
     assert_eq!((placed, retried.more), (vec![("w0", true)], false));
 }
 
@@ -445,10 +448,7 @@ fn a_copy_larger_than_all_the_memory_never_goes_there() {
     let mut placement = fleet(1, 2, 100, 50);
     let unplaced = placement.place(&copy(0, 0, 120), T0).outcome.expect_err("it could never be resident");
     assert_eq!(unplaced.rejected(Filter::TooBig), 2);
-    assert_eq!(
-        unplaced.summary(),
-        "2 replicas match, each is smaller than the 120 B it needs; the nearest is s0000-0"
-    );
+    assert_eq!(unplaced.summary(), "2 replicas match, each is smaller than the 120 B it needs; the nearest is s0000-0");
     assert!(placement.place(&copy(1, 0, 100), T0).outcome.is_ok());
     assert!(placement.place(&copy(2, 0, 100), T0).outcome.is_ok());
     assert!(placement.place(&copy(3, 0, 50), T0).outcome.is_ok(), "overcommit is for several together");
@@ -469,9 +469,9 @@ fn the_order_of_preference_is_the_policy() {
     let chosen = |request: &PlacementRequest| placement.ledger().decide(request, T0).replica().cloned();
     assert_eq!(chosen(&request), Some(on("a", 0)), "in memory beats everything");
     request.prefer.resident_on.clear();
-    assert_eq!(chosen(&request), Some(on("a", 0)), "on disk beats evictions, and of equals the first");
-    request.prefer.artifact_on.remove(&on("a", 0));
-    assert_eq!(chosen(&request), Some(on("a", 1)));
+    assert_eq!(chosen(&request), Some(on("a", 1)), "on disk beats evictions, and then the emptier");
+    request.prefer.artifact_on.remove(&on("a", 1));
+    assert_eq!(chosen(&request), Some(on("a", 0)));
     request.prefer.artifact_on.clear();
     assert_eq!(chosen(&request), Some(on("a", 3)), "the emptiest");
     request.avoid = [(on("a", 3), T0 + Duration::from_secs(1))].into();
