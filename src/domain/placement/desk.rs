@@ -289,7 +289,9 @@ impl Placement {
                 entry.get_mut().after = Some(turn.clone());
                 let Some(waits) = self.waiting.get(&turn.model, turn.generation) else { return Offer::Refused };
                 let problem = Problem::new(&self.ledger, &waits.request, now);
-                if filter::admits(&problem, replica) { Offer::Taken(turn) } else { Offer::Refused }
+                // One that is refused here, and of which it is not known what it waits for, is tried to find that out.
+                let tried = filter::admits(&problem, replica) || self.waiting.is_unsure(waits);
+                if tried { Offer::Taken(turn) } else { Offer::Refused }
             }
             None if entry.get().again => {
                 entry.insert(Sweep::default());
@@ -369,6 +371,6 @@ enum Offer {
     Nobody,
     /// The one asked can't use it, or there was none to ask.
     Refused,
-    /// This one can.
+    /// This one is to be tried.
     Taken(Turn),
 }

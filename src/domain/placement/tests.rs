@@ -469,9 +469,9 @@ fn the_order_of_preference_is_the_policy() {
     let chosen = |request: &PlacementRequest| placement.ledger().decide(request, T0).replica().cloned();
     assert_eq!(chosen(&request), Some(on("a", 0)), "in memory beats everything");
     request.prefer.resident_on.clear();
-    assert_eq!(chosen(&request), Some(on("a", 0)), "on disk beats evictions, and of equals the first");
-    request.prefer.artifact_on.remove(&on("a", 0));
-    assert_eq!(chosen(&request), Some(on("a", 1)));
+    assert_eq!(chosen(&request), Some(on("a", 1)), "on disk beats evictions, and then the emptier");
+    request.prefer.artifact_on.remove(&on("a", 1));
+    assert_eq!(chosen(&request), Some(on("a", 0)));
     request.prefer.artifact_on.clear();
     assert_eq!(chosen(&request), Some(on("a", 3)), "the emptiest");
     request.avoid = [(on("a", 3), T0 + Duration::from_secs(1))].into();

@@ -41,12 +41,14 @@ impl<K, S> Default for Tree<K, S> {
     }
 }
 
-impl<K: Ord + Hash, S: Summary> Tree<K, S> {
+impl<K, S> Tree<K, S> {
     /// How many items it holds.
     pub(super) const fn len(&self) -> u32 {
         self.len
     }
+}
 
+impl<K: Ord + Hash, S: Summary> Tree<K, S> {
     /// The summary of all items.
     pub(super) fn total(&self) -> Option<&S> {
         self.root.as_ref().map(|root| &root.total)
@@ -59,6 +61,19 @@ impl<K: Ord + Hash, S: Summary> Tree<K, S> {
             node = left;
         }
         Some(&node.key)
+    }
+
+    /// Whether `key` is in it.
+    pub(super) fn contains(&self, key: &K) -> bool {
+        let mut link = self.root.as_deref();
+        while let Some(node) = link {
+            link = match key.cmp(&node.key) {
+                Ordering::Equal => return true,
+                Ordering::Less => node.left.as_deref(),
+                Ordering::Greater => node.right.as_deref(),
+            };
+        }
+        false
     }
 
     /// Adds `key`, which is not in it.
@@ -336,6 +351,7 @@ mod tests {
             }
             prop_assert_eq!(&tree, &built(map.iter().rev()), "the shape follows from the content");
             prop_assert_eq!(tree.len() as usize, map.len());
+            prop_assert!((0..64).all(|key| tree.contains(&key) == map.contains_key(&key)));
             prop_assert_eq!(tree.first(), map.keys().next());
             prop_assert_eq!(tree.total().map(|most| most.0), map.values().copied().max());
             let admits = |most: &Most| most.0 >= least;

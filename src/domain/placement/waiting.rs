@@ -63,6 +63,18 @@ struct Lines {
     hungry: Tree<Turn, Least>,
     /// Those that no replica would.
     stuck: Tree<Turn, Least>,
+    /// Those that no replica would until one came that might; they are hungry until they are tried again.
+    unsure: Tree<Turn, Least>,
+}
+
+impl Lines {
+    fn remove(&mut self, turn: &Turn) -> bool {
+        self.hungry.remove(turn) || self.stuck.remove(turn) || self.unsure.remove(turn)
+    }
+
+    const fn len(&self) -> u32 {
+        self.hungry.len() + self.stuck.len() + self.unsure.len()
+    }
 }
 
 /// The least that any one copy of a subtree needs; on each device it may be another one.
@@ -147,10 +159,8 @@ impl Waiting {
         }
         if let Some(targeted) = self.lines.get_mut(&entry.target) {
             if let Some(lines) = targeted.get_mut(&entry.request.requirements) {
-                if !lines.hungry.remove(&turn) {
-                    lines.stuck.remove(&turn);
-                }
-                if lines.hungry.len() == 0 && lines.stuck.len() == 0 {
+                lines.remove(&turn);
+                if lines.len() == 0 {
                     targeted.remove(&entry.request.requirements);
                 }
             }
@@ -190,7 +200,7 @@ impl Waiting {
         for target in [None, Some(replica.id().server.clone())] {
             for (requirements, lines) in self.lines.get_mut(&target).into_iter().flatten() {
                 if replica.facts().capabilities.cover(requirements) {
-                    lines.hungry.unite(std::mem::take(&mut lines.stuck));
+                    lines.unsure.unite(std::mem::take(&mut lines.stuck));
                 }
             }
         }
@@ -205,9 +215,16 @@ impl Waiting {
             .filter_map(|target| self.lines.get(target))
             .flatten()
             .filter(|(requirements, _)| replica.facts().capabilities.cover(requirements))
-            .filter_map(|(_, lines)| lines.hungry.first_after(after, &fits))
+            .flat_map(|(_, lines)| [&lines.hungry, &lines.unsure])
+            .filter_map(|line| line.first_after(after, &fits))
             .min()
             .cloned()
+    }
+
+    /// Whether it is not known if a copy waits for memory.
+    pub(super) fn is_unsure(&self, entry: &Entry) -> bool {
+        let lines = self.lines.get(&entry.target).and_then(|targeted| targeted.get(&entry.request.requirements));
+        lines.is_some_and(|lines| lines.unsure.contains(&entry.turn()))
     }
 
     /// When the next copy may be tried on a replica again where it failed.
@@ -229,12 +246,7 @@ impl Waiting {
 
     /// Whether every copy waits in exactly the line that it belongs to.
     pub(super) fn check(&self, wrong: &mut Vec<String>) {
-        let lined: usize = self
-            .lines
-            .values()
-            .flat_map(BTreeMap::values)
-            .map(|lines| lines.hungry.len() as usize + lines.stuck.len() as usize)
-            .sum();
+        let lined: usize = self.lines.values().flat_map(BTreeMap::values).map(|lines| lines.len() as usize).sum();
         if lined != self.entries.len() {
             wrong.push(format!("{} copies wait, {lined} are in line", self.entries.len()));
         }
