@@ -18,3 +18,6 @@ pub mod gateway;
 pub mod ports;
 pub mod rpc;
 pub mod telemetry;
+
+pub mod store;
+
