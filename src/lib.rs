@@ -10,14 +10,14 @@
 
 pub mod actors;
 pub mod agent;
+pub mod app;
 pub mod domain;
 pub mod forward;
+pub mod gateway;
 pub mod manifest;
 pub mod messages;
-pub mod gateway;
 pub mod ports;
 pub mod rpc;
 pub mod telemetry;
 
 pub mod store;
-

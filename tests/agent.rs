@@ -54,7 +54,10 @@ async fn a_copy_lives_from_its_order_to_its_last_word_and_leaves_nothing_behind(
     assert!(entries(&world.options.repository).is_empty());
     assert!(entries(&world.options.data_dir.join("copies")).is_empty());
     let inspected = world.agent.inspect();
-    assert_eq!((inspected["resident"]["primary"].as_u64(), inspected["copies"].as_array().unwrap().len()), (Some(0), 0));
+    assert_eq!(
+        (inspected["resident"]["primary"].as_u64(), inspected["copies"].as_array().unwrap().len()),
+        (Some(0), 0)
+    );
     // An order that is repeated late is answered, not obeyed.
     session.obeyed(&[unregister("iris", second, SECOND)]).await;
     session.unloaded(second).await;
@@ -65,7 +68,8 @@ async fn a_copy_lives_from_its_order_to_its_last_word_and_leaves_nothing_behind(
 async fn a_grpc_request_is_renamed_and_refused_in_its_own_words() {
     let (world, mut session) = World::new(10, |_| {}).await;
     let copy = world.all_available(&mut session, &[4]).await[0];
-    let message = ModelInferRequest { model_name: "m0".into(), model_version: "7".into(), id: "x".into(), ..Default::default() };
+    let message =
+        ModelInferRequest { model_name: "m0".into(), model_version: "7".into(), id: "x".into(), ..Default::default() };
     let call = |copy: wharf::domain::version::Generation| {
         let encoded = prost::Message::encode_to_vec(&message);
         let mut framed = vec![0];
@@ -376,7 +380,11 @@ async fn failures_are_told_apart_and_everything_is_given_back() {
     };
     let good = world.artifact(4);
     let nothing: &dyn Fn(&Server, &str) = &|_, _| {};
-    let refuse = |code, text| move |server: &Server, served: &str| server.edit(|state| drop(state.refuse_load.insert(served.to_owned(), (code, text))));
+    let refuse = |code, text| {
+        move |server: &Server, served: &str| {
+            server.edit(|state| drop(state.refuse_load.insert(served.to_owned(), (code, text))))
+        }
+    };
     assert_eq!(failing("/nowhere/model".to_owned(), nothing).await, FailureClass::Artifact);
     assert_eq!(failing("/a/../b".to_owned(), nothing).await, FailureClass::Artifact);
     assert_eq!(failing("gs://bucket/iris".to_owned(), nothing).await, FailureClass::Artifact);

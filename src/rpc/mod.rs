@@ -6,11 +6,11 @@ pub mod client;
 pub mod routes_service;
 pub mod routes_wire;
 pub mod scheduler_service;
+pub mod serve;
 pub mod status;
 pub mod views;
 pub mod wharf_service;
 pub mod wire;
-pub mod routes_wire;
 
 mod generated {
     #![expect(missing_docs, unreachable_pub, clippy::all, reason = "generated; the .proto files say what it means")]
@@ -28,6 +28,3 @@ pub mod proto {
     /// Descriptors of all services, for reflection.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }
-
-pub mod agent_wire;
-pub mod wire;

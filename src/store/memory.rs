@@ -12,7 +12,7 @@ use crate::{
         record::{Contents, CopyRow, Counters, ModelRow, ServerRow, VersionRow, Write},
         version::{Generation, Uid, Version},
     },
-    ports::{CommitError, Identity, OpenError, Store},
+    ports::{CommitError, Identity, ModelRows, OpenError, Store},
 };
 
 /// What a store is told to let happen at its next write.
@@ -60,7 +60,8 @@ impl Tables {
             Write::PutModel(row) => drop(self.models.insert(row.name.clone(), row.as_ref().clone())),
             Write::RemoveModel(name) => {
                 self.models.remove(name);
-                while let Some(key) = self.versions.range((name.clone(), Version(0))..).next().map(|(key, _)| key.clone())
+                while let Some(key) =
+                    self.versions.range((name.clone(), Version(0))..).next().map(|(key, _)| key.clone())
                     && key.0 == *name
                 {
                     self.versions.remove(&key);
@@ -168,6 +169,14 @@ impl Store for MemoryStore {
             copies: kept.tables.copies.values().cloned().collect(),
             servers: kept.tables.servers.values().cloned().collect(),
             counters: kept.tables.counters,
+        })
+    }
+
+    fn load_model(&self, name: &ModelName) -> Result<Option<ModelRows>, OpenError> {
+        self.read(|kept| {
+            let versions = kept.tables.versions.values().filter(|row| row.model == *name).cloned().collect();
+            let copies = kept.tables.copies.values().filter(|row| row.model == *name).cloned().collect();
+            kept.tables.models.get(name).map(|row| (row.clone(), versions, copies))
         })
     }
 

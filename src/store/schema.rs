@@ -7,10 +7,13 @@
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::domain::{
-    names::ModelName,
-    record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow, Write},
-    version::{Generation, Version},
+use crate::{
+    domain::{
+        names::ModelName,
+        record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow, Write},
+        version::{Generation, Version},
+    },
+    ports::ModelRows,
 };
 
 /// Rows under composed keys.
@@ -93,6 +96,16 @@ fn prefix(model: &ModelName) -> Vec<u8> {
     key
 }
 
+/// The keys between which all versions, or copies, of a model lie.
+fn span(model: &ModelName) -> (Vec<u8>, Vec<u8>) {
+    let first = prefix(model);
+    let mut end = first.clone();
+    if let Some(last) = end.last_mut() {
+        *last = 1;
+    }
+    (first, end)
+}
+
 /// Creates every table, so that readers find them.
 pub(super) fn create_tables(transaction: &WriteTransaction) -> Result<(), redb::Error> {
     for table in [MODELS, VERSIONS, COPIES, SERVERS, COUNTERS] {
@@ -117,11 +130,7 @@ pub(super) fn apply(transaction: &WriteTransaction, writes: &[Write]) -> Result<
             }
             Write::RemoveModel(name) => {
                 models.remove(name.as_str().as_bytes())?;
-                let first = prefix(name);
-                let mut end = first.clone();
-                if let Some(last) = end.last_mut() {
-                    *last = 1;
-                }
+                let (first, end) = span(name);
                 let range = first.as_slice()..end.as_slice();
                 versions.retain_in::<&[u8], _>(range.clone(), |_, _| false)?;
                 copies.retain_in::<&[u8], _>(range, |_, _| false)?;
@@ -159,18 +168,12 @@ pub(super) fn apply(transaction: &WriteTransaction, writes: &[Write]) -> Result<
 /// Reads every table.
 pub(super) fn read(transaction: &redb::ReadTransaction) -> Result<Contents, RowError> {
     let mut contents = Contents {
-        models: rows(transaction, "models", MODELS, |row: &ModelRow, key| {
-            row.name.as_str().as_bytes() == key
-        })?,
+        models: rows(transaction, "models", MODELS, |row: &ModelRow, key| row.name.as_str().as_bytes() == key)?,
         versions: rows(transaction, "versions", VERSIONS, |row: &VersionRow, key| {
             version_key(&row.model, row.version) == key
         })?,
-        copies: rows(transaction, "copies", COPIES, |row: &CopyRow, key| {
-            copy_key(&row.model, row.generation) == key
-        })?,
-        servers: rows(transaction, "servers", SERVERS, |row: &ServerRow, key| {
-            row.name.as_str().as_bytes() == key
-        })?,
+        copies: rows(transaction, "copies", COPIES, |row: &CopyRow, key| copy_key(&row.model, row.generation) == key)?,
+        servers: rows(transaction, "servers", SERVERS, |row: &ServerRow, key| row.name.as_str().as_bytes() == key)?,
         counters: match transaction.open_table(COUNTERS)?.get(THE_COUNTERS)? {
             Some(row) => decode("counters", row.value())?,
             None => Default::default(),
@@ -200,6 +203,22 @@ fn rows<T: DeserializeOwned>(
         rows.push(row);
     }
     Ok(rows)
+}
+
+/// Reads the rows of one model.
+pub(super) fn read_model(transaction: &redb::ReadTransaction, name: &ModelName) -> Result<Option<ModelRows>, RowError> {
+    let Some(row) = transaction.open_table(MODELS)?.get(name.as_str().as_bytes())? else { return Ok(None) };
+    let (first, end) = span(name);
+    let range = first.as_slice()..end.as_slice();
+    let mut versions = Vec::new();
+    for entry in transaction.open_table(VERSIONS)?.range::<&[u8]>(range.clone())? {
+        versions.push(decode("versions", entry?.1.value())?);
+    }
+    let mut copies = Vec::new();
+    for entry in transaction.open_table(COPIES)?.range::<&[u8]>(range)? {
+        copies.push(decode("copies", entry?.1.value())?);
+    }
+    Ok(Some((decode("models", row.value())?, versions, copies)))
 }
 
 /// Lets the rows of one model share its name, and the copies of one server the server's: with a million

@@ -109,7 +109,11 @@ impl Server {
                 })
             }
             ["v2", "models", name, "ready"] => {
-                if self.is_loaded(name) { status(200, "") } else { status(404, "not loaded") }
+                if self.is_loaded(name) {
+                    status(200, "")
+                } else {
+                    status(404, "not loaded")
+                }
             }
             ["v2", "models", name, "infer"] => self.infer(name).await,
             [_, "ModelInfer"] if grpc => {
@@ -342,8 +346,7 @@ impl World {
     ) -> (Self, Session) {
         let folder = tempfile::tempdir().unwrap();
         let replica = ReplicaId::new(ServerName::new("mlserver").unwrap(), 0);
-        let mut options =
-            Options::new(replica, Resources::primary(Bytes(capacity)), folder.path().join("data"));
+        let mut options = Options::new(replica, Resources::primary(Bytes(capacity)), folder.path().join("data"));
         options.blocking = Blocking::Inline;
         edit(&mut options);
         let server = Arc::new(Server::default());
@@ -355,7 +358,18 @@ impl World {
         let agent = agent(&options, &net, &server, &sources);
         let door = agent.door();
         let mut world = Self {
-            folder, server, agent, door, options, net, leader, sessions, hub, listening: None, stop: None, sources,
+            folder,
+            server,
+            agent,
+            door,
+            options,
+            net,
+            leader,
+            sessions,
+            hub,
+            listening: None,
+            stop: None,
+            sources,
         };
         world.listen();
         world.start();
@@ -470,12 +484,7 @@ impl World {
     }
 }
 
-fn agent(
-    options: &Options,
-    net: &Arc<Net>,
-    server: &Arc<Server>,
-    sources: &[Arc<dyn ArtifactSource>],
-) -> Arc<Agent> {
+fn agent(options: &Options, net: &Arc<Net>, server: &Arc<Server>, sources: &[Arc<dyn ArtifactSource>]) -> Arc<Agent> {
     let deps = Deps {
         clock: Arc::new(SystemClock::new()),
         network: Arc::clone(net) as Arc<dyn Network>,

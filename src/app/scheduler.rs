@@ -1,0 +1,179 @@
+//! The control plane: actors behind two gRPC ports.
+
+use std::{io, sync::Arc, time::Duration};
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use super::World;
+use crate::{
+    actors::{self, Fatal, Handle, Spawner, StartError, Timing},
+    domain::model::Policy,
+    messages::Gate,
+    ports::{Listen, Store},
+    rpc::{
+        agent_hub::{AgentSessions, Leader},
+        proto::{
+            DESCRIPTORS, agent::agent_hub_server::AgentHubServer,
+            health::health_check_service_server::HealthCheckServiceServer, routes::routes_server::RoutesServer,
+            scheduler::scheduler_server::SchedulerServer, wharf::wharf_server::WharfServer,
+        },
+        routes_service::RouteSessions,
+        scheduler_service::SchedulerApi,
+        serve::serve,
+        wharf_service::WharfApi,
+    },
+    telemetry::events::EventRing,
+};
+
+/// Questions that may wait for the actors at a time.
+const PERMITS: usize = 10_000;
+/// The longest that one may wait.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// The largest message that is taken: a hello of an agent with a hundred thousand copies.
+const MESSAGE: usize = 256 << 20;
+
+/// How a scheduler is started.
+#[derive(Debug)]
+pub struct Options {
+    /// Where clients call: `host:port`.
+    pub api: String,
+    /// Where agents and gateways call: `host:port`.
+    pub agents: String,
+    /// The journal.
+    pub store: Arc<dyn Store>,
+    /// Whether commits block a thread of their own.
+    pub blocking: bool,
+    /// Where actors run.
+    pub spawner: Spawner,
+    /// What decides over models.
+    pub policy: Policy,
+    /// How long things may take.
+    pub timing: Timing,
+    /// What happened.
+    pub events: Arc<EventRing>,
+}
+
+/// A scheduler could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its journal.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// An address.
+    #[error("can't listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// A running scheduler.
+#[derive(Debug)]
+pub struct Running {
+    /// Its actors.
+    pub handle: Handle,
+    /// Where clients call.
+    pub api: String,
+    /// Where agents and gateways call.
+    pub agents: String,
+    tasks: JoinSet<()>,
+}
+
+impl Running {
+    /// Waits until its ports are closed, after `shutdown`.
+    pub async fn stopped(mut self) {
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+/// Listens, reads the journal, starts the actors and serves.
+///
+/// # Errors
+/// When an address is taken, or the journal can't be used.
+pub async fn start(
+    world: &World,
+    options: Options,
+    fatal: Fatal,
+    shutdown: CancellationToken,
+) -> Result<Running, Error> {
+    let api_listener = bind(world, &options.api).await?;
+    let agents_listener = bind(world, &options.agents).await?;
+    let (api_address, agents_address) = (api_listener.address(), agents_listener.address());
+    let handle = actors::start(actors::Scheduler {
+        store: options.store,
+        blocking: options.blocking,
+        clock: Arc::clone(&world.clock),
+        policy: options.policy,
+        timing: options.timing,
+        spawner: options.spawner,
+        events: options.events,
+        fatal,
+    })?;
+    let mut tasks = JoinSet::new();
+    for (listener, routes) in [(api_listener, api(&handle).await), (agents_listener, agents(&handle))] {
+        let (address, shutdown) = (listener.address(), shutdown.clone());
+        tasks.spawn(async move {
+            if let Err(error) = serve(listener, routes, shutdown).await {
+                tracing::error!(address, %error, "a port ended");
+            }
+        });
+    }
+    Ok(Running { handle, api: api_address, agents: agents_address, tasks })
+}
+
+async fn bind(world: &World, address: &str) -> Result<Box<dyn Listen>, Error> {
+    world.network.bind(address).await.map_err(|source| Error::Listen { address: address.to_owned(), source })
+}
+
+async fn api(handle: &Handle) -> Routes {
+    let links = &handle.links;
+    let models = Gate::new(handle.models(), PERMITS, DEADLINE);
+    let board = Arc::clone(&links.board);
+    let scheduler =
+        SchedulerApi::new(models.clone(), Gate::new(handle.servers(), PERMITS, DEADLINE), Arc::clone(&board));
+    let wharf = WharfApi {
+        models,
+        marks: Gate::new(handle.marks(), PERMITS, DEADLINE),
+        explain: Gate::new(handle.explain(), PERMITS, DEADLINE),
+        inspect: Gate::new(handle.inspect(), PERMITS, DEADLINE),
+        board,
+        events: Arc::clone(&links.events),
+    };
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<SchedulerServer<SchedulerApi>>().await;
+    reporter.set_serving::<WharfServer<WharfApi>>().await;
+    let routes = Routes::new(SchedulerServer::new(scheduler.clone()))
+        .add_service(HealthCheckServiceServer::new(scheduler))
+        .add_service(WharfServer::new(wharf))
+        .add_service(health);
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1();
+    match reflection {
+        Ok(reflection) => routes.add_service(reflection),
+        Err(error) => {
+            tracing::error!(%error, "gRPC reflection is not served");
+            routes
+        }
+    }
+}
+
+fn agents(handle: &Handle) -> Routes {
+    let (links, identity) = (&handle.links, &handle.links.identity);
+    let leader =
+        Leader { cluster: identity.cluster.clone(), lineage: identity.lineage.clone(), epoch: identity.leader_epoch };
+    let (connected, spoke) = handle.agents();
+    let sessions = AgentSessions::new(connected, spoke, leader);
+    let routes = RouteSessions::new(
+        handle.gateways(),
+        identity.lineage.clone(),
+        links.timing.gateway_lease,
+        Arc::clone(&links.clock),
+    );
+    Routes::new(AgentHubServer::new(sessions).max_decoding_message_size(MESSAGE)).add_service(RoutesServer::new(routes))
+}
