@@ -13,9 +13,10 @@ mod placement;
 mod router;
 mod server;
 mod spawn;
+mod start;
 mod supervisor;
 
 pub use journal::Fatal;
 pub use links::{Identity, Links, Timing};
 pub use spawn::{Arbiters, Spawner};
-pub use supervisor::{Handle, Scheduler, StartError, start};
+pub use start::{Handle, Scheduler, StartError, start};

@@ -18,7 +18,7 @@ use crate::{
         Reply,
         journal::{Commit, Committed},
         model::{Announce, Happened, Request, Stop},
-        placement::{Place, Release, Restore},
+        placement::{Leave, Place, Release, Restore},
         router::Publish,
         server::{Enquire, SetOrder},
         supervisor::Terminated,
@@ -130,6 +130,7 @@ impl ModelActor {
                 let order = Order::Unregister { model: name.clone(), generation, drain: links.timing.drain };
                 links.tell_server(&on.server.clone(), SetOrder { replica: on, order });
             }
+            Effect::Leave(generation) => links.placement.tell(Leave { model: name.clone(), generation }),
             Effect::Publish(revision) => self.publish(revision),
             Effect::Wake(at) => self.wake_at(at, ctx),
             Effect::Note(note) => links.note(name.as_str(), note, serde_json::Value::Null),
@@ -173,6 +174,10 @@ impl ModelActor {
                     if let Some(on) = restored {
                         let (model, generation) = (self.model.name.clone(), copy.generation);
                         self.links.placement.tell(Restore { model, generation, on, need: copy.need.clone() });
+                        if copy.draining {
+                            let model = self.model.name.clone();
+                            self.links.placement.tell(Leave { model, generation });
+                        }
                     }
                 }
                 (Announce::ToServer, State::Draining { on, phase: Drain::Unloading }) => {

@@ -17,7 +17,7 @@ use crate::{
     messages::{
         Ask, Registered,
         model::{Announce, Happened},
-        placement::{Explain, Explanation, Place, Release, ReplicaChanged, Restore},
+        placement::{Explain, Explanation, Leave, Place, Release, ReplicaChanged, Restore},
     },
 };
 
@@ -32,12 +32,13 @@ pub(super) struct PlacementActor {
     placement: Placement,
     links: Arc<Links>,
     retrying: bool,
+    timer: Option<actix::SpawnHandle>,
     _life: Life,
 }
 
 impl PlacementActor {
     pub(super) fn new(links: Arc<Links>, life: Life) -> Self {
-        Self { placement: Placement::default(), links, retrying: false, _life: life }
+        Self { placement: Placement::default(), links, retrying: false, timer: None, _life: life }
     }
 
     fn request(&self, place: &Place) -> PlacementRequest {
@@ -121,6 +122,11 @@ impl Handler<Retry> for PlacementActor {
         }
         if retried.more {
             self.retry_soon(ctx);
+        } else if let Some(at) = self.placement.next_retry() {
+            let timer = ctx.run_later(at.since(self.links.clock.now()), |placement, ctx| placement.retry_soon(ctx));
+            if let Some(earlier) = self.timer.replace(timer) {
+                ctx.cancel_future(earlier);
+            }
         }
     }
 }
@@ -148,6 +154,16 @@ impl Handler<Release> for PlacementActor {
         if let Some(released) = self.placement.release(&release.model, release.generation) {
             self.show(&released.replica);
         }
+        self.retry_soon(ctx);
+    }
+}
+
+impl Handler<Leave> for PlacementActor {
+    type Result = ();
+
+    fn handle(&mut self, Leave { model, generation }: Leave, ctx: &mut Self::Context) {
+        // A copy that was released in between has nothing left to mark.
+        drop(self.placement.mark_leaving(&model, generation));
         self.retry_soon(ctx);
     }
 }

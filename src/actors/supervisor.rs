@@ -14,26 +14,26 @@ use serde_json::json;
 
 use super::{
     journal::{Fatal, Journal},
-    life::{Life, remember_panics},
-    links::{Identity, Links, Slot, Timing},
+    life::Life,
+    links::Links,
     model::ModelActor,
     placement::PlacementActor,
     router::RouterActor,
     server::ServerActor,
-    spawn::{Spawner, Work},
+    spawn::Work,
 };
 use crate::{
     domain::{
         error::{Code, Refusal},
-        model::{Event, Model, Policy, restore},
+        model::{Event, Model, restore},
         names::{ModelName, ServerName},
-        record::{Contents, CopyRow, Counters, ModelRow, ServerRow, VersionRow, Write},
+        record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow, Write},
         routes::Epoch,
         time::Instant,
         version::Uid,
     },
     messages::{
-        Ask, Board,
+        Ask,
         journal::{Commit, Committed},
         model::{Happened, Request, Stop},
         placement::Explain,
@@ -41,184 +41,34 @@ use crate::{
         server::{AgentConnected, AgentSpoke, Declare, DeclareServer, MarkReplica},
         supervisor::{Action, AskModel, Ended, Inspect, OnModel, Terminated, Who},
     },
-    ports::{Clock, CommitError, OpenError, Store},
-    telemetry::events::EventRing,
+    ports::Store,
 };
 
 /// Numbers that one start reserves of each counter: more than one process can use.
-const RESERVED: u64 = 1 << 32;
+pub(super) const RESERVED: u64 = 1 << 32;
 /// Scans that it takes to reach every model.
 const SCANS: usize = 12;
 
-/// Everything that a scheduler needs from outside.
-pub struct Scheduler {
-    /// Where the journal is.
-    pub store: Arc<dyn Store>,
-    /// Whether commits block a thread of their own.
-    pub blocking: bool,
-    /// The clock.
-    pub clock: Arc<dyn Clock>,
-    /// What decides over models.
-    pub policy: Policy,
-    /// How long things may take.
-    pub timing: Timing,
-    /// Where actors run.
-    pub spawner: Spawner,
-    /// What happened.
-    pub events: Arc<EventRing>,
-    /// Ends the process, after saying why.
-    pub fatal: Fatal,
-}
-
-impl std::fmt::Debug for Scheduler {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Scheduler").field("store", &self.store).finish_non_exhaustive()
-    }
-}
-
-/// A scheduler could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// Its journal can't be read.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// Its journal can't be written.
-    #[error(transparent)]
-    Commit(#[from] CommitError),
-}
-
-/// Reads the journal and starts every actor. Blocks while it reads.
-///
-/// # Errors
-/// When the journal can't be read or written.
-pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
-    remember_panics();
-    let contents = scheduler.store.load()?;
-    let before = contents.counters;
-    let counters = Counters {
-        leader_epoch: before.leader_epoch + 1,
-        route_epoch: before.route_epoch + RESERVED,
-        uid: before.uid + RESERVED,
-    };
-    scheduler.store.commit(&[Write::PutCounters(counters)])?;
-    let identity = scheduler.store.identity();
-    let links = Arc::new(Links {
-        started: scheduler.clock.now(),
-        clock: scheduler.clock,
-        policy: scheduler.policy,
-        timing: scheduler.timing,
-        identity: Identity {
-            cluster: identity.cluster,
-            lineage: identity.lineage,
-            leader_epoch: counters.leader_epoch,
-        },
-        board: Arc::new(Board::default()),
-        events: scheduler.events,
-        doors: dashmap::DashMap::new(),
-        spawner: scheduler.spawner,
-        supervisor: Slot::empty(),
-        journal: Slot::empty(),
-        placement: Slot::empty(),
-        router: Slot::empty(),
-        models: dashmap::DashMap::new(),
-        servers: dashmap::DashMap::new(),
-    });
-    let supervisor = {
-        let links = Arc::clone(&links);
-        let (store, blocking, fatal) = (scheduler.store, scheduler.blocking, scheduler.fatal);
-        let spawner = Arc::clone(&links);
-        spawner.spawner.start(Work::Supervision, move || Supervisor {
-            links,
-            store,
-            blocking,
-            fatal,
-            next_uid: before.uid,
-            next_route_epoch: before.route_epoch,
-            contents: Some(contents),
-            declared: BTreeMap::new(),
-            panics: VecDeque::new(),
-            restarts: 0,
-            terminated: VecDeque::new(),
-            retiring: BTreeSet::new(),
-            unheard: Unheard.start().recipient(),
-            scanned: None,
-        })
-    };
-    Ok(Handle { supervisor, links })
-}
-
-/// A running scheduler, for whoever composes the process.
-#[derive(Clone, Debug)]
-pub struct Handle {
-    supervisor: Addr<Supervisor>,
-    /// What the actors share.
-    pub links: Arc<Links>,
-}
-
-impl Handle {
-    /// Where users' requests about models go.
-    #[must_use]
-    pub fn models(&self) -> Recipient<AskModel> {
-        self.supervisor.clone().recipient()
-    }
-
-    /// Where declarations of servers go.
-    #[must_use]
-    pub fn servers(&self) -> Recipient<DeclareServer> {
-        self.supervisor.clone().recipient()
-    }
-
-    /// Where marks on replicas go.
-    #[must_use]
-    pub fn marks(&self) -> Recipient<MarkReplica> {
-        self.supervisor.clone().recipient()
-    }
-
-    /// Where agents' sessions go: their first word.
-    #[must_use]
-    pub fn agents(&self) -> (Recipient<AgentConnected>, Recipient<AgentSpoke>) {
-        (self.supervisor.clone().recipient(), self.supervisor.clone().recipient())
-    }
-
-    /// Where gateways' sessions go.
-    #[must_use]
-    pub fn gateways(&self) -> (Recipient<GatewayConnected>, Recipient<GatewayAcknowledged>, Recipient<GatewayGone>) {
-        (self.supervisor.clone().recipient(), self.supervisor.clone().recipient(), self.supervisor.clone().recipient())
-    }
-
-    /// Where questions about placement go.
-    #[must_use]
-    pub fn explain(&self) -> Recipient<Explain> {
-        self.supervisor.clone().recipient()
-    }
-
-    /// Where questions about actors go.
-    #[must_use]
-    pub fn inspect(&self) -> Recipient<Inspect> {
-        self.supervisor.clone().recipient()
-    }
-}
-
 pub(super) struct Supervisor {
-    links: Arc<Links>,
-    store: Arc<dyn Store>,
-    blocking: bool,
-    fatal: Fatal,
-    next_uid: u64,
-    next_route_epoch: u64,
+    pub(super) links: Arc<Links>,
+    pub(super) store: Arc<dyn Store>,
+    pub(super) blocking: bool,
+    pub(super) fatal: Fatal,
+    pub(super) next_uid: u64,
+    pub(super) next_route_epoch: u64,
     /// What the journal held at start, until every actor has its part.
-    contents: Option<Contents>,
+    pub(super) contents: Option<Contents>,
     /// Servers as their owners last wanted them, for an actor that is made anew.
-    declared: BTreeMap<ServerName, Declare>,
-    panics: VecDeque<Instant>,
-    restarts: u64,
+    pub(super) declared: BTreeMap<ServerName, Declare>,
+    pub(super) panics: VecDeque<Instant>,
+    pub(super) restarts: u64,
     /// Deleted models, the first to be forgotten first.
-    terminated: VecDeque<(Instant, ModelName)>,
+    pub(super) terminated: VecDeque<(Instant, ModelName)>,
     /// Models whose actors were asked to end.
-    retiring: BTreeSet<ModelName>,
-    unheard: Recipient<Committed>,
+    pub(super) retiring: BTreeSet<ModelName>,
+    pub(super) unheard: Recipient<Committed>,
     /// The last model that a scan reached.
-    scanned: Option<ModelName>,
+    pub(super) scanned: Option<ModelName>,
 }
 
 impl Supervisor {
@@ -407,7 +257,7 @@ impl Supervisor {
 }
 
 /// Hears the end of a commit that nobody waits for.
-struct Unheard;
+pub(super) struct Unheard;
 
 impl Actor for Unheard {
     type Context = Context<Self>;

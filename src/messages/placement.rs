@@ -31,6 +31,16 @@ pub struct Release {
     pub generation: Generation,
 }
 
+/// The copy is to leave its replica.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Leave {
+    /// The model.
+    pub model: ModelName,
+    /// The copy.
+    pub generation: Generation,
+}
+
 /// The copy has a place already: at start, or when the ledger is rebuilt.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]

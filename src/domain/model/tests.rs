@@ -13,6 +13,7 @@ use super::*;
 use crate::domain::{
     copy::{Drain, Event as CopyEvent, FailureClass, Report, Residency},
     placement::{Capabilities, Placement, PlacementRequest, Prefer, ReplicaFacts},
+    record::{CopyRow, ModelRow, VersionRow},
     replica::ReplicaState,
     spec::{DeploymentPatch, Replicas, Strategy as Rollout},
 };
@@ -211,6 +212,9 @@ impl World {
                 let endpoints = route.targets.iter().flat_map(|target| &target.endpoints);
                 self.route = endpoints.map(|endpoint| endpoint.generation).collect();
                 self.mail.push_back(Mail::Settled(revision));
+            }
+            Effect::Leave(generation) => {
+                self.placement.mark_leaving(&self.model.name, generation).expect("registered");
             }
             Effect::Wake(_) | Effect::Note(_) | Effect::Terminated => {}
         }

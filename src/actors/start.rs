@@ -1,0 +1,180 @@
+//! Starting a scheduler: the journal is read, the counters move on, and the supervisor takes over.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+};
+
+use actix::{Actor as _, Addr, Recipient};
+
+use super::{
+    journal::Fatal,
+    life::remember_panics,
+    links::{Identity, Links, Slot, Timing},
+    spawn::{Spawner, Work},
+    supervisor::{RESERVED, Supervisor, Unheard},
+};
+use crate::{
+    domain::{
+        model::Policy,
+        record::{Counters, Write},
+    },
+    messages::{
+        Board,
+        placement::Explain,
+        router::{GatewayAcknowledged, GatewayConnected, GatewayGone},
+        server::{AgentConnected, AgentSpoke, DeclareServer, MarkReplica},
+        supervisor::{AskModel, Inspect},
+    },
+    ports::{Clock, CommitError, OpenError, Store},
+    telemetry::events::EventRing,
+};
+
+/// Everything that a scheduler needs from outside.
+pub struct Scheduler {
+    /// Where the journal is.
+    pub store: Arc<dyn Store>,
+    /// Whether commits block a thread of their own.
+    pub blocking: bool,
+    /// The clock.
+    pub clock: Arc<dyn Clock>,
+    /// What decides over models.
+    pub policy: Policy,
+    /// How long things may take.
+    pub timing: Timing,
+    /// Where actors run.
+    pub spawner: Spawner,
+    /// What happened.
+    pub events: Arc<EventRing>,
+    /// Ends the process, after saying why.
+    pub fatal: Fatal,
+}
+
+impl std::fmt::Debug for Scheduler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scheduler").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+/// A scheduler could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Its journal can't be read.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Its journal can't be written.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+}
+
+/// Reads the journal and starts every actor. Blocks while it reads.
+///
+/// # Errors
+/// When the journal can't be read or written.
+pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
+    remember_panics();
+    let contents = scheduler.store.load()?;
+    let before = contents.counters;
+    let counters = Counters {
+        leader_epoch: before.leader_epoch + 1,
+        route_epoch: before.route_epoch + RESERVED,
+        uid: before.uid + RESERVED,
+    };
+    scheduler.store.commit(&[Write::PutCounters(counters)])?;
+    let identity = scheduler.store.identity();
+    let links = Arc::new(Links {
+        started: scheduler.clock.now(),
+        clock: scheduler.clock,
+        policy: scheduler.policy,
+        timing: scheduler.timing,
+        identity: Identity {
+            cluster: identity.cluster,
+            lineage: identity.lineage,
+            leader_epoch: counters.leader_epoch,
+        },
+        board: Arc::new(Board::default()),
+        events: scheduler.events,
+        doors: dashmap::DashMap::new(),
+        spawner: scheduler.spawner,
+        supervisor: Slot::empty(),
+        journal: Slot::empty(),
+        placement: Slot::empty(),
+        router: Slot::empty(),
+        models: dashmap::DashMap::new(),
+        servers: dashmap::DashMap::new(),
+    });
+    let supervisor = {
+        let links = Arc::clone(&links);
+        let (store, blocking, fatal) = (scheduler.store, scheduler.blocking, scheduler.fatal);
+        let spawner = Arc::clone(&links);
+        spawner.spawner.start(Work::Supervision, move || Supervisor {
+            links,
+            store,
+            blocking,
+            fatal,
+            next_uid: before.uid,
+            next_route_epoch: before.route_epoch,
+            contents: Some(contents),
+            declared: BTreeMap::new(),
+            panics: VecDeque::new(),
+            restarts: 0,
+            terminated: VecDeque::new(),
+            retiring: BTreeSet::new(),
+            unheard: Unheard.start().recipient(),
+            scanned: None,
+        })
+    };
+    Ok(Handle { supervisor, links })
+}
+
+/// A running scheduler, for whoever composes the process.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    supervisor: Addr<Supervisor>,
+    /// What the actors share.
+    pub links: Arc<Links>,
+}
+
+impl Handle {
+    /// Where users' requests about models go.
+    #[must_use]
+    pub fn models(&self) -> Recipient<AskModel> {
+        self.supervisor.clone().recipient()
+    }
+
+    /// Where declarations of servers go.
+    #[must_use]
+    pub fn servers(&self) -> Recipient<DeclareServer> {
+        self.supervisor.clone().recipient()
+    }
+
+    /// Where marks on replicas go.
+    #[must_use]
+    pub fn marks(&self) -> Recipient<MarkReplica> {
+        self.supervisor.clone().recipient()
+    }
+
+    /// Where agents' sessions go: their first word.
+    #[must_use]
+    pub fn agents(&self) -> (Recipient<AgentConnected>, Recipient<AgentSpoke>) {
+        (self.supervisor.clone().recipient(), self.supervisor.clone().recipient())
+    }
+
+    /// Where gateways' sessions go.
+    #[must_use]
+    pub fn gateways(&self) -> (Recipient<GatewayConnected>, Recipient<GatewayAcknowledged>, Recipient<GatewayGone>) {
+        (self.supervisor.clone().recipient(), self.supervisor.clone().recipient(), self.supervisor.clone().recipient())
+    }
+
+    /// Where questions about placement go.
+    #[must_use]
+    pub fn explain(&self) -> Recipient<Explain> {
+        self.supervisor.clone().recipient()
+    }
+
+    /// Where questions about actors go.
+    #[must_use]
+    pub fn inspect(&self) -> Recipient<Inspect> {
+        self.supervisor.clone().recipient()
+    }
+}
