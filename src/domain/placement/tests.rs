@@ -309,7 +309,8 @@ fn most_examined(placement: &mut Placement, requests: impl Iterator<Item = Place
 
 #[test]
 fn a_hundred_times_the_replicas_are_a_few_looks_more() {
-    let wishes: [(&str, fn(PlacementRequest) -> PlacementRequest); 4] = [
+    type Wish = fn(PlacementRequest) -> PlacementRequest;
+    let wishes: [(&str, Wish); 4] = [
         ("plain", |request| request),
         ("several that share a server", |request| PlacementRequest { together: 3, ..request }),
         ("spread over servers", |request| PlacementRequest { spread: Spread::Servers, ..request }),
@@ -363,7 +364,7 @@ fn what_fits_is_placed_and_the_rest_follows_by_priority_and_wait() {
     let low = copy(0, 0, 60);
     let high = PlacementRequest { priority: 1, ..copy(1, 0, 60) };
     let small = copy(2, 0, 30);
-    let decisions = placement.place_all(&[low.clone(), high.clone(), small.clone()], T0);
+    let decisions = placement.place_all(&[low, high.clone(), small], T0);
     let placed: Vec<bool> = decisions.iter().map(|decision| decision.outcome.is_ok()).collect();
     assert_eq!(placed, [false, true, true]);
 
@@ -509,6 +510,21 @@ fn copies_of_a_version_stay_on_one_server_unless_they_may_spread() {
 }
 
 #[test]
+fn a_copy_bound_to_two_servers_is_tried_when_one_lets_go() {
+    let mut placement = fleet(2, 2, 100, 0);
+    placement.restore(&model(0), generation(1, 0), &on("s0001", 0), memory(10)).expect("once");
+    let pinned = PlacementRequest { server: Some(on("s0000", 0).server), ..copy(0, 1, 10) };
+    assert_eq!(
+        placement.place(&pinned, T0).outcome.expect_err("it can't be on both").summary(),
+        "it is to be on server s0000, but its other copies are on server s0001 and it stays on one"
+    );
+    while placement.retry(T0, 10).more {}
+    placement.set_state(&on("s0001", 0), ReplicaState::Lost).expect("known");
+    let retried = placement.retry(T0, 10);
+    assert_eq!(retried.decisions.first().and_then(|(_, _, d)| d.replica()), Some(&on("s0000", 0)));
+}
+
+#[test]
 fn a_copy_that_failed_somewhere_is_tried_there_again_in_time() {
     let mut placement = fleet(1, 1, 100, 0);
     let until = T0 + Duration::from_secs(30);
@@ -566,6 +582,6 @@ fn an_explanation_names_every_replica_and_the_nearest_miss() {
          it needs 20 B more on any of 2 replicas (s0000-1, s0001-0)"
     );
     let fits = placement.explain(&copy(0, 0, 40), T0);
-    assert!(fits.to_string().contains("* s0000-1: fits: 60.0 % used by 1 copies"), "{fits}");
+    assert!(fits.to_string().contains("* s0000-1: fits: 60.0 % used by 1 copy"), "{fits}");
     assert!(serde_json::to_string(&report).is_ok_and(|json| json.contains("\"filter\":\"cordoned\"")));
 }
