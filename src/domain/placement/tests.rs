@@ -310,7 +310,11 @@ fn most_examined(placement: &mut Placement, requests: impl Iterator<Item = Place
 #[test]
 fn a_hundred_times_the_replicas_are_a_few_looks_more() {
     type Wish = fn(PlacementRequest) -> PlacementRequest;
-    let wishes: [(&str, Wish); 4] = [
+    let wishes: [(&str, Wish); 5] = [
+        ("refused by the best", |request| PlacementRequest {
+            avoid: (0..12).map(|n| (on(&format!("s{:04}", n % 4), n / 4), T0 + Duration::from_secs(1))).collect(),
+            ..request
+        }),
         ("plain", |request| request),
         ("several that share a server", |request| PlacementRequest { together: 3, ..request }),
         ("spread over servers", |request| PlacementRequest { spread: Spread::Servers, ..request }),
@@ -479,6 +483,34 @@ fn the_order_of_preference_is_the_policy() {
     assert_eq!(chosen(&request), Some(on("a", 2)), "it failed on the emptiest");
     request.avoid.insert(on("a", 2), T0 + Duration::from_secs(1));
     assert_eq!(chosen(&request), Some(on("a", 1)), "evictions rather than nothing");
+}
+
+#[test]
+fn a_larger_replica_is_better_than_an_emptier_one_that_has_to_evict() {
+    let mut placement = Placement::default();
+    for (server, bytes, used) in [("large", 1_000, 900), ("small", 60, 10)] {
+        let facts = ReplicaFacts { overcommit_percent: 50, ..available(bytes) };
+        placement.upsert_replica(&on(server, 0), facts);
+        placement.restore(&model(9), generation(1, bytes as u32), &on(server, 0), memory(used)).expect("once");
+    }
+    let chosen = |need| placement.ledger().decide(&copy(0, 0, need), T0).replica().cloned();
+    assert_eq!(chosen(60), Some(on("large", 0)));
+    assert_eq!(chosen(50), Some(on("small", 0)));
+}
+
+#[test]
+fn room_that_comes_free_during_a_round_is_offered_to_those_before_it() {
+    let mut placement = fleet(1, 1, 100, 0);
+    placement.place_all(&[copy(0, 0, 60), copy(1, 0, 40)], T0);
+    let urgent = PlacementRequest { priority: 1, ..copy(2, 0, 60) };
+    placement.place_all(&[urgent, copy(3, 0, 40), copy(4, 0, 70)], T0);
+    while placement.retry(T0, 10).more {}
+    placement.release(&model(1), generation(1, 0));
+    let first = placement.retry(T0, 1);
+    assert_eq!((first.decisions[0].0.clone(), first.more), (model(3), true));
+    placement.release(&model(0), generation(1, 0));
+    while placement.retry(T0, 1).more {}
+    assert!(placement.waits(&model(2), generation(1, 0)).is_none(), "it waits in vain");
 }
 
 #[test]
