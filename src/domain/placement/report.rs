@@ -449,8 +449,8 @@ mod tests {
                     &[(Filter::Memory, 9), (Filter::Cordoned, 2), (Filter::Held, 1), (Filter::Capabilities, 4)],
                     near,
                 ),
-                "12 replicas match: 2 are cordoned, 1 already holds this version, 9 lack at least 200 MiB; the nearest is \
-                 mlserver-3; 4 more lack its requirements",
+                "12 replicas match: 2 are cordoned, 1 already holds this version, 9 lack at least 200 MiB; the nearest \
+                 is mlserver-3; 4 more lack its requirements",
             ),
             (
                 unplaced(&[(Filter::Anchor, 7), (Filter::Held, 2)], |found| found.anchor = Some(server("a"))),
