@@ -275,6 +275,9 @@ impl Placement {
         while let Some(turn) = self.waiting.pop_expired(now) {
             self.stirred.insert(turn);
         }
+        if self.waiting.len() == 0 {
+            self.sweeps.clear();
+        }
     }
 
     /// Offers the room of one replica to the next copy that could use it.
@@ -327,8 +330,8 @@ impl Placement {
         match problem.scope() {
             Scope::Everywhere => None,
             Scope::Only(server) => Some(server.clone()),
-            // None will do; it waits until its other copies have moved.
-            Scope::Nowhere => request.server.clone(),
+            // None will do until its other copies have moved. It waits where they are, and so is tried again then.
+            Scope::Nowhere => problem.anchor.clone(),
         }
     }
 

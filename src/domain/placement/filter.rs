@@ -139,9 +139,7 @@ impl std::fmt::Display for Rejection {
                 write!(f, "is {by} over its limit{}", on_device(device.as_deref()))
             }
             Self::Held { copy } => write!(f, "holds copy {} of this version", copy.number),
-            Self::Failed { until } => {
-                write!(f, "failed to load it of late (avoided until {} us after 1970)", until.as_micros())
-            }
+            Self::Failed { .. } => f.write_str("failed to load it of late"),
             Self::TooBig { device, capacity, need } => {
                 write!(f, "has {capacity}{} in all, less than the {need} needed", on_device(device.as_deref()))
             }

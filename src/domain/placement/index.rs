@@ -58,7 +58,7 @@ pub(super) struct Census {
     pub(super) capacities: BTreeMap<Memory, u32>,
 }
 
-/// All of a replica's memory, as a key. Resources have no order of their own: more of one device is not less of another.
+/// All of a replica's memory, as a key. Resources have no order of their own: they differ device by device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Memory(pub(super) Resources);
 

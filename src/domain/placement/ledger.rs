@@ -337,7 +337,9 @@ impl Ledger {
     /// Names each thing that does not add up.
     pub fn consistency_check(&self) -> Result<(), Vec<String>> {
         let mut wrong = Vec::new();
-        let mut sums: BTreeMap<&ReplicaId, (Tally, BTreeSet<(ModelName, Generation)>)> = BTreeMap::new();
+        /// What the copies of one replica add up to, and which they are.
+        type Sum = (Tally, BTreeSet<(ModelName, Generation)>);
+        let mut sums: BTreeMap<&ReplicaId, Sum> = BTreeMap::new();
         for (key, copy) in &self.copies {
             if !self.replicas.contains_key(&copy.replica) {
                 wrong.push(format!("copy {} of {} is on {}, which is not known", key.1, key.0, copy.replica));

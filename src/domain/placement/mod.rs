@@ -1,5 +1,13 @@
 //! Which replica holds a copy: filters, then scores, both data, so that an explanation is a printout of the
 //! decision.
+//!
+//! [`Placement`] is the whole: the [`Ledger`] of registered bytes and the copies that wait. A decision reserves what it
+//! decides in the same step. It is found through indexes (`solve`), and is the one that asking every filter about
+//! every replica would find (`explain`), which the tests hold it to. Whoever changes anything calls
+//! [`Placement::retry`] afterwards; what to try again follows from what changed.
+//!
+//! A small copy may be placed while a large one of higher priority waits: memory is never kept free for somebody who
+//! does not fit yet, and nobody is moved to make room.
 
 mod desk;
 mod explain;

@@ -1,10 +1,6 @@
 //! What a placement found: kept as data, printed by whoever is asked.
 
-use std::{
-    collections::BTreeMap,
-    fmt::{self, Write as _},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use serde::Serialize;
 
@@ -139,28 +135,28 @@ impl Unplaced {
         };
         match reasons.as_slice() {
             [(filter, 1)] => {
-                let _ = write!(text, ", and it {}", self.phrase(*filter, 1));
+                text += &format!(", and it {}", self.phrase(*filter, 1));
             }
             [(filter, _)] => {
-                let _ = write!(text, ", each {}", self.phrase(*filter, 1));
+                text += &format!(", each {}", self.phrase(*filter, 1));
             }
             reasons => {
                 for (at, (filter, replicas)) in reasons.iter().enumerate() {
                     let before = if at == 0 { ":" } else { "," };
-                    let _ = write!(text, "{before} {replicas} {}", self.phrase(*filter, *replicas));
+                    text += &format!("{before} {replicas} {}", self.phrase(*filter, *replicas));
                 }
             }
         }
         if let Some(nearest) = &self.0.nearest
             && matching > 1
         {
-            let _ = write!(text, "; the nearest is {}", nearest.replica);
+            text += &format!("; the nearest is {}", nearest.replica);
         }
         match self.rejected(Filter::Capabilities) {
             0 => {}
             1 => text.push_str("; 1 more lacks its requirements"),
             more => {
-                let _ = write!(text, "; {more} more lack its requirements");
+                text += &format!("; {more} more lack its requirements");
             }
         }
         text
@@ -219,12 +215,12 @@ impl CapabilityGap {
                 text.push_str("; ");
             }
             if server.is_none() {
-                let _ = write!(text, "{name} ");
+                text += &format!("{name} ");
             }
-            let _ = write!(text, "has {}", list(capabilities.iter()));
+            text += &format!("has {}", list(capabilities.iter()));
         }
         if self.more > 0 {
-            let _ = write!(text, "; and {} more kinds", self.more);
+            text += &format!("; and {} more kinds", self.more);
         }
         text.push(')');
         text
@@ -371,7 +367,8 @@ impl Candidate {
         if score.beside > 0 {
             parts.push(format!("{} other copies are on its server", score.beside));
         }
-        parts.push(format!("{} used by {} copies", score.used, score.copies));
+        let copies = if score.copies == 1 { "copy" } else { "copies" };
+        parts.push(format!("{} used by {} {copies}", score.used, score.copies));
         format!("fits: {}", parts.join(", "))
     }
 }
@@ -452,8 +449,8 @@ mod tests {
                     &[(Filter::Memory, 9), (Filter::Cordoned, 2), (Filter::Held, 1), (Filter::Capabilities, 4)],
                     near,
                 ),
-                "12 replicas match: 2 are cordoned, 1 already holds this version, 9 lack at least 200 MiB; the nearest is \
-                 mlserver-3; 4 more lack its requirements",
+                "12 replicas match: 2 are cordoned, 1 already holds this version, 9 lack at least 200 MiB; the nearest \
+                 is mlserver-3; 4 more lack its requirements",
             ),
             (
                 unplaced(&[(Filter::Anchor, 7), (Filter::Held, 2)], |found| found.anchor = Some(server("a"))),

@@ -3,9 +3,9 @@
 //!
 //! What makes a score depend on the request alone is looked at first, replica by replica, and is little: those that
 //! the request prefers. All others are in the order of their rank in the indexes, and a branch-and-bound search finds
-//! the best without visiting a subtree that can hold nothing better. The cost grows linearly in: the
-//! sets of capabilities that satisfy the request, the copies of the same version, the preferred and the avoided replicas;
-//! and, for several copies that have to share one server, the servers with room for some of them but not for all.
+//! the best without visiting a subtree that can hold nothing better. The cost grows linearly in: the sets of
+//! capabilities that satisfy the request, the copies of the same version, the preferred and the avoided replicas; and,
+//! for several copies that have to share one server, the servers with room for some of them but not for all.
 
 use std::{cell::Cell, collections::BTreeMap};
 

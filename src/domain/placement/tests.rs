@@ -309,7 +309,12 @@ fn most_examined(placement: &mut Placement, requests: impl Iterator<Item = Place
 
 #[test]
 fn a_hundred_times_the_replicas_are_a_few_looks_more() {
-    let wishes: [(&str, fn(PlacementRequest) -> PlacementRequest); 4] = [
+    type Wish = fn(PlacementRequest) -> PlacementRequest;
+    let wishes: [(&str, Wish); 5] = [
+        ("refused by the best", |request| PlacementRequest {
+            avoid: (0..12).map(|n| (on(&format!("s{:04}", n % 4), n / 4), T0 + Duration::from_secs(1))).collect(),
+            ..request
+        }),
         ("plain", |request| request),
         ("several that share a server", |request| PlacementRequest { together: 3, ..request }),
         ("spread over servers", |request| PlacementRequest { spread: Spread::Servers, ..request }),
@@ -363,7 +368,7 @@ fn what_fits_is_placed_and_the_rest_follows_by_priority_and_wait() {
     let low = copy(0, 0, 60);
     let high = PlacementRequest { priority: 1, ..copy(1, 0, 60) };
     let small = copy(2, 0, 30);
-    let decisions = placement.place_all(&[low.clone(), high.clone(), small.clone()], T0);
+    let decisions = placement.place_all(&[low, high.clone(), small], T0);
     let placed: Vec<bool> = decisions.iter().map(|decision| decision.outcome.is_ok()).collect();
     assert_eq!(placed, [false, true, true]);
 
@@ -481,6 +486,34 @@ fn the_order_of_preference_is_the_policy() {
 }
 
 #[test]
+fn a_larger_replica_is_better_than_an_emptier_one_that_has_to_evict() {
+    let mut placement = Placement::default();
+    for (server, bytes, used) in [("large", 1_000, 900), ("small", 60, 10)] {
+        let facts = ReplicaFacts { overcommit_percent: 50, ..available(bytes) };
+        placement.upsert_replica(&on(server, 0), facts);
+        placement.restore(&model(9), generation(1, bytes as u32), &on(server, 0), memory(used)).expect("once");
+    }
+    let chosen = |need| placement.ledger().decide(&copy(0, 0, need), T0).replica().cloned();
+    assert_eq!(chosen(60), Some(on("large", 0)));
+    assert_eq!(chosen(50), Some(on("small", 0)));
+}
+
+#[test]
+fn room_that_comes_free_during_a_round_is_offered_to_those_before_it() {
+    let mut placement = fleet(1, 1, 100, 0);
+    placement.place_all(&[copy(0, 0, 60), copy(1, 0, 40)], T0);
+    let urgent = PlacementRequest { priority: 1, ..copy(2, 0, 60) };
+    placement.place_all(&[urgent, copy(3, 0, 40), copy(4, 0, 70)], T0);
+    while placement.retry(T0, 10).more {}
+    placement.release(&model(1), generation(1, 0));
+    let first = placement.retry(T0, 1);
+    assert_eq!((first.decisions[0].0.clone(), first.more), (model(3), true));
+    placement.release(&model(0), generation(1, 0));
+    while placement.retry(T0, 1).more {}
+    assert!(placement.waits(&model(2), generation(1, 0)).is_none(), "it waits in vain");
+}
+
+#[test]
 fn copies_of_a_version_stay_on_one_server_unless_they_may_spread() {
     let mut placement = fleet(2, 4, 100, 0);
     let first = placement.place(&copy(0, 0, 10), T0).replica().cloned().expect("placed");
@@ -506,6 +539,21 @@ fn copies_of_a_version_stay_on_one_server_unless_they_may_spread() {
         *servers.entry(id.server.to_string()).or_default() += 1;
     }
     assert_eq!(servers.into_values().collect::<Vec<_>>(), [2, 2]);
+}
+
+#[test]
+fn a_copy_bound_to_two_servers_is_tried_when_one_lets_go() {
+    let mut placement = fleet(2, 2, 100, 0);
+    placement.restore(&model(0), generation(1, 0), &on("s0001", 0), memory(10)).expect("once");
+    let pinned = PlacementRequest { server: Some(on("s0000", 0).server), ..copy(0, 1, 10) };
+    assert_eq!(
+        placement.place(&pinned, T0).outcome.expect_err("it can't be on both").summary(),
+        "it is to be on server s0000, but its other copies are on server s0001 and it stays on one"
+    );
+    while placement.retry(T0, 10).more {}
+    placement.set_state(&on("s0001", 0), ReplicaState::Lost).expect("known");
+    let retried = placement.retry(T0, 10);
+    assert_eq!(retried.decisions.first().and_then(|(_, _, d)| d.replica()), Some(&on("s0000", 0)));
 }
 
 #[test]
@@ -566,6 +614,6 @@ fn an_explanation_names_every_replica_and_the_nearest_miss() {
          it needs 20 B more on any of 2 replicas (s0000-1, s0001-0)"
     );
     let fits = placement.explain(&copy(0, 0, 40), T0);
-    assert!(fits.to_string().contains("* s0000-1: fits: 60.0 % used by 1 copies"), "{fits}");
+    assert!(fits.to_string().contains("* s0000-1: fits: 60.0 % used by 1 copy"), "{fits}");
     assert!(serde_json::to_string(&report).is_ok_and(|json| json.contains("\"filter\":\"cordoned\"")));
 }

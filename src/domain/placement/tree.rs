@@ -110,12 +110,11 @@ impl<K: Ord + Hash, S: Summary> Tree<K, S> {
         bound: &dyn Fn(&S, &K) -> Option<B>,
         leaf: &mut dyn FnMut(&K, &S, &mut Option<B>),
     ) {
-        if let (Some(root), Some(low)) = (self.root.as_deref(), self.first()) {
-            if let Some(promise) = bound(&root.total, low)
-                && improves(&promise, best)
-            {
-                root.search(low, best, bound, leaf);
-            }
+        if let (Some(root), Some(low)) = (self.root.as_deref(), self.first())
+            && let Some(promise) = bound(&root.total, low)
+            && improves(&promise, best)
+        {
+            root.search(low, best, bound, leaf);
         }
     }
 

@@ -1,5 +1,5 @@
-//! Copies that found no replica, in the order in which they get the next chance: by priority, then by how long they have
-//! waited, then by name.
+//! Copies that found no replica, in the order in which they get the next chance: by priority, then by how long they
+//! have waited, then by name.
 //!
 //! They are indexed by what they wait for, so that a byte that comes free is offered to those that it could serve and
 //! to no others: by the server that they are bound to, by what they require, and by size. Those for which no
