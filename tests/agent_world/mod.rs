@@ -67,6 +67,12 @@ impl Server {
         self.with(edit);
     }
 
+    pub fn refuse(&self, served: &str, code: u16, text: &'static str) {
+        self.edit(|state| {
+            state.refuse_load.insert(served.to_owned(), (code, text));
+        });
+    }
+
     pub fn loads_of(&self, served: &str) -> usize {
         let wanted = format!("load {served}");
         self.with(|state| state.log.iter().filter(|line| **line == wanted).count())
@@ -109,7 +115,11 @@ impl Server {
                 })
             }
             ["v2", "models", name, "ready"] => {
-                if self.is_loaded(name) { status(200, "") } else { status(404, "not loaded") }
+                if self.is_loaded(name) {
+                    status(200, "")
+                } else {
+                    status(404, "not loaded")
+                }
             }
             ["v2", "models", name, "infer"] => self.infer(name).await,
             [_, "ModelInfer"] if grpc => {
@@ -342,8 +352,7 @@ impl World {
     ) -> (Self, Session) {
         let folder = tempfile::tempdir().unwrap();
         let replica = ReplicaId::new(ServerName::new("mlserver").unwrap(), 0);
-        let mut options =
-            Options::new(replica, Resources::primary(Bytes(capacity)), folder.path().join("data"));
+        let mut options = Options::new(replica, Resources::primary(Bytes(capacity)), folder.path().join("data"));
         options.blocking = Blocking::Inline;
         edit(&mut options);
         let server = Arc::new(Server::default());
@@ -355,7 +364,18 @@ impl World {
         let agent = agent(&options, &net, &server, &sources);
         let door = agent.door();
         let mut world = Self {
-            folder, server, agent, door, options, net, leader, sessions, hub, listening: None, stop: None, sources,
+            folder,
+            server,
+            agent,
+            door,
+            options,
+            net,
+            leader,
+            sessions,
+            hub,
+            listening: None,
+            stop: None,
+            sources,
         };
         world.listen();
         world.start();
@@ -470,12 +490,7 @@ impl World {
     }
 }
 
-fn agent(
-    options: &Options,
-    net: &Arc<Net>,
-    server: &Arc<Server>,
-    sources: &[Arc<dyn ArtifactSource>],
-) -> Arc<Agent> {
+fn agent(options: &Options, net: &Arc<Net>, server: &Arc<Server>, sources: &[Arc<dyn ArtifactSource>]) -> Arc<Agent> {
     let deps = Deps {
         clock: Arc::new(SystemClock::new()),
         network: Arc::clone(net) as Arc<dyn Network>,
