@@ -159,7 +159,8 @@ async fn under_pressure(mut seed: u64, requests: usize) {
         let (world, copies) = (Arc::clone(&world), copies.clone());
         clients.spawn(async move {
             for one in plan {
-                let asking = world.infer(&format!("m{one}"), copies[one]);
+                let model = format!("m{one}");
+                let asking = world.infer(&model, copies[one]);
                 // Who waits too long gives up.
                 let Ok(response) = tokio::time::timeout(Duration::from_millis(200 + one as u64 * 50), asking).await
                 else {
