@@ -16,7 +16,7 @@ use futures::future::join_all;
 use http_body_util::BodyExt as _;
 use wharf::{
     domain::copy::{FailureClass, Report, Residency},
-    forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY, Upstream as _},
+    forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY},
     rpc::proto::{agent::agent_message, inference::ModelInferRequest},
 };
 
@@ -25,6 +25,7 @@ const SECOND: Duration = Duration::from_secs(1);
 #[tokio::test(start_paused = true)]
 async fn a_copy_lives_from_its_order_to_its_last_word_and_leaves_nothing_behind() {
     let (world, mut session) = World::new(10, |_| {}).await;
+    world.server.edit(|state| state.load_time = SECOND);
     let first = generation(1, 1, 1);
     session.obeyed(&[world.register("iris", first, 4)]).await;
     session.until(first, |report| *report == Report::Loading).await;
@@ -127,32 +128,65 @@ async fn one_reload_serves_all_who_wait() {
 
 #[tokio::test(start_paused = true)]
 async fn memory_holds_and_every_request_is_answered_under_pressure() {
+    for seed in 0..8 {
+        under_pressure(seed, 40).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_same_holds_when_all_of_it_happens_at_once() {
+    for seed in 100..103 {
+        under_pressure(seed, 30).await;
+    }
+}
+
+/// Twelve clients ask for eight models, of which about three fit, and read their answers slowly.
+async fn under_pressure(mut seed: u64, requests: usize) {
     let (world, mut session) = World::new(12, |options| options.reload_wait = 600 * SECOND).await;
     world.server.edit(|state| {
-        state.load_time = Duration::from_millis(7);
-        state.unload_time = Duration::from_millis(3);
+        state.load_time = Duration::from_millis(3);
+        state.unload_time = Duration::from_millis(1);
     });
     let copies = world.all_available(&mut session, &[3, 4, 5, 6, 2, 7, 3, 4]).await;
-    let mut seed = 42_u64;
     let mut next = move || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         usize::try_from(seed >> 33).unwrap()
     };
-    let plans: Vec<Vec<usize>> = (0..12).map(|_| (0..40).map(|_| next() % 8).collect()).collect();
-    let (world, copies) = (&world, &copies);
-    let clients = plans.into_iter().map(|plan| async move {
-        for one in plan {
-            let response = world.infer(&format!("m{one}"), copies[one]).await;
-            assert_eq!(response.status(), 200);
-            // The stream is read slowly: its hold lasts as long.
-            tokio::time::sleep(Duration::from_millis(2)).await;
-            assert_eq!(text(response).await, format!("m{one}_1"));
-        }
-    });
-    tokio::time::timeout(3600 * SECOND, join_all(clients)).await.expect("nobody starves");
+    let world = Arc::new(world);
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..12 {
+        let plan: Vec<usize> = (0..requests).map(|_| next() % 8).collect();
+        let (world, copies) = (Arc::clone(&world), copies.clone());
+        clients.spawn(async move {
+            for one in plan {
+                let model = format!("m{one}");
+                let asking = world.infer(&model, copies[one]);
+                // Who waits too long gives up.
+                let Ok(response) = tokio::time::timeout(Duration::from_millis(200 + one as u64 * 50), asking).await
+                else {
+                    continue;
+                };
+                assert_eq!(response.status(), 200);
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                assert!(world.server.is_loaded(&format!("m{one}_1")), "unloaded under a stream");
+                assert_eq!(text(response).await, format!("m{one}_1"));
+            }
+        });
+    }
+    while let Some(ended) = tokio::time::timeout(3600 * SECOND, clients.join_next()).await.expect("nobody starves") {
+        ended.unwrap();
+    }
     let most = world.server.0.lock().unwrap().most_bytes;
     assert!(most <= 12, "{most} bytes were resident");
-    world.until(|world| world.agent.inspect()["copies"].as_array().unwrap().iter().all(|one| one["holds"] == 0)).await;
+    let settled = |world: &World| {
+        let all = world.agent.inspect();
+        all["copies"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|one| one["holds"] == 0 && matches!(one["phase"].as_str(), Some("Resident" | "Evicted")))
+    };
+    world.until(settled).await;
     let loaded: u64 = world.server.0.lock().unwrap().loaded.values().sum();
     assert_eq!(world.agent.inspect()["resident"]["primary"].as_u64(), Some(loaded), "the ledger says what is loaded");
 }
@@ -380,11 +414,7 @@ async fn failures_are_told_apart_and_everything_is_given_back() {
     };
     let good = world.artifact(4);
     let nothing: &dyn Fn(&Server, &str) = &|_, _| {};
-    let refuse = |code, text| {
-        move |server: &Server, served: &str| {
-            server.edit(|state| drop(state.refuse_load.insert(served.to_owned(), (code, text))))
-        }
-    };
+    let refuse = |code, text| move |server: &Server, served: &str| server.refuse(served, code, text);
     assert_eq!(failing("/nowhere/model".to_owned(), nothing).await, FailureClass::Artifact);
     assert_eq!(failing("/a/../b".to_owned(), nothing).await, FailureClass::Artifact);
     assert_eq!(failing("gs://bucket/iris".to_owned(), nothing).await, FailureClass::Artifact);
@@ -432,7 +462,10 @@ async fn an_inference_server_that_lost_its_models_gets_them_back() {
     let (world, mut session) = World::new(10, |_| {}).await;
     let copy = world.all_available(&mut session, &[6]).await[0];
     tokio::time::sleep(2 * SECOND).await;
-    world.server.edit(|state| state.loaded.clear());
+    world.server.edit(|state| {
+        state.loaded.clear();
+        state.load_time = SECOND;
+    });
     assert_eq!(world.infer("m0", copy).await.status(), 404, "the server said so");
     session.until(copy, |report| matches!(report, Report::Available { residency: Residency::Reloading, .. })).await;
     assert_eq!(world.infer("m0", copy).await.status(), 200);
@@ -444,7 +477,7 @@ async fn an_inference_server_that_lost_its_models_gets_them_back() {
 async fn a_copy_that_can_not_come_back_fails_and_its_waiters_go_elsewhere() {
     let (world, mut session) = World::new(10, |_| {}).await;
     let copies = world.all_available(&mut session, &[6, 6]).await;
-    world.server.edit(|state| drop(state.refuse_load.insert("m0_1".to_owned(), (500, "boom"))));
+    world.server.refuse("m0_1", 500, "boom");
     let response = world.infer("m0", copies[0]).await;
     assert_eq!(response.status(), 421);
     assert_eq!(session.failed(copies[0]).await.class, FailureClass::Runtime);

@@ -30,7 +30,11 @@ use std::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use self::{cache::Entry, core::Core, door::Door};
+use self::{
+    cache::{Entry, Phase},
+    core::Core,
+    door::Door,
+};
 use crate::{
     domain::{copy::Report, memory::Resources},
     forward::Upstream,
@@ -111,6 +115,37 @@ impl Agent {
     #[must_use]
     pub fn metrics(&self) -> &Metrics {
         &self.core.metrics
+    }
+
+    /// What can also fall: name as exported, meaning, value. Bytes are those of the primary device.
+    #[must_use]
+    pub fn gauges(&self) -> Vec<(&'static str, &'static str, u64)> {
+        let capacity = self.core.ledger.capacity();
+        let overcommit = capacity.plus_percent(self.core.options.overcommit_percent).saturating_sub(capacity);
+        let (mut loaded, mut loaded_bytes, mut evicted_bytes) = (0_u64, 0_u64, 0_u64);
+        for entry in self.core.book.all() {
+            match entry.phase() {
+                Phase::Resident | Phase::Evicting => {
+                    loaded += 1;
+                    loaded_bytes = loaded_bytes.saturating_add(entry.need.primary.0);
+                }
+                Phase::Evicted | Phase::Reloading => {
+                    evicted_bytes = evicted_bytes.saturating_add(entry.need.primary.0);
+                }
+                Phase::Preparing | Phase::Draining | Phase::Gone => {}
+            }
+        }
+        vec![
+            ("seldon_loaded_model_gauge", "copies in memory", loaded),
+            ("seldon_loaded_model_memory_bytes_gauge", "bytes of the copies in memory", loaded_bytes),
+            ("seldon_evicted_model_memory_bytes_gauge", "bytes of the copies that are evicted", evicted_bytes),
+            ("seldon_server_replica_memory_capacity_bytes_gauge", "the replica's memory", capacity.primary.0),
+            (
+                "seldon_server_replica_memory_capacity_overcommit_bytes_gauge",
+                "what may be registered beyond the replica's memory",
+                overcommit.primary.0,
+            ),
+        ]
     }
 
     /// Everything there is to see, for people and tests.

@@ -32,27 +32,30 @@ impl Core {
 
         let mut ours = BTreeSet::new();
         let mut evicted = Vec::new();
+        for (entry, artifact) in &copies {
+            if artifact.is_none() || !folders.contains(&entry.served) {
+                continue;
+            }
+            if loaded.get(&entry.served) == Some(&true) {
+                ours.insert(entry.served.as_str());
+                *entry.in_server.lock().await = InServer::Yes;
+                self.ledger.found(entry);
+                entry.shift(Phase::Preparing, Phase::Resident);
+            } else {
+                entry.shift(Phase::Preparing, Phase::Evicted);
+                evicted.push(Arc::clone(entry));
+            }
+        }
+        // Before anything is loaded: a load of the same name may have been cut off.
+        for name in loaded.keys().filter(|name| !ours.contains(name.as_str())) {
+            self.remove_foreign(name).await;
+        }
         for (entry, artifact) in copies {
-            let answered = artifact.is_some() && folders.contains(&entry.served);
             let artifact = artifact.and_then(|key| self.artifacts.find(&key));
             *entry.artifact.lock().unwrap_or_else(PoisonError::into_inner) = artifact;
-            if answered {
-                if loaded.get(&entry.served) == Some(&true) {
-                    ours.insert(entry.served.clone());
-                    *entry.in_server.lock().await = InServer::Yes;
-                    self.ledger.found(&entry);
-                    entry.shift(Phase::Preparing, Phase::Resident);
-                } else {
-                    entry.shift(Phase::Preparing, Phase::Evicted);
-                    evicted.push(Arc::clone(&entry));
-                }
-            }
             if self.book.insert(&entry).is_ok() {
                 self.begin(entry);
             }
-        }
-        for name in loaded.keys().filter(|name| !ours.contains(*name)) {
-            self.remove_foreign(name).await;
         }
         // The capacity may have been made smaller.
         self.evict_all(self.ledger.shed());

@@ -99,7 +99,7 @@ impl Core {
     }
 
     async fn reloading(self: &Arc<Self>, entry: &Arc<Entry>, evict: bool) {
-        let Some(Ok(_permit)) = entry.unless_stopped(self.reloads.acquire()).await else { return };
+        // Room first, then a turn: a large copy that waits for room must not keep small ones from their turns.
         // Whoever wanted it may have given up; nothing is evicted for nobody.
         let wanted = || !evict || entry.holds() > 0;
         let room = timeout(self.options.memory_deadline, self.make_room(entry, evict, wanted));
@@ -115,6 +115,8 @@ impl Core {
                 return;
             }
         }
+        // When it is to leave meanwhile, the task that takes it down gives its room back.
+        let Some(Ok(_turn)) = entry.unless_stopped(self.reloads.acquire()).await else { return };
         self.load_again(entry).await;
     }
 
@@ -174,7 +176,7 @@ impl Core {
         tracing::warn!(copy = %entry.generation, model = %entry.model, "the inference server lost a copy; it is loaded again");
         self.metrics.lost_found.inc();
         self.report(entry);
-        let Ok(_permit) = self.reloads.acquire().await else { return };
+        let Ok(_turn) = self.reloads.acquire().await else { return };
         self.load_again(entry).await;
     }
 }

@@ -67,6 +67,12 @@ impl Server {
         self.with(edit);
     }
 
+    pub fn refuse(&self, served: &str, code: u16, text: &'static str) {
+        self.edit(|state| {
+            state.refuse_load.insert(served.to_owned(), (code, text));
+        });
+    }
+
     pub fn loads_of(&self, served: &str) -> usize {
         let wanted = format!("load {served}");
         self.with(|state| state.log.iter().filter(|line| **line == wanted).count())
