@@ -95,8 +95,8 @@ impl Table {
         }
     }
 
-    /// A guard of the present epoch, to be taken before [`get`](Self::get).
-    pub(super) fn enter(&self) -> Guard {
+    /// A guard of the present epoch, to be taken before a route is looked up.
+    pub fn enter(&self) -> Guard {
         self.epochs.enter()
     }
 
