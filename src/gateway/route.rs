@@ -222,6 +222,11 @@ impl Table {
         (held.epoch, held.models)
     }
 
+    /// The newest epoch.
+    pub(super) fn latest(&self) -> Turn {
+        self.epochs.latest()
+    }
+
     /// The newest epoch that may be acknowledged.
     pub fn settled(&self) -> Turn {
         self.epochs.settled()

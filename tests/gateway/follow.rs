@@ -94,7 +94,7 @@ async fn serve(address: &str) -> (String, JoinHandle<()>, mpsc::Receiver<(Stream
     let server = tokio::spawn(async move {
         let routes = RoutesServer::new(Scheduler { streams: sender });
         let serving = tonic::transport::Server::builder().add_service(routes);
-        let _ = serving.serve_with_incoming(TcpListenerStream::new(listener)).await;
+        serving.serve_with_incoming(TcpListenerStream::new(listener)).await.expect("served");
     });
     (address, server, streams)
 }
@@ -240,14 +240,20 @@ async fn the_last_routes_stay_when_the_scheduler_is_gone_and_are_resumed_when_it
     (bench.server, bench.streams) = (server, streams);
     let mut scheduler = bench.next().await;
     assert_eq!(scheduler.greet("first").await, ("first".to_owned(), 3));
+    assert_eq!(scheduler.acknowledged().await, 3);
     scheduler.say(changes(4, &[], &["iris"])).await;
     assert_eq!(scheduler.acknowledged().await, 4);
     // A ping of an epoch that never arrived: the whole table is asked for.
     scheduler.say(Message::Ping(wire::Ping { epoch: 9 })).await;
     let mut scheduler = bench.next().await;
     assert_eq!(scheduler.greet("first").await, (String::new(), 0));
+    // The table is still held, and that may be said.
+    assert_eq!(scheduler.acknowledged().await, 4);
+    // A table that is begun anew counts from its new beginning.
+    scheduler.say(table(8, &[model("iris", vec![version(1, 1, &[&door])])], false)).await;
     scheduler.say(table(9, &[], true)).await;
     assert_eq!(scheduler.acknowledged().await, 9);
+    assert_eq!(bench.world.get("/v2/models/iris/ready").await.status, 404);
 }
 
 #[tokio::test]

@@ -58,7 +58,7 @@ async fn opened(door: Arc<Door>, options: Options, limits: Limits) -> (World, St
 async fn raw(address: &str, request: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).await.expect("connected");
     // A server that has seen enough may close before all is written.
-    let _ = stream.write_all(request).await;
+    stream.write_all(request).await.ok();
     let mut answer = Vec::new();
     let mut buffer = [0; 4096];
     let reading = async {
@@ -305,4 +305,48 @@ async fn shutting_down_lets_requests_finish_and_cuts_off_those_that_do_not() {
     assert_eq!(bad.await.expect("no panic"), "");
     timeout(PATIENCE, server).await.expect("ended").expect("no panic");
     assert!(TcpStream::connect(&address).await.is_err(), "the port is closed");
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_one_answer_unread_is_cut_off_though_its_connection_lives() {
+    let door = Door::new(|_| async {
+        let frames = futures::stream::repeat_with(|| Ok::<_, BoxError>(Frame::data(Bytes::from(vec![b'x'; 16_000]))));
+        let mut response = http::Response::new(Body::new(StreamBody::new(frames)));
+        response.headers_mut().insert("content-type", "application/grpc".parse().expect("valid"));
+        Ok(response)
+    });
+    let limits = Limits { stall: Duration::from_millis(200), ..Limits::default() };
+    let (world, address) = opened(door, Options::default(), limits).await;
+    let clock = Arc::new(SystemClock::new());
+    let client =
+        HttpUpstream::new(&address, Arc::new(TcpNetwork), clock, ClientOptions::default()).expect("an address");
+    let response = client.call(grpc_post("ModelStreamInfer", grpc_message("iris", "", 9))).await.expect("an answer");
+    until("the gateway has cut it off", || world.metric(|m| &m.in_flight) == 0).await;
+    drop(response);
+    // And one that takes nothing at all from its socket.
+    let mut stream = TcpStream::connect(&address).await.expect("connected");
+    stream.write_all(b"GET /v2/models/iris/infer HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    until("its request is under way", || world.metric(|m| &m.in_flight) == 1).await;
+    until("the gateway has cut it off", || world.metric(|m| &m.in_flight) == 0).await;
+}
+
+#[tokio::test]
+async fn how_requests_end_is_counted_by_class() {
+    let door = Door::new(|request: Request| async move {
+        let status = if request.uri().path().ends_with("ready") { 404 } else { 500 };
+        Ok(crate::harness::text(http::StatusCode::from_u16(status).expect("valid"), "words"))
+    });
+    let world = World::new();
+    let at = world.local("a", door);
+    world.routes(vec![model("iris", vec![version(1, 1, &[&at])])]);
+    world.get("/v2/models/iris/ready").await;
+    world.get("/v2/models/iris/infer").await;
+    world.get("/v2/models/nobody/infer").await;
+    world.get("/v2/health/live").await;
+    let rest = |of: fn(&wharf::gateway::Classes) -> &std::sync::atomic::AtomicU64| world.metric(|m| of(&m.rest));
+    assert_eq!(
+        (rest(|c| &c.ok), rest(|c| &c.client_error), rest(|c| &c.server_error), rest(|c| &c.cancelled)),
+        (1, 2, 1, 0)
+    );
+    assert_eq!(world.metric(|m| &m.unknown_model), 1);
 }

@@ -255,3 +255,41 @@ async fn an_answer_that_is_given_up_closes_its_connection() {
     tokio::time::timeout(crate::harness::PATIENCE, dropped.map(drop)).await.expect("the server noticed");
     assert!(format!("{client:?}").contains("idle: 0"));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_door_that_shuts_down_gracefully_costs_no_grpc_request() {
+    let mut world = World::new();
+    let steady = world.remote(Door::echo()).await;
+    let gateway = Arc::clone(&world.gateway);
+    let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let done = tokio_util::sync::CancellationToken::new();
+    let mut clients = tokio::task::JoinSet::new();
+    world.routes(vec![model("iris", vec![version(1, 1, &[&steady])])]);
+    for _ in 0..8 {
+        let (gateway, asked, done) = (Arc::clone(&gateway), Arc::clone(&asked), done.clone());
+        clients.spawn(async move {
+            while !done.is_cancelled() {
+                let response = gateway.call(grpc_post("ModelInfer", grpc_message("iris", "", 100))).await;
+                let response = response.expect("a gateway always answers");
+                assert_eq!(response.headers().get("grpc-status"), None, "{:?}", response.headers());
+                response.into_body().collect().await.expect("whole");
+                asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            }
+        });
+    }
+    for _ in 0..20 {
+        let listener = wharf::ports::Network::bind(&TcpNetwork, "127.0.0.1:0").await.expect("a port");
+        let leaving = listener.address();
+        let stop = tokio_util::sync::CancellationToken::new();
+        let server = tokio::spawn(wharf::forward::serve(listener, Door::echo(), Default::default(), stop.clone()));
+        world.routes(vec![model("iris", vec![version(1, 1, &[&steady, &leaving])])]);
+        let before = asked.load(std::sync::atomic::Ordering::SeqCst);
+        until("requests flow", || asked.load(std::sync::atomic::Ordering::SeqCst) > before + 50).await;
+        stop.cancel();
+        tokio::time::timeout(crate::harness::PATIENCE, server).await.expect("ended").expect("no panic");
+    }
+    done.cancel();
+    while let Some(client) = clients.join_next().await {
+        client.expect("no request failed");
+    }
+}
