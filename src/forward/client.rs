@@ -7,7 +7,10 @@
 use std::{
     fmt,
     pin::Pin,
-    sync::{Arc, atomic::AtomicUsize},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -90,8 +93,32 @@ pub struct HttpUpstream {
     options: ClientOptions,
     pool: Arc<Pool>,
     permits: Arc<Semaphore>,
-    /// One HTTP/2 connection is made at a time, so that many first requests share it.
+    /// One HTTP/2 connection is made at a time, so that many first requests share it, or its failure.
     connecting: Semaphore,
+    failures: Failures,
+}
+
+/// How often an HTTP/2 connection could not be made, and why at last.
+#[derive(Debug, Default)]
+struct Failures {
+    count: AtomicU64,
+    last: Mutex<String>,
+}
+
+impl Failures {
+    fn note(&self, error: &UpstreamError) {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&error.message);
+        self.count.fetch_add(1, Ordering::Release);
+    }
+
+    /// The failure that happened since there were `seen`.
+    fn since(&self, seen: u64) -> Option<UpstreamError> {
+        if self.count.load(Ordering::Acquire) == seen {
+            return None;
+        }
+        let message = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Some(UpstreamError { started: false, timed_out: false, message })
+    }
 }
 
 impl fmt::Debug for HttpUpstream {
@@ -136,6 +163,7 @@ impl HttpUpstream {
             clock,
             permits: Arc::new(Semaphore::new(options.connections)),
             connecting: Semaphore::new(1),
+            failures: Failures::default(),
             options,
         })
     }
@@ -172,10 +200,23 @@ impl HttpUpstream {
         if let Some(stream) = self.pool.stream() {
             return Ok(stream);
         }
+        let seen = self.failures.count.load(Ordering::Acquire);
         let _turn = self.connecting.acquire().await;
         if let Some(stream) = self.pool.stream() {
             return Ok(stream);
         }
+        // Whoever waited while it failed does not wait for another failure.
+        if let Some(error) = self.failures.since(seen) {
+            return Err(error);
+        }
+        let made = self.shared().await;
+        if let Err(error) = &made {
+            self.failures.note(error);
+        }
+        Ok(self.pool.share(made?))
+    }
+
+    async fn shared(&self) -> Result<Shared, UpstreamError> {
         let (io, permit) = self.connect().await?;
         let mut builder = http2::Builder::new(TokioExecutor::new());
         builder
@@ -200,13 +241,13 @@ impl HttpUpstream {
                 tracing::debug!(%error, "connection to the next hop ended");
             }
         });
-        Ok(self.pool.share(Shared {
+        Ok(Shared {
             sender,
             streams: AtomicUsize::new(0),
             used: self.clock.now().as_micros().into(),
             _task: AbortOnDropHandle::new(task),
             _permit: permit,
-        }))
+        })
     }
 
     async fn call_rest(&self, mut request: Request) -> Result<Response, UpstreamError> {

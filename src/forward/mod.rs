@@ -14,6 +14,7 @@ mod rename;
 pub mod replay;
 pub mod respond;
 mod server;
+mod stall;
 mod wire;
 
 use std::fmt;

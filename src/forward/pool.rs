@@ -152,9 +152,10 @@ impl Pool {
         left
     }
 
-    /// Connections that wait, and those that are shared.
+    /// Connections that could take a request now, and those that are shared.
     pub(super) fn open(&self) -> (usize, usize) {
-        (lock(&self.idle).len(), lock(&self.shared).len())
+        let idle = lock(&self.idle).iter().filter(|(_, connection)| connection.sender.is_ready()).count();
+        (idle, lock(&self.shared).len())
     }
 }
 

@@ -215,7 +215,19 @@ mod tests {
     use prost::Message as _;
 
     use super::*;
-    use crate::rpc::proto::inference::ModelInferRequest;
+
+    /// The fields of the protocol's message that matter here.
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct ModelInferRequest {
+        #[prost(string, tag = "1")]
+        model_name: String,
+        #[prost(string, tag = "2")]
+        model_version: String,
+        #[prost(string, tag = "3")]
+        id: String,
+        #[prost(bytes = "bytes", repeated, tag = "7")]
+        raw_input_contents: Vec<Bytes>,
+    }
 
     fn rest(uri: &str) -> Result<String, RenameError> {
         let request = http::Request::builder().uri(uri).body(Body::empty()).expect("a request");
@@ -266,7 +278,6 @@ mod tests {
                 model_version: "4".into(),
                 id: "id".into(),
                 raw_input_contents: vec![vec![3; *n].into()],
-                ..Default::default()
             }).collect();
             let mut stream = Vec::new();
             for request in &requests {

@@ -3,7 +3,7 @@
 //! The rule of this module: no client, however slow, large or many, takes more than its bounds: connections,
 //! streams of one, bytes of headers, the time to send them, and the time in which it must take something.
 
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use hyper::{
     body::Incoming,
@@ -21,7 +21,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Response, Upstream, body::Body, grpc::is_grpc, respond::error_response, wire::Wire};
+use super::{Response, Upstream, body::Body, grpc::is_grpc, respond::error_response, stall::Answers, wire::Wire};
 use crate::{
     domain::error::Code,
     ports::{BoxIo, Listen},
@@ -140,52 +140,67 @@ async fn connection(
         }
     };
     let io = TokioIo::new(io);
-    let service = service_fn(move |request: http::Request<Incoming>| {
-        let service = Arc::clone(&service);
-        async move {
-            let grpc = is_grpc(request.headers());
-            let answer = service.call(request.map(Body::from)).await;
-            Ok::<Response, std::convert::Infallible>(answer.unwrap_or_else(|error| {
-                let code = if error.timed_out { Code::DeadlineExceeded } else { Code::Unavailable };
-                error_response(grpc, code, &error.message, None)
-            }))
-        }
-    });
-    if http2 {
-        let mut builder = http2::Builder::new(TokioExecutor::new());
-        builder
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(limits.streams)
-            .max_header_list_size(limits.header_bytes)
-            .max_frame_size(FRAME)
-            .initial_stream_window_size(limits.window)
-            // As much as all streams together may have on their way: one that nobody reads holds up no other.
-            .initial_connection_window_size(limits.window.saturating_mul(limits.streams).min(i32::MAX as u32))
-            .keep_alive_interval(limits.header_timeout)
-            .keep_alive_timeout(limits.stall);
-        drive(builder.serve_connection(io, service), &shutdown).await
-    } else {
+    if !http2 {
         let mut builder = http1::Builder::new();
         builder
             .timer(TokioTimer::new())
             .header_read_timeout(limits.header_timeout)
             .max_header_size(limits.header_bytes as usize)
             .max_buf_size(READ_BUFFER.max(limits.header_bytes as usize));
-        drive(builder.serve_connection(io, service), &shutdown).await
+        let connection = builder.serve_connection(io, service_fn(|request| answer(Arc::clone(&service), request)));
+        return drive(connection, &shutdown, std::future::pending()).await;
     }
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.streams)
+        .max_header_list_size(limits.header_bytes)
+        .max_frame_size(FRAME)
+        .initial_stream_window_size(limits.window)
+        // As much as all streams together may have on their way: one that nobody reads holds up no other.
+        .initial_connection_window_size(limits.window.saturating_mul(limits.streams).min(i32::MAX as u32))
+        .keep_alive_interval(limits.header_timeout)
+        .keep_alive_timeout(limits.stall);
+    let answers = Arc::new(Answers::default());
+    let connection = builder.serve_connection(
+        io,
+        service_fn(|request| {
+            let (service, answers) = (Arc::clone(&service), Arc::clone(&answers));
+            async move { answer(service, request).await.map(|response| response.map(|body| answers.watch(body))) }
+        }),
+    );
+    let stuck = async {
+        while !answers.look() {
+            sleep(limits.stall).await;
+        }
+    };
+    drive(connection, &shutdown, stuck).await
 }
 
-async fn drive<C>(connection: C, shutdown: &CancellationToken) -> Result<(), String>
+async fn answer(service: Arc<dyn Upstream>, request: http::Request<Incoming>) -> Result<Response, Infallible> {
+    let grpc = is_grpc(request.headers());
+    Ok(service.call(request.map(Body::from)).await.unwrap_or_else(|error| {
+        let code = if error.timed_out { Code::DeadlineExceeded } else { Code::Unavailable };
+        error_response(grpc, code, &error.message, None)
+    }))
+}
+
+/// Runs a connection to its end, to the end of its requests after `shutdown`, or until its client is `stuck`.
+async fn drive<C>(connection: C, shutdown: &CancellationToken, stuck: impl Future<Output = ()>) -> Result<(), String>
 where
     C: GracefulConnection<Error = hyper::Error>,
 {
     let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = shutdown.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let mut stuck = std::pin::pin!(stuck);
+    let mut leaving = false;
+    loop {
+        tokio::select! {
+            ended = connection.as_mut() => return ended.map_err(|error| error.to_string()),
+            () = shutdown.cancelled(), if !leaving => {
+                leaving = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            () = stuck.as_mut() => return Err("the client has left an answer unread for too long".to_owned()),
         }
-    };
-    ended.map_err(|error| error.to_string())
+    }
 }

@@ -84,6 +84,11 @@ impl Epochs {
         turn
     }
 
+    /// The newest epoch.
+    pub fn latest(&self) -> Turn {
+        self.marks().back().map(|(turn, _)| *turn).unwrap_or_default()
+    }
+
     /// The newest epoch under whose predecessors nothing will be sent any more.
     pub fn settled(&self) -> Turn {
         let mut marks = self.marks();

@@ -78,7 +78,7 @@ struct Session {
     /// The lineage that the scheduler named.
     lineage: String,
     /// The pieces of a table so far.
-    pieces: Vec<Route>,
+    pieces: Snapshot,
     /// The turn to acknowledge when it has settled.
     owed: Option<Turn>,
 }
@@ -149,7 +149,14 @@ impl Gateway {
             .map_err(|_| unreachable("it did not begin to send routes".to_owned()))?
             .map_err(Lost::Ended)?
             .into_inner();
-        Ok(Session { inbound, outbound, lease: FIRST_LEASE, lineage: String::new(), pieces: Vec::new(), owed: None })
+        Ok(Session {
+            inbound,
+            outbound,
+            lease: FIRST_LEASE,
+            lineage: String::new(),
+            pieces: Snapshot::default(),
+            owed: None,
+        })
     }
 
     async fn listen(&self, session: &mut Session) -> Lost {
@@ -191,12 +198,19 @@ impl Gateway {
                 if welcome.lease_millis > 0 {
                     session.lease = Duration::from_millis(welcome.lease_millis);
                 }
+                if self.is_same_lineage(session) {
+                    // What is held is still good: the lease may begin.
+                    session.owed = Some(self.table.latest());
+                }
             }
             routes_message::Message::Table(table) => {
-                session.pieces.extend(table.routes.into_iter().filter_map(|route| self.route(route)));
+                if session.pieces.epoch != Epoch(table.epoch) {
+                    // Pieces of a table that was given up for a newer one.
+                    session.pieces = Snapshot { epoch: Epoch(table.epoch), routes: Vec::new() };
+                }
+                session.pieces.routes.extend(table.routes.into_iter().filter_map(|route| self.route(route)));
                 if table.last {
-                    let routes = std::mem::take(&mut session.pieces);
-                    let turn = self.table.replace(Snapshot { epoch: Epoch(table.epoch), routes });
+                    let turn = self.table.replace(std::mem::take(&mut session.pieces));
                     self.metrics.epochs.fetch_add(1, Ordering::Relaxed);
                     *self.lineage_mut() = Some(Lineage { name: session.lineage.clone(), since: turn.sequence });
                     session.owed = Some(turn);

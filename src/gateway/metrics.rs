@@ -105,9 +105,9 @@ impl Admitted {
         self.class = Some(class);
     }
 
-    /// Takes the word back: the answer is still on its way.
-    pub(super) const fn unended(&mut self) {
-        self.class = None;
+    /// Says how it ended, unless that has been said.
+    pub(super) fn ended_unless_known(&mut self, class: Class) {
+        self.class.get_or_insert(class);
     }
 
     pub(super) const fn is_grpc(&self) -> bool {

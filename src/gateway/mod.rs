@@ -58,9 +58,10 @@ pub struct Options {
     pub name: String,
     /// What the port takes from clients.
     pub limits: Limits,
-    /// In which an answer must begin, and how long it may then be silent. A client's shorter `grpc-timeout` counts.
+    /// In which an answer must begin, and how long that of a REST request may then be silent. A client's
+    /// `grpc-timeout` takes its place, and holds for the whole answer.
     pub request_deadline: Duration,
-    /// How long a stream may be silent.
+    /// How long a gRPC answer or a stream may be silent, and the longest wait for the first word of any answer.
     pub stream_idle: Duration,
     /// Bytes of a request's body; of each message of a gRPC stream.
     pub body_limit: u64,
@@ -150,16 +151,16 @@ impl Gateway {
         forward::serve(listener, self, limits, shutdown).await;
     }
 
-    /// What it holds: the epoch, counts, and its first routes by name, with what is in flight to each copy.
+    /// What it holds: the epoch, counts, and up to 1,000 routes, with what is in flight to each copy.
     #[must_use]
     pub fn inspect(&self) -> Value {
         let mut entries: Vec<Arc<Entry>> = Vec::new();
         self.table.visit(|entry| {
             entries.push(Arc::clone(entry));
-            true
+            entries.len() < INSPECTED
         });
         entries.sort_by(|a, b| a.model.cmp(&b.model));
-        let routes: Vec<Value> = entries.iter().take(INSPECTED).map(|entry| inspect_entry(entry)).collect();
+        let routes: Vec<Value> = entries.iter().map(|entry| inspect_entry(entry)).collect();
         let (epoch, models) = self.table.held_epoch();
         json!({
             "name": self.options.name,

@@ -48,7 +48,7 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// When to ask again where nothing better is known.
 const SOON: Duration = Duration::from_secs(1);
 /// How long a door that could not be reached is chosen only when there is no other.
-const SUSPICION: Duration = Duration::from_secs(1);
+const SUSPICION: Duration = Duration::from_secs(3);
 
 /// Why a request gets no answer from a copy.
 struct Refused {
@@ -95,7 +95,7 @@ impl Gateway {
         }
         let asked = grpc.then(|| grpc_timeout(&head.headers)).flatten().map(|given| (given, self.clock.now()));
         let own = if call.streaming { self.options.stream_idle } else { self.options.request_deadline };
-        let deadline = asked.map_or(own, |(given, _)| given.min(if call.streaming { given } else { own }));
+        let deadline = asked.map_or(own, |(given, _)| given.min(self.options.stream_idle));
         let limit = if grpc && call.streaming {
             SizeLimit::per_message(self.options.body_limit)
         } else {
@@ -131,13 +131,8 @@ impl Gateway {
                     None if streaming || grpc => Limit::silence(self.options.stream_idle),
                     None => Limit::silence(self.options.request_deadline),
                 };
-                admitted.ended(Class::of_http(response.status()));
-                if !response.body().is_end_stream() && (grpc || response.status().is_success()) {
-                    // Not before its last byte, or its trailers.
-                    admitted.unended();
-                }
                 let (parts, body) = response.into_parts();
-                let body = Passage::body(body, admitted, flight, limit, &parts.headers);
+                let body = Passage::body(body, &parts, admitted, flight, limit);
                 identified(Response::from_parts(parts, body), id)
             }
             Err(refused) => {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, response::Parts};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::time::{Sleep, sleep};
 
@@ -30,6 +30,8 @@ pub(super) struct Passage {
     admitted: Admitted,
     _flight: Flight,
     limit: Limit,
+    /// How the request has ended when its answer is read to the end; for gRPC, unless trailers say otherwise.
+    class: Class,
     over: bool,
 }
 
@@ -83,18 +85,18 @@ impl Limit {
 }
 
 impl Passage {
-    /// `body` as it goes to the client.
-    pub(super) fn body(body: Body, mut admitted: Admitted, flight: Flight, limit: Limit, headers: &HeaderMap) -> Body {
+    /// The body of an answer with the head `parts`, as it goes to the client.
+    pub(super) fn body(body: Body, parts: &Parts, mut admitted: Admitted, flight: Flight, limit: Limit) -> Body {
+        let class = if admitted.is_grpc() { grpc_class(&parts.headers) } else { Class::of_http(parts.status) };
         if body.is_end_stream() {
-            if admitted.is_grpc() {
-                admitted.ended(grpc_class(headers));
-            }
+            admitted.ended(class);
             return body;
         }
-        Body::new(Self { body, admitted, _flight: flight, limit, over: false })
+        Body::new(Self { body, admitted, _flight: flight, limit, class, over: false })
     }
 }
 
+/// By the trailers, or a head that is trailers too; without a status the server broke the protocol.
 fn grpc_class(trailers: &HeaderMap) -> Class {
     trailers.get("grpc-status").map_or(Class::ServerError, |status| Class::of_grpc(status.as_bytes()))
 }
@@ -119,14 +121,12 @@ impl http_body::Body for Passage {
                     this.admitted.ended(grpc_class(trailers));
                 }
                 if !grpc && this.body.is_end_stream() {
-                    this.admitted.ended(Class::Ok);
+                    this.admitted.ended(this.class);
                 }
                 return Poll::Ready(Some(Ok(frame)));
             }
             Poll::Ready(None) => {
-                if !grpc {
-                    this.admitted.ended(Class::Ok);
-                }
+                this.admitted.ended_unless_known(this.class);
                 return Poll::Ready(None);
             }
             Poll::Ready(Some(Err(error))) => (Code::Unavailable, format!("the answer broke off: {error}")),

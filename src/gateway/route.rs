@@ -95,8 +95,8 @@ impl Table {
         }
     }
 
-    /// A guard of the present epoch, to be taken before [`get`](Self::get).
-    pub(super) fn enter(&self) -> Guard {
+    /// A guard of the present epoch, to be taken before a route is looked up.
+    pub fn enter(&self) -> Guard {
         self.epochs.enter()
     }
 
@@ -220,6 +220,11 @@ impl Table {
     pub fn held_epoch(&self) -> (Option<Epoch>, usize) {
         let held = self.held();
         (held.epoch, held.models)
+    }
+
+    /// The newest epoch.
+    pub(super) fn latest(&self) -> Turn {
+        self.epochs.latest()
     }
 
     /// The newest epoch that may be acknowledged.
