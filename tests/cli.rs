@@ -1,6 +1,8 @@
 //! What a person and a script see of the command line, against a scheduler and a gateway with canned
 //! answers. `UPDATE=1` writes the golden files anew.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
 mod fake;
 
 use std::{

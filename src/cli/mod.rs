@@ -27,10 +27,13 @@ use crate::ports::{Clock, SystemClock};
 /// How long work that blocks is waited for when the process ends.
 const STOP: Duration = Duration::from_secs(1);
 
+/// Looks up environment variables by their names.
+pub type Variables = Box<dyn Fn(&str) -> Option<String> + Send + Sync>;
+
 /// What the process gives a command: everything that a test would want to replace.
 pub struct Environment {
     /// Looks up an environment variable.
-    pub variable: Box<dyn Fn(&str) -> Option<String> + Send + Sync>,
+    pub variable: Variables,
     /// Standard input.
     pub stdin: Box<dyn Read + Send>,
     /// Whether a person types it.
@@ -152,7 +155,7 @@ pub fn main(roles: &impl Roles) -> ExitCode {
 /// What every command works with.
 struct Context {
     output: Output,
-    variable: Box<dyn Fn(&str) -> Option<String> + Send + Sync>,
+    variable: Variables,
     clock: Arc<dyn Clock>,
     /// Whether standard input is a terminal.
     stdin: bool,

@@ -44,7 +44,7 @@ pub(super) async fn infer(context: &Context, stdin: Box<dyn Read + Send>, args: 
     let patience = Duration::from_secs(args.request_timeout);
     let address = gateway_address(context, &args.gateway);
     let mut asker = match args.inference_mode {
-        Mode::Rest => Asker::Rest(Rest::new(&address, &args, data, patience)?),
+        Mode::Rest => Asker::Rest(Box::new(Rest::new(&address, &args, data, patience)?)),
         Mode::Grpc => Asker::Grpc(Box::new(Grpc::new(&address, &args, &data, patience).await?)),
     };
     if args.iterations == 1 && args.seconds == 0 {
@@ -195,7 +195,7 @@ impl Unanswered {
 }
 
 enum Asker {
-    Rest(Rest),
+    Rest(Box<Rest>),
     Grpc(Box<Grpc>),
 }
 
