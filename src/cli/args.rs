@@ -12,8 +12,9 @@ use super::{Context, RoleArgs, wait::is_state};
 #[command(name = "wharf", version, max_term_width = 100, disable_help_subcommand = true)]
 #[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 unreachable, 4 timed out, 130 interrupted.")]
 pub(crate) struct Args {
-    /// When to use colour.
-    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN", help_heading = "Common")]
+    /// When to use colour: auto, always or never.
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN", hide_possible_values = true)]
+    #[arg(help_heading = "Common")]
     pub(crate) color: Color,
     /// Say more about what is done, on standard error.
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Common")]
@@ -25,7 +26,7 @@ pub(crate) struct Args {
 /// When to use colour.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Color {
-    /// On a terminal, unless NO_COLOR is set.
+    // On a terminal, unless NO_COLOR is set.
     #[default]
     Auto,
     Always,
@@ -64,6 +65,19 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Write a shell's completion script.
     Completions { shell: Shell },
+}
+
+impl Command {
+    /// Whether only the user ends it.
+    pub(crate) const fn is_endless(&self) -> bool {
+        match self {
+            Self::Model(Model::Status(args)) => args.watch,
+            Self::Model(Model::List(args)) => args.watch,
+            Self::Server(Server::List { watch, .. } | Server::Status { watch, .. }) => *watch,
+            Self::Events(args) => args.follow,
+            _ => false,
+        }
+    }
 }
 
 #[derive(Debug, ClapArgs)]
@@ -113,6 +127,13 @@ pub(crate) enum Format {
     Yaml,
 }
 
+/// How data is shown that has no manifest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Plain {
+    Table,
+    Json,
+}
+
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Waiting {
     /// Wait until the model is in this state.
@@ -131,8 +152,8 @@ pub(crate) struct Load {
     #[command(flatten)]
     pub(crate) waiting: Waiting,
     /// Print what happened as JSON, one line per model.
-    #[arg(short, long, value_enum)]
-    pub(crate) output: Option<Format>,
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(crate) output: Option<Plain>,
     /// Accepted for scripts written for Seldon's CLI; nothing here needs it.
     #[arg(long, hide = true)]
     pub(crate) force: bool,
@@ -176,7 +197,7 @@ pub(crate) struct StatusFiles {
     #[arg(short, long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) timeout: u64,
     /// How to show it; a table on a terminal and JSON elsewhere when left out.
-    #[arg(short, long, value_enum)]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
     pub(crate) output: Option<Format>,
     #[command(flatten)]
     pub(crate) scheduler: Scheduler,
@@ -239,7 +260,7 @@ pub(crate) struct ModelStatus {
     #[arg(short, long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) timeout: u64,
     /// How to show it; a table on a terminal and Seldon's JSON elsewhere when left out. YAML is its manifest.
-    #[arg(short, long, value_enum)]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
     pub(crate) output: Option<Format>,
     /// Show it again whenever it changes.
     #[arg(long, conflicts_with = "wait")]
@@ -251,7 +272,7 @@ pub(crate) struct ModelStatus {
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ModelList {
     /// How to show them. YAML is their manifests.
-    #[arg(short, long, value_enum, default_value = "table")]
+    #[arg(short, long, value_enum, default_value = "table", value_name = "FORMAT")]
     pub(crate) output: Format,
     /// Deleted models too.
     #[arg(long)]
@@ -327,8 +348,8 @@ pub(crate) enum Server {
     /// Show every server.
     List {
         /// How to show them.
-        #[arg(short, long, value_enum, default_value = "table")]
-        output: Format,
+        #[arg(short, long, value_enum, default_value = "table", value_name = "FORMAT")]
+        output: Plain,
         /// Show them again whenever one changes.
         #[arg(long)]
         watch: bool,
@@ -340,8 +361,8 @@ pub(crate) enum Server {
         /// The server.
         name: String,
         /// How to show it; a table on a terminal and Seldon's JSON elsewhere when left out.
-        #[arg(short, long, value_enum)]
-        output: Option<Format>,
+        #[arg(short, long, value_enum, value_name = "FORMAT")]
+        output: Option<Plain>,
         /// Show it again whenever it changes.
         #[arg(long)]
         watch: bool,
@@ -391,8 +412,8 @@ pub(crate) struct Events {
     #[arg(long)]
     pub(crate) follow: bool,
     /// How to show them; JSON is one line per event.
-    #[arg(short, long, value_enum, default_value = "table")]
-    pub(crate) output: Format,
+    #[arg(short, long, value_enum, default_value = "table", value_name = "FORMAT")]
+    pub(crate) output: Plain,
     #[command(flatten)]
     pub(crate) scheduler: Scheduler,
 }
@@ -402,8 +423,8 @@ pub(crate) struct Explain {
     /// The model.
     pub(crate) model: String,
     /// How to show it.
-    #[arg(short, long, value_enum, default_value = "table")]
-    pub(crate) output: Format,
+    #[arg(short, long, value_enum, default_value = "table", value_name = "FORMAT")]
+    pub(crate) output: Plain,
     #[command(flatten)]
     pub(crate) scheduler: Scheduler,
 }
@@ -464,7 +485,9 @@ mod tests {
                 panic!("{line}: {error}");
             }
         }
-        for line in ["wharf", "wharf model status iris -w Happy", "wharf model infer iris --header x", "wharf model unload"] {
+        for line in
+            ["wharf", "wharf model status iris -w Happy", "wharf model infer iris --header x", "wharf model unload"]
+        {
             assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
     }

@@ -67,9 +67,9 @@ impl Failure {
         let (name, flag) = (peer.name(), peer.flag());
         match error {
             ClientError::Address { .. } => Self::Usage(format!("{flag}: {error}")),
-            ClientError::Unreachable { address, cause } => {
-                Self::Unreachable(format!("can't reach the {name} at {address}: {cause}; is `wharf up` running? set {flag}"))
-            }
+            ClientError::Unreachable { address, cause } => Self::Unreachable(format!(
+                "can't reach the {name} at {address}: {cause}; is `wharf up` running? set {flag}"
+            )),
             ClientError::TimedOut { address, after } => Self::TimedOut(format!(
                 "the {name} at {address} did not answer within {}; try again, or set {flag}",
                 seconds(after)

@@ -1,10 +1,10 @@
 //! Protobuf's JSON, both ways, driven by the descriptors: camelCase names, defaults left out, 64-bit numbers
 //! as text. It is what Seldon's CLI prints.
 
-use std::sync::OnceLock;
+use std::{io, sync::OnceLock};
 
 use prost::Message;
-use prost_reflect::{DeserializeOptions, DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
+use prost_reflect::{DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor, SerializeOptions};
 
 use crate::rpc::proto::DESCRIPTORS;
 
@@ -15,15 +15,17 @@ fn descriptor(name: &str) -> Result<MessageDescriptor, String> {
     found.ok_or_else(|| format!("no description of {name} was built in"))
 }
 
-fn write<M: Message, F: serde_json::ser::Formatter>(name: &str, message: &M, form: F) -> Result<String, String> {
-    let mut dynamic = DynamicMessage::new(descriptor(name)?);
-    dynamic.transcode_from(message).map_err(|error| error.to_string())?;
-    let mut json = Vec::new();
-    let mut serializer = serde_json::Serializer::with_formatter(&mut json, form);
-    dynamic
-        .serialize_with_options(&mut serializer, &SerializeOptions::new())
-        .map_err(|error| error.to_string())?;
-    String::from_utf8(json).map_err(|error| error.to_string())
+/// Compact JSON in which a whole number has no `.0`, as other writers of protobuf's JSON have it.
+struct Compact;
+
+impl serde_json::ser::Formatter for Compact {
+    fn write_f32<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f32) -> io::Result<()> {
+        write!(writer, "{value}")
+    }
+
+    fn write_f64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
+        write!(writer, "{value}")
+    }
 }
 
 /// `message`, of the full name `name`, on one line.
@@ -31,7 +33,12 @@ fn write<M: Message, F: serde_json::ser::Formatter>(name: &str, message: &M, for
 /// # Errors
 /// When the message is none of `name`.
 pub(crate) fn line<M: Message>(name: &str, message: &M) -> Result<String, String> {
-    write(name, message, serde_json::ser::CompactFormatter)
+    let mut dynamic = DynamicMessage::new(descriptor(name)?);
+    dynamic.transcode_from(message).map_err(|error| error.to_string())?;
+    let mut json = Vec::new();
+    let mut serializer = serde_json::Serializer::with_formatter(&mut json, Compact);
+    dynamic.serialize_with_options(&mut serializer, &SerializeOptions::new()).map_err(|error| error.to_string())?;
+    String::from_utf8(json).map_err(|error| error.to_string())
 }
 
 /// `message`, of the full name `name`, for a person.
@@ -39,7 +46,7 @@ pub(crate) fn line<M: Message>(name: &str, message: &M) -> Result<String, String
 /// # Errors
 /// As [`line`].
 pub(crate) fn pretty<M: Message>(name: &str, message: &M) -> Result<String, String> {
-    write(name, message, serde_json::ser::PrettyFormatter::new())
+    line(name, message).map(|json| indent(&json).unwrap_or(json))
 }
 
 /// The message of the full name `name` that `json` says. Unknown fields are errors.

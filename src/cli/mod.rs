@@ -13,7 +13,7 @@ mod output;
 mod table;
 mod wait;
 
-use std::{ffi::OsString, fmt, io::Read, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{ffi::OsString, fmt, io::Read, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::Parser as _;
 
@@ -24,10 +24,16 @@ use self::{
 };
 use crate::ports::{Clock, SystemClock};
 
+/// How long work that blocks is waited for when the process ends.
+const STOP: Duration = Duration::from_secs(1);
+
+/// Looks up environment variables by their names.
+pub type Variables = Box<dyn Fn(&str) -> Option<String> + Send + Sync>;
+
 /// What the process gives a command: everything that a test would want to replace.
 pub struct Environment {
     /// Looks up an environment variable.
-    pub variable: Box<dyn Fn(&str) -> Option<String> + Send + Sync>,
+    pub variable: Variables,
     /// Standard input.
     pub stdin: Box<dyn Read + Send>,
     /// Whether a person types it.
@@ -104,13 +110,16 @@ pub async fn run(args: impl IntoIterator<Item = OsString>, environment: Environm
         Command::Gateway(a) => role(roles.gateway(&a.resolve(&context, args.verbose), &output).await),
         Command::Demo(a) => role(roles.demo(&a.resolve(&context, args.verbose), &output).await),
         command => {
+            let endless = command.is_endless();
             let work = commands::run(command, &context, stdin);
             tokio::select! {
                 done = work => done,
-                signal = tokio::signal::ctrl_c() => Err(signal.map_or_else(
-                    |error| Failure::Failed(format!("can't listen for an interrupt: {error}")),
-                    |()| Failure::Interrupted,
-                )),
+                signal = tokio::signal::ctrl_c() => match signal {
+                    // The only way to end what has no end.
+                    Ok(()) if endless => Ok(()),
+                    Ok(()) => Err(Failure::Interrupted),
+                    Err(error) => Err(Failure::Failed(format!("can't listen for an interrupt: {error}"))),
+                },
             }
         }
     };
@@ -129,7 +138,12 @@ pub fn main(roles: &impl Roles) -> ExitCode {
     let environment = Environment::of_process();
     let output = Output::new(Streams::of_process(), &environment.variable);
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime.block_on(run(std::env::args_os(), environment, roles)),
+        Ok(runtime) => {
+            let code = runtime.block_on(run(std::env::args_os(), environment, roles));
+            // A read of standard input can't be called off, and is not waited for.
+            runtime.shutdown_timeout(STOP);
+            code
+        }
         Err(error) => {
             let failure = Failure::Failed(format!("can't start: {error}"));
             output.failure(&failure);
@@ -141,7 +155,7 @@ pub fn main(roles: &impl Roles) -> ExitCode {
 /// What every command works with.
 struct Context {
     output: Output,
-    variable: Box<dyn Fn(&str) -> Option<String> + Send + Sync>,
+    variable: Variables,
     clock: Arc<dyn Clock>,
     /// Whether standard input is a terminal.
     stdin: bool,

@@ -211,8 +211,7 @@ impl Output {
         let rendered = error.render();
         let asked_for = !error.use_stderr();
         let color = if asked_for { &self.0.color_out } else { &self.0.color_err };
-        let text =
-            if color.load(Ordering::Relaxed) { rendered.ansi().to_string() } else { rendered.to_string() };
+        let text = if color.load(Ordering::Relaxed) { rendered.ansi().to_string() } else { rendered.to_string() };
         if asked_for {
             self.raw(text.as_bytes());
             return ExitCode::SUCCESS;
@@ -323,6 +322,12 @@ fn clip_styled(text: &str, width: usize) -> String {
         kept.push(c);
     }
     kept
+}
+
+/// `1 copy`, `2 copies`.
+pub(crate) fn counted(count: impl Into<u64>, one: &str, more: &str) -> String {
+    let count = count.into();
+    format!("{count} {}", if count == 1 { one } else { more })
 }
 
 fn paint(color: bool, tone: Tone, text: &str) -> String {

@@ -21,16 +21,8 @@ const RETRY: Duration = Duration::from_millis(500);
 /// The most models that a live view names one by one.
 const NAMED: usize = 5;
 
-const STATES: [&str; 8] = [
-    "StateUnknown",
-    "Progressing",
-    "Available",
-    "Failed",
-    "Terminating",
-    "Terminated",
-    "ScheduleFailed",
-    "ScaledDown",
-];
+const STATES: [&str; 8] =
+    ["StateUnknown", "Progressing", "Available", "Failed", "Terminating", "Terminated", "ScheduleFailed", "ScaledDown"];
 
 /// Seldon writes `Model` before most of its states' names.
 fn bare(state: &str) -> &str {
@@ -117,11 +109,7 @@ pub(crate) async fn wait(
     progress.live.clear();
     match outcome {
         Ok(done) => done.map(|()| progress.reached),
-        Err(_) => Err(Failure::TimedOut(format!(
-            "{} after {}; it goes on in the background, raise --timeout to wait longer",
-            progress.standing(),
-            seconds(patience)
-        ))),
+        Err(_) => Err(Failure::TimedOut(progress.standing(patience))),
     }
 }
 
@@ -203,7 +191,7 @@ impl<'a> Progress<'a> {
                 self.reached.push(view);
             }
             Verdict::Waiting => {
-                let line = describe(&view);
+                let line = describe(goal, &view);
                 let before = self.seen.insert(view.name.clone(), line.clone());
                 let stage = |line: &str| line.split('[').next().unwrap_or_default().trim_end().to_owned();
                 let changed = before.is_none_or(|before| stage(&before) != stage(&line));
@@ -226,23 +214,30 @@ impl<'a> Progress<'a> {
         self.live.draw(&lines);
     }
 
-    /// One clause about what is still missing.
-    fn standing(&self) -> String {
-        let [first, rest @ ..] = self.open.as_slice() else { return "nothing is missing".to_owned() };
+    /// What is still missing when patience has ended.
+    fn standing(&self, patience: Duration) -> String {
+        let after = seconds(patience);
+        let [first, rest @ ..] = self.open.as_slice() else { return format!("nothing was missing after {after}") };
         let others = match rest.len() {
             0 => String::new(),
-            more => format!(" ({more} more are waited for)"),
+            more => format!(", and {more} more are waited for"),
         };
-        match self.seen.get(&first.model) {
-            Some(line) => format!("{} is not {} yet: {line}{others}", first.model, first.state),
-            None => format!("{} is not {} yet: nothing was heard of it{others}", first.model, first.state),
-        }
+        let stands = self.seen.get(&first.model).map_or("nothing was heard of it", String::as_str);
+        format!(
+            "{} is not {} after {after}: {stands}{others}; it goes on, so ask again or raise --timeout",
+            first.model, first.state
+        )
     }
 }
 
 /// One line about where a model is; a progress bar, if any, is in brackets at its end.
-fn describe(view: &ModelView) -> String {
-    let Some(last) = newest(view) else { return format!("{} {}", view.name, view.state) };
+fn describe(goal: &Goal, view: &ModelView) -> String {
+    let Some(last) = newest(view) else { return super::output::clean(&format!("{} {}", view.name, view.state)) };
+    if let Some((_, version)) = goal.submission
+        && last.version < version
+    {
+        return super::output::clean(&format!("{} version {version}: submitted", view.name));
+    }
     let mut line = format!("{} version {}: ", view.name, last.version);
     let copy = last.copies.iter().find(|copy| !matches!(copy.state.as_str(), "Available" | "Unloaded"));
     match copy {
@@ -250,6 +245,9 @@ fn describe(view: &ModelView) -> String {
             line.push_str(&format!("{} on {}-{}", copy.state, copy.server, copy.replica));
         }
         _ => line.push_str(&last.state),
+    }
+    if let Some(serving) = view.serving.filter(|serving| copy.is_none() && *serving != last.version) {
+        line.push_str(&format!(", taking over from version {serving}"));
     }
     let reasons = [copy.map(|copy| &copy.reason), Some(&last.reason), Some(&view.reason)];
     if let Some(reason) = reasons.into_iter().flatten().find(|reason| !reason.is_empty()) {
@@ -268,13 +266,7 @@ fn bar(done: u64, total: u64) -> String {
     let filled = usize::try_from(share(WIDTH).unwrap_or(0)).unwrap_or(0);
     let rest = usize::try_from(WIDTH).unwrap_or(0).saturating_sub(filled);
     let bytes = crate::domain::memory::Bytes;
-    format!(
-        "[{}{}] {} % of {}",
-        "=".repeat(filled),
-        " ".repeat(rest),
-        share(100).unwrap_or(0),
-        bytes(total)
-    )
+    format!("[{}{}] {} % of {}", "=".repeat(filled), " ".repeat(rest), share(100).unwrap_or(0), bytes(total))
 }
 
 #[cfg(test)]

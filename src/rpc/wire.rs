@@ -142,14 +142,11 @@ pub fn definition_from_wire(
             Some((stream.input_topic, stream.output_topic))
         }
     };
-    let (strategy, spread, priority) = match rollout {
-        None => (None, None, None),
-        Some(rollout) => rollout_from_wire(&rollout)?,
-    };
+    let patch = rollout.as_ref().map(rollout_from_wire).transpose()?.unwrap_or_default();
     Ok(Definition {
         name,
         spec: model_spec_from_wire(spec)?,
-        deployment: DeploymentPatch { replicas, strategy, spread, priority },
+        deployment: DeploymentPatch { replicas, ..patch },
         kubernetes,
         passthrough: Passthrough {
             kind: meta.kind,
@@ -165,9 +162,8 @@ pub fn definition_from_wire(
 pub fn definition_to_wire(definition: &Definition) -> (scheduler::Model, Option<wharf::Rollout>) {
     let Definition { name, spec, deployment, kubernetes, passthrough } = definition;
     let model = model_to_wire(name, spec, deployment.replicas, kubernetes.as_ref(), passthrough);
-    let patch = (deployment.strategy, deployment.spread, deployment.priority);
-    let rollout = (patch != (None, None, None)).then(|| rollout_to_wire(patch.0, patch.1, patch.2));
-    (model, rollout)
+    let says_more = DeploymentPatch { replicas: None, ..*deployment } != DeploymentPatch::default();
+    (model, says_more.then(|| rollout_to_wire(deployment)))
 }
 
 /// Seldon's `Model`, from its parts.
@@ -217,30 +213,35 @@ pub const fn replicas_of(deployment: &Deployment) -> Replicas {
 /// Wharf's part of a deployment, whole.
 #[must_use]
 pub fn rollout_of(deployment: &Deployment) -> wharf::Rollout {
-    rollout_to_wire(Some(deployment.strategy), Some(deployment.spread), Some(deployment.priority))
+    rollout_to_wire(&DeploymentPatch {
+        replicas: None,
+        strategy: Some(deployment.strategy),
+        spread: Some(deployment.spread),
+        priority: Some(deployment.priority),
+    })
 }
 
-/// Wharf's part of a deployment, as much as is given.
+/// Wharf's part of a patch, as much as it says; its replicas have no word there.
 #[must_use]
-pub fn rollout_to_wire(strategy: Option<Strategy>, spread: Option<Spread>, priority: Option<i32>) -> wharf::Rollout {
+pub fn rollout_to_wire(patch: &DeploymentPatch) -> wharf::Rollout {
     use wharf::rollout::Strategy as Wire;
-    let (strategy, max_surge, max_unavailable) = match strategy {
+    let (strategy, max_surge, max_unavailable) = match patch.strategy {
         None => (None, None, None),
         Some(Strategy::Recreate) => (Some(Wire::Recreate.into()), None, None),
         Some(Strategy::RollingUpdate { max_surge, max_unavailable }) => {
             (Some(Wire::RollingUpdate.into()), Some(max_surge), Some(max_unavailable))
         }
     };
-    let spread_servers = spread.map(|spread| spread == Spread::Servers);
-    wharf::Rollout { strategy, max_surge, max_unavailable, spread_servers, priority }
+    let spread_servers = patch.spread.map(|spread| spread == Spread::Servers);
+    wharf::Rollout { strategy, max_surge, max_unavailable, spread_servers, priority: patch.priority }
 }
 
-/// The parts of a deployment that `rollout` speaks of. A surge without a strategy means a rolling update, and
+/// The patch that `rollout` means, which leaves replicas alone. A surge without a strategy means a rolling update, and
 /// a bound that is left out of one is the default.
 ///
 /// # Errors
 /// When the strategy is none that is known, or is recreate beside a surge.
-pub fn rollout_from_wire(rollout: &wharf::Rollout) -> Result<(Option<Strategy>, Option<Spread>, Option<i32>), Refusal> {
+pub fn rollout_from_wire(rollout: &wharf::Rollout) -> Result<DeploymentPatch, Refusal> {
     use wharf::rollout::Strategy as Wire;
     let bounded = rollout.max_surge.is_some() || rollout.max_unavailable.is_some();
     let named = match rollout.strategy.map(Wire::try_from) {
@@ -264,7 +265,7 @@ pub fn rollout_from_wire(rollout: &wharf::Rollout) -> Result<(Option<Strategy>, 
         Some(Wire::RollingUpdate) => Some(rolling_update(rollout.max_surge, rollout.max_unavailable)),
     };
     let spread = rollout.spread_servers.map(|servers| if servers { Spread::Servers } else { Spread::OneServer });
-    Ok((strategy, spread, rollout.priority))
+    Ok(DeploymentPatch { replicas: None, strategy, spread, priority: rollout.priority })
 }
 
 /// A rolling update with the default for what is left out.
@@ -691,7 +692,10 @@ mod tests {
 
     #[test]
     fn a_rollout_leaves_alone_what_it_does_not_speak_of() {
-        let parts = |rollout| rollout_from_wire(&rollout).unwrap();
+        let parts = |rollout| {
+            let patch = rollout_from_wire(&rollout).unwrap();
+            (patch.strategy, patch.spread, patch.priority)
+        };
         assert_eq!(parts(wharf::Rollout::default()), (None, None, None));
         assert_eq!(parts(wharf::Rollout { priority: Some(5), ..Default::default() }), (None, None, Some(5)));
         let surge = wharf::Rollout { max_surge: Some(3), ..Default::default() };

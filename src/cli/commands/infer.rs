@@ -44,7 +44,7 @@ pub(super) async fn infer(context: &Context, stdin: Box<dyn Read + Send>, args: 
     let patience = Duration::from_secs(args.request_timeout);
     let address = gateway_address(context, &args.gateway);
     let mut asker = match args.inference_mode {
-        Mode::Rest => Asker::Rest(Rest::new(&address, &args, data, patience)?),
+        Mode::Rest => Asker::Rest(Box::new(Rest::new(&address, &args, data, patience)?)),
         Mode::Grpc => Asker::Grpc(Box::new(Grpc::new(&address, &args, &data, patience).await?)),
     };
     if args.iterations == 1 && args.seconds == 0 {
@@ -65,6 +65,7 @@ async fn once(context: &Context, asker: &mut Asker, args: &Infer, address: &str)
 async fn many(context: &Context, asker: &mut Asker, args: &Infer) -> Result<(), Failure> {
     let mut answered: BTreeMap<String, u64> = BTreeMap::new();
     let mut failed: BTreeMap<String, u64> = BTreeMap::new();
+    let mut lost = None;
     let end = (args.seconds > 0).then(|| Box::pin(tokio::time::sleep(Duration::from_secs(args.seconds))));
     let asking = async {
         let mut asked = 0;
@@ -72,7 +73,10 @@ async fn many(context: &Context, asker: &mut Asker, args: &Infer) -> Result<(), 
             asked += 1;
             match asker.ask(context, args).await {
                 Ok(answer) => *answered.entry(answer.route).or_default() += 1,
-                Err(error) => *failed.entry(error.to_string()).or_default() += 1,
+                Err(error) => {
+                    *failed.entry(error.to_string()).or_default() += 1;
+                    lost = if let Unanswered::Lost(error) = error { Some(error) } else { None };
+                }
             }
         }
     };
@@ -89,6 +93,9 @@ async fn many(context: &Context, asker: &mut Asker, args: &Infer) -> Result<(), 
         return Ok(());
     }
     context.output.data(&format!("Errors: map[{}]", counts(&failed)));
+    if let (true, Some(error)) = (answered.is_empty(), lost) {
+        return Err(Failure::of(Peer::Gateway, error));
+    }
     let (bad, good): (u64, u64) = (failed.values().sum(), answered.values().sum());
     Err(Failure::Failed(format!("{bad} of {} requests failed", bad + good)))
 }
@@ -120,7 +127,9 @@ async fn data(
         (Some(data), _) if data != "-" => return Ok(data),
         (_, Some(file)) if file != Path::new("-") => Some(file.to_owned()),
         (None, None) if context.stdin => {
-            return Err(Failure::Usage("there is no request: give it as JSON, name a file with -f, or pipe it in".into()));
+            return Err(Failure::Usage(
+                "there is no request: give it as JSON, name a file with -f, or pipe it in".into(),
+            ));
         }
         _ => None,
     };
@@ -186,7 +195,7 @@ impl Unanswered {
 }
 
 enum Asker {
-    Rest(Rest),
+    Rest(Box<Rest>),
     Grpc(Box<Grpc>),
 }
 
@@ -235,14 +244,15 @@ impl Rest {
             context.output.note(&format!("> POST {}", self.path));
             show_headers(context, '>', &self.headers);
         }
-        let call =
-            HttpCall { address: &self.address, authority: self.authority.as_deref(), patience: self.patience };
+        let call = HttpCall { address: &self.address, authority: self.authority.as_deref(), patience: self.patience };
         let sent = call.send(&self.client, Method::POST, &self.path, self.headers.clone(), self.body.clone());
         let (headers, body) = sent.await?;
         if args.show_headers {
             show_headers(context, '<', &headers);
         }
-        if args.sticky_session && let Some(route) = headers.get(ROUTE) {
+        if args.sticky_session
+            && let Some(route) = headers.get(ROUTE)
+        {
             self.headers.insert(HeaderName::from_static(ROUTE), route.clone());
         }
         let route = headers.get(ROUTE).and_then(|route| route.to_str().ok()).map(str::to_owned);
@@ -272,9 +282,8 @@ impl HttpCall<'_> {
         body: Bytes,
     ) -> Result<(HeaderMap, String), Unanswered> {
         let bare = self.address.strip_prefix("http://").unwrap_or(self.address).trim_end_matches('/');
-        let bad = |problem: String| {
-            Unanswered::Lost(ClientError::Address { address: self.address.to_owned(), problem })
-        };
+        let bad =
+            |problem: String| Unanswered::Lost(ClientError::Address { address: self.address.to_owned(), problem });
         if self.address.starts_with("https://") {
             return Err(bad("TLS is not supported".to_owned()));
         }
@@ -297,10 +306,7 @@ impl HttpCall<'_> {
         let (parts, body) = match tokio::time::timeout(self.patience, exchange).await {
             Ok(done) => done?,
             Err(_) => {
-                return Err(Unanswered::Lost(ClientError::TimedOut {
-                    address: bare.to_owned(),
-                    after: self.patience,
-                }));
+                return Err(Unanswered::Lost(ClientError::TimedOut { address: bare.to_owned(), after: self.patience }));
             }
         };
         let body = String::from_utf8_lossy(&body).into_owned();
@@ -375,7 +381,9 @@ impl Grpc {
             show_metadata(context, '<', answer.metadata());
         }
         let route = answer.metadata().get(ROUTE).cloned();
-        if args.sticky_session && let Some(route) = &route {
+        if args.sticky_session
+            && let Some(route) = &route
+        {
             self.metadata.insert(ROUTE, route.clone());
         }
         let answer = answer.into_inner();
@@ -418,4 +426,3 @@ fn metadata_value(value: &str) -> Result<tonic::metadata::AsciiMetadataValue, Fa
 fn bad_header(name: &str) -> Failure {
     Failure::Usage(format!("{name:?} can't be the name of a header"))
 }
-

@@ -8,9 +8,8 @@ use super::{documents, refused, scheduler};
 use crate::{
     cli::{
         Context,
-        args::{self, Format, Load, Rollback, UnloadOptions, Waiting},
+        args::{self, Load, Plain, Rollback, UnloadOptions, Waiting},
         failure::Failure,
-        json,
         wait::{Goal, wait},
     },
     domain::spec::{Definition, KubernetesMeta},
@@ -48,7 +47,7 @@ pub(super) async fn load(context: &Context, stdin: Box<dyn Read + Send>, args: L
     }
     let report = Report { context, output: args.output, waits: args.waiting.wait.is_some() };
     let mut goals = Vec::new();
-    let mut failures = Failures::default();
+    let mut failures = Failures::of(models.len());
     let mut answers = stream::iter(models.into_iter().map(|(source, definition)| {
         let connection = &connection;
         async move {
@@ -61,14 +60,14 @@ pub(super) async fn load(context: &Context, stdin: Box<dyn Read + Send>, args: L
         let name = definition.name.as_str();
         match answer {
             Ok(answer) => {
-                report.say(name, &answer)?;
+                report.say(name, &answer);
                 goals.push(Goal {
                     model: name.to_owned(),
                     state: args.waiting.wait.clone().unwrap_or_default(),
                     submission: Some((answer.uid, answer.version)),
                 });
             }
-            Err(error) => failures.add(context, &source.to_string(), name, refused(error))?,
+            Err(error) => failures.add(context, at(&source, named(name, refused(error))))?,
         }
     }
     drop(answers);
@@ -123,7 +122,7 @@ pub(super) async fn unload(
         }
     }
     let connection = scheduler(context, &options.scheduler).await?;
-    let mut failures = Failures::default();
+    let mut failures = Failures::of(targets.len());
     let mut goals = Vec::new();
     let mut answers = stream::iter(targets.into_iter().map(|(name, kubernetes)| {
         let mut client = connection.scheduler();
@@ -147,7 +146,7 @@ pub(super) async fn unload(
                 }
                 goals.push(Goal { model: name, state: "ModelTerminated".to_owned(), submission: None });
             }
-            Err(error) => failures.add(context, "unload", &name, refused(error))?,
+            Err(error) => failures.add(context, named(&name, refused(error)))?,
         }
     }
     drop(answers);
@@ -188,7 +187,7 @@ async fn changed(
     answer: &SubmitModelResponse,
     waiting: Waiting,
 ) -> Result<(), Failure> {
-    Report { context, output: None, waits: waiting.wait.is_some() }.say(&name, answer)?;
+    Report { context, output: None, waits: waiting.wait.is_some() }.say(&name, answer);
     match waiting.wait {
         None => Ok(()),
         Some(state) => {
@@ -207,7 +206,7 @@ pub(super) async fn wait_for(
 ) -> Result<(), Failure> {
     for view in wait(context, connection, goals, Duration::from_secs(patience)).await? {
         if context.output.out_is_terminal() {
-            context.output.note(&format!("{}: {}", view.name, view.state));
+            context.output.note(&super::view::arrived(&view));
         } else {
             context.output.data("{}");
         }
@@ -218,13 +217,13 @@ pub(super) async fn wait_for(
 /// Says what became of submissions.
 struct Report<'a> {
     context: &'a Context,
-    output: Option<Format>,
+    output: Option<Plain>,
     /// Whether a wait follows, which ends the story.
     waits: bool,
 }
 
 impl Report<'_> {
-    fn say(&self, name: &str, answer: &SubmitModelResponse) -> Result<(), Failure> {
+    fn say(&self, name: &str, answer: &SubmitModelResponse) {
         let output = &self.context.output;
         let version = answer.version;
         output.note(&match answer.outcome() {
@@ -233,30 +232,37 @@ impl Report<'_> {
             Outcome::Rescaled => format!("{name}: rescaled, still version {version}"),
             Outcome::Unchanged => format!("{name}: unchanged, version {version}"),
         });
-        if self.output == Some(Format::Json) {
-            let line = json::line("wharf.v1.SubmitModelResponse", answer).map_err(super::unprintable)?;
-            output.data(&format!("{{\"name\":{},{}", serde_json::Value::from(name), line.trim_start_matches('{')));
+        if self.output == Some(Plain::Json) {
+            // Written whole: a default means something here, and protobuf's JSON leaves it out.
+            let (name, uid) = (serde_json::Value::from(name), answer.uid);
+            let outcome = answer.outcome().as_str_name();
+            output.data(&format!(r#"{{"name":{name},"uid":"{uid}","version":{version},"outcome":"{outcome}"}}"#));
         } else if !output.out_is_terminal() && !self.waits {
             output.data("{}");
         }
-        Ok(())
     }
 }
 
-/// Failures of some of many: each is told when it comes, and the command fails in the end.
-#[derive(Debug, Default)]
+/// Failures of some of many: each is told when it comes, and the command fails in the end. That of a single
+/// one is the command's own.
+#[derive(Debug)]
 struct Failures {
+    all: usize,
     count: usize,
 }
 
 impl Failures {
+    const fn of(all: usize) -> Self {
+        Self { all, count: 0 }
+    }
+
     /// # Errors
     /// When there is no point in going on.
-    fn add(&mut self, context: &Context, place: &str, name: &str, failure: Failure) -> Result<(), Failure> {
+    fn add(&mut self, context: &Context, failure: Failure) -> Result<(), Failure> {
         match failure {
-            Failure::Failed(message) => {
+            Failure::Failed(message) if self.all > 1 => {
                 self.count += 1;
-                context.output.warning(&format!("{place}: {name}: {message}"));
+                context.output.warning(&message);
                 Ok(())
             }
             final_one => Err(final_one),
@@ -266,9 +272,16 @@ impl Failures {
     fn end(self) -> Result<(), Failure> {
         match self.count {
             0 => Ok(()),
-            1 => Err(Failure::Failed("1 model was refused".to_owned())),
-            count => Err(Failure::Failed(format!("{count} models were refused"))),
+            count => Err(Failure::Failed(format!("{count} of {} models were refused", self.all))),
         }
+    }
+}
+
+fn named(name: &str, failure: Failure) -> Failure {
+    match failure {
+        // Most messages name the model already.
+        Failure::Failed(message) if !message.contains(name) => Failure::Failed(format!("{name}: {message}")),
+        other => other,
     }
 }
 

@@ -7,7 +7,7 @@ use super::{next, refused, scheduler, unprintable};
 use crate::{
     cli::{
         Context,
-        args::{self, Args, Events, Explain, Format},
+        args::{self, Args, Events, Explain, Plain},
         failure::Failure,
         json,
         output::{Tone, clean},
@@ -28,9 +28,8 @@ pub(super) async fn events(context: &Context, args: Events) -> Result<(), Failur
     while let Some(event) = next(context, &connection, &mut stream).await? {
         seen = true;
         let line = match args.output {
-            Format::Json => json::line("wharf.v1.Event", &event).map_err(unprintable)?,
-            Format::Table => event_line(context, &event),
-            Format::Yaml => return Err(Failure::Usage("events can't be shown as YAML; use -o json".to_owned())),
+            Plain::Json => json::line("wharf.v1.Event", &event).map_err(unprintable)?,
+            Plain::Table => event_line(context, &event),
         };
         context.output.data(&line);
     }
@@ -72,9 +71,8 @@ pub(super) async fn explain(context: &Context, args: Explain) -> Result<(), Fail
     let answer =
         connection.call(client.explain(ExplainRequest { model: args.model })).await.map_err(refused)?.into_inner();
     match args.output {
-        Format::Json => context.output.data(&json::indent(&answer.data).unwrap_or(answer.data)),
-        Format::Table => answer.text.lines().for_each(|line| context.output.data(&clean(line))),
-        Format::Yaml => return Err(Failure::Usage("an explanation can't be shown as YAML; use -o json".to_owned())),
+        Plain::Json => context.output.data(&json::indent(&answer.data).unwrap_or(answer.data)),
+        Plain::Table => answer.text.lines().for_each(|line| context.output.data(&clean(line))),
     }
     Ok(())
 }

@@ -10,6 +10,7 @@ pub(super) mod view;
 
 use std::{io::Read, path::PathBuf, time::Duration};
 
+use futures::FutureExt as _;
 use tonic::Streaming;
 
 use super::{
@@ -32,9 +33,7 @@ pub(super) async fn run(command: Command, context: &Context, stdin: Box<dyn Read
     match command {
         Command::Load(args) | Command::Model(Model::Load(args)) => load::load(context, stdin, args).await,
         Command::Unload(args) => load::unload(context, stdin, Vec::new(), args.files, args.options).await,
-        Command::Model(Model::Unload(args)) => {
-            load::unload(context, stdin, args.names, args.files, args.options).await
-        }
+        Command::Model(Model::Unload(args)) => load::unload(context, stdin, args.names, args.files, args.options).await,
         Command::Status(args) => model::status_of_files(context, stdin, args).await,
         Command::Model(Model::Status(args)) => model::status(context, args).await,
         Command::Model(Model::List(args)) => model::list(context, args).await,
@@ -87,7 +86,9 @@ async fn documents(
 ) -> Result<Vec<Document>, Failure> {
     if files.is_empty() {
         if context.stdin {
-            return Err(Failure::Usage("there is nothing to read: name a file with -f, or pipe manifests in".to_owned()));
+            return Err(Failure::Usage(
+                "there is nothing to read: name a file with -f, or pipe manifests in".to_owned(),
+            ));
         }
         files.push("-".into());
     }
@@ -120,6 +121,24 @@ async fn next<T>(context: &Context, connection: &Connection, stream: &mut Stream
         Ok(message) => Ok(message),
         Err(status) => Err(refused(connection.classify(&status))),
     }
+}
+
+/// All that a stream without an end has to say now, so that a view is drawn once for a whole snapshot. None
+/// when it has ended.
+async fn batch<T>(context: &Context, connection: &Connection, stream: &mut Streaming<T>) -> Result<Vec<T>, Failure> {
+    const MOST: usize = 100_000;
+    let mut messages = Vec::from_iter(next(context, connection, stream).await?);
+    while !messages.is_empty()
+        && messages.len() < MOST
+        && let Some(more) = stream.message().now_or_never()
+    {
+        match more {
+            Ok(Some(message)) => messages.push(message),
+            Ok(None) => break,
+            Err(status) => return Err(refused(connection.classify(&status))),
+        }
+    }
+    Ok(messages)
 }
 
 fn unprintable(problem: String) -> Failure {

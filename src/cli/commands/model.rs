@@ -2,11 +2,11 @@
 
 use std::{collections::BTreeMap, io::Read};
 
-use super::{SUBSCRIBER, all, documents, load::wait_for, next, refused, scheduler, unprintable, view};
+use super::{SUBSCRIBER, all, batch, documents, load::wait_for, refused, scheduler, unprintable, view};
 use crate::{
     cli::{
         Context,
-        args::{Format, ModelList, ModelStatus, StatusFiles},
+        args::{Format, ModelList, ModelStatus, Plain, StatusFiles},
         failure::Failure,
         json,
         wait::Goal,
@@ -62,7 +62,15 @@ pub(super) async fn status_of_files(
         match document.kind {
             Kind::Model(definition) => show(context, &connection, definition.name.as_str(), format).await?,
             Kind::Server(server) => {
-                super::server::show(context, &connection, server.name.as_str(), format).await?;
+                let plain = match format {
+                    Format::Table => Plain::Table,
+                    Format::Json => Plain::Json,
+                    Format::Yaml => {
+                        context.output.warning(&format!("{}: a server is not shown as YAML", document.source));
+                        continue;
+                    }
+                };
+                super::server::show(context, &connection, server.name.as_str(), plain).await?;
             }
         }
     }
@@ -70,7 +78,7 @@ pub(super) async fn status_of_files(
 }
 
 /// What is shown when nobody says how: a table to a person, Seldon's JSON to a script.
-pub(super) fn format(context: &Context, given: Option<Format>) -> Format {
+fn format(context: &Context, given: Option<Format>) -> Format {
     given.unwrap_or(if context.output.out_is_terminal() { Format::Table } else { Format::Json })
 }
 
@@ -195,16 +203,23 @@ async fn watch(
     let mut stream = connection.call(client.watch_models(request)).await.map_err(refused)?.into_inner();
     let mut known = BTreeMap::new();
     let mut live = context.output.live_data();
-    while let Some(view) = next(context, connection, &mut stream).await? {
+    loop {
+        let views = batch(context, connection, &mut stream).await?;
+        if views.is_empty() {
+            return Ok(());
+        }
         if !context.output.out_is_terminal() {
-            let line = json::line("wharf.v1.ModelView", &view).map_err(unprintable)?;
-            context.output.data(&line);
+            for view in views {
+                context.output.data(&json::line("wharf.v1.ModelView", &view).map_err(unprintable)?);
+            }
             continue;
         }
-        if view.deleted && !terminated {
-            known.remove(&view.name);
-        } else {
-            known.insert(view.name.clone(), view);
+        for view in views {
+            if view.deleted && !terminated {
+                known.remove(&view.name);
+            } else {
+                known.insert(view.name.clone(), view);
+            }
         }
         let lines = match known.values().next() {
             Some(view) if one => view::model(context, view),
@@ -212,7 +227,6 @@ async fn watch(
         };
         live.draw(&lines);
     }
-    Ok(())
 }
 
 fn unknown(name: &str) -> Failure {

@@ -2,13 +2,14 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use super::{SUBSCRIBER, all, model, next, refused, scheduler, unprintable, view};
+use super::{SUBSCRIBER, all, batch, model, next, refused, scheduler, unprintable, view};
 use crate::{
     cli::{
         Context,
-        args::{Format, Replica, Server},
+        args::{Plain, Replica, Server},
         failure::{Failure, seconds},
         json,
+        output::counted,
     },
     rpc::{
         client::Connection,
@@ -34,7 +35,13 @@ pub(super) async fn run(context: &Context, command: Server) -> Result<(), Failur
             if watch {
                 return self::watch(context, &connection, Some(name)).await;
             }
-            show(context, &connection, &name, model::format(context, output)).await
+            show(
+                context,
+                &connection,
+                &name,
+                output.unwrap_or(if context.output.out_is_terminal() { Plain::Table } else { Plain::Json }),
+            )
+            .await
         }
         Server::Drain { target, timeout, scheduler: at } => {
             let connection = scheduler(context, &at).await?;
@@ -58,40 +65,33 @@ async fn views(connection: &Connection, name: Option<&str>) -> Result<BTreeMap<S
     Ok(all(connection, stream).await?.into_iter().map(|view| (view.name.clone(), view)).collect())
 }
 
-async fn list(context: &Context, connection: &Connection, output: Format) -> Result<(), Failure> {
+async fn list(context: &Context, connection: &Connection, output: Plain) -> Result<(), Failure> {
     let views = views(connection, None).await?;
     match output {
-        Format::Table => {
+        Plain::Table => {
             if views.is_empty() {
                 context.output.note("there are no servers yet: none is registered, and no agent has called");
             }
             view::servers(&views).print(&context.output);
             Ok(())
         }
-        Format::Json => model::print_array(context, "wharf.v1.ServerView", views.values()),
-        Format::Yaml => Err(no_manifest()),
+        Plain::Json => model::print_array(context, "wharf.v1.ServerView", views.values()),
     }
 }
 
 /// Shows one server.
-pub(super) async fn show(
-    context: &Context,
-    connection: &Connection,
-    name: &str,
-    format: Format,
-) -> Result<(), Failure> {
+pub(super) async fn show(context: &Context, connection: &Connection, name: &str, format: Plain) -> Result<(), Failure> {
     match format {
-        Format::Table => {
+        Plain::Table => {
             let view = views(connection, Some(name)).await?.remove(name).ok_or_else(|| unknown(name))?;
             for line in view::server(context, &view) {
                 context.output.data(&line);
             }
             Ok(())
         }
-        Format::Json => {
+        Plain::Json => {
             let mut client = connection.scheduler();
-            let request =
-                ServerStatusRequest { subscriber_name: SUBSCRIBER.to_owned(), name: Some(name.to_owned()) };
+            let request = ServerStatusRequest { subscriber_name: SUBSCRIBER.to_owned(), name: Some(name.to_owned()) };
             let stream = connection.call(client.server_status(request)).await.map_err(refused)?.into_inner();
             for status in all(connection, stream).await? {
                 let line = json::line("seldon.mlops.scheduler.ServerStatusResponse", &status).map_err(unprintable)?;
@@ -99,7 +99,6 @@ pub(super) async fn show(
             }
             Ok(())
         }
-        Format::Yaml => Err(no_manifest()),
     }
 }
 
@@ -110,27 +109,27 @@ async fn watch(context: &Context, connection: &Connection, name: Option<String>)
         connection.call(client.watch_servers(ListServersRequest { name })).await.map_err(refused)?.into_inner();
     let mut known = BTreeMap::new();
     let mut live = context.output.live_data();
-    while let Some(view) = next(context, connection, &mut stream).await? {
+    loop {
+        let views = batch(context, connection, &mut stream).await?;
+        if views.is_empty() {
+            return Ok(());
+        }
         if !context.output.out_is_terminal() {
-            context.output.data(&json::line("wharf.v1.ServerView", &view).map_err(unprintable)?);
+            for view in views {
+                context.output.data(&json::line("wharf.v1.ServerView", &view).map_err(unprintable)?);
+            }
             continue;
         }
-        known.insert(view.name.clone(), view);
+        known.extend(views.into_iter().map(|view| (view.name.clone(), view)));
         let lines = match known.values().next() {
             Some(view) if one => view::server(context, view),
             _ => view::servers(&known).lines(&context.output),
         };
         live.draw(&lines);
     }
-    Ok(())
 }
 
-async fn drain(
-    context: &Context,
-    connection: &Connection,
-    target: Replica,
-    patience: Duration,
-) -> Result<(), Failure> {
+async fn drain(context: &Context, connection: &Connection, target: Replica, patience: Duration) -> Result<(), Failure> {
     let what = described(&target);
     let mut client = connection.wharf();
     let request = DrainReplicaRequest {
@@ -143,7 +142,7 @@ async fn drain(
     let mut last = DrainProgress::default();
     let follow = async {
         while let Some(progress) = next(context, connection, &mut stream).await? {
-            let line = format!("{what}: {} copies moved, {} left", progress.moved, progress.left);
+            let line = format!("{what}: {} moved, {} left", copies(progress.moved), progress.left);
             if context.output.err_is_terminal() {
                 live.draw(&[line]);
             } else if (progress.moved, progress.left) != (last.moved, last.left) {
@@ -162,13 +161,13 @@ async fn drain(
         context.output.warning(stuck);
     }
     if last.done && last.left == 0 {
-        context.output.note(&format!("{what}: drained, {} copies moved", last.moved));
+        context.output.note(&format!("{what}: drained, {} moved", copies(last.moved)));
         return Ok(());
     }
     let left = format!(
-        "{what}: {} copies are left after {} moved; they go on serving there, and it stays drained until \
-         `wharf server uncordon`",
-        last.left, last.moved
+        "{what}: {} left and still serving, {} moved; nothing new is placed there until `wharf server uncordon`",
+        copies(last.left),
+        last.moved
     );
     // What has nowhere to go is no matter of time.
     if last.stuck.is_empty() {
@@ -183,8 +182,12 @@ async fn cordon(context: &Context, connection: &Connection, target: Replica, und
     let request = CordonReplicaRequest { server: target.name, replica: target.replica, undo };
     let changed = connection.call(client.cordon_replica(request)).await.map_err(refused)?.into_inner().replicas;
     let done = if undo { "takes new copies again" } else { "takes no new copies" };
-    context.output.note(&format!("{what} {done}; {changed} replicas changed"));
+    context.output.note(&format!("{what} {done}; {} changed", counted(changed, "replica", "replicas")));
     Ok(())
+}
+
+fn copies(count: u32) -> String {
+    counted(count, "copy", "copies")
 }
 
 fn described(target: &Replica) -> String {
@@ -196,8 +199,4 @@ fn described(target: &Replica) -> String {
 
 fn unknown(name: &str) -> Failure {
     Failure::Failed(format!("there is no server {name}; `wharf server list` shows those there are"))
-}
-
-fn no_manifest() -> Failure {
-    Failure::Usage("a server can't be shown as YAML; use -o table or -o json".to_owned())
 }

@@ -81,6 +81,14 @@ pub(super) fn models(views: &BTreeMap<String, ModelView>) -> Table {
     table
 }
 
+/// One line about a model that has come to the state it was waited for in.
+pub(super) fn arrived(view: &ModelView) -> String {
+    let version = newest(view).map_or_else(String::new, |newest| format!(", version {}", newest.version));
+    let places = places(view);
+    let on = if places.is_empty() { places } else { format!(" on {places}") };
+    format!("{}: {}{version}{on}", view.name, view.state)
+}
+
 /// Where the copies of a model are, each replica once.
 fn places(view: &ModelView) -> String {
     let mut places: Vec<String> = Vec::new();
@@ -202,10 +210,7 @@ pub(super) fn servers(views: &BTreeMap<String, ServerView>) -> Table {
         let expected = usize::try_from(view.expected).unwrap_or(usize::MAX).max(view.replicas.len());
         table.row([
             Cell::from(&view.name),
-            Cell::toned(
-                &format!("{available}/{expected}"),
-                if available < expected { Tone::Busy } else { Tone::Good },
-            ),
+            Cell::toned(&format!("{available}/{expected}"), if available < expected { Tone::Busy } else { Tone::Good }),
             Cell::from(view.replicas.iter().map(|replica| u64::from(replica.copies)).sum::<u64>()),
             Cell::from(Bytes(sum(|replica| replica.registered))),
             Cell::from(Bytes(sum(|replica| replica.capacity))),
@@ -230,7 +235,15 @@ pub(super) fn server(context: &Context, view: &ServerView) -> Vec<String> {
     )];
     lines.extend(view.conditions.iter().map(|condition| format!("condition: {}", clean(condition))));
     let mut table = Table::new(&[
-        "replica", "state", "copies", "resident", "registered", "in memory", "capacity", "since", "reason",
+        "replica",
+        "state",
+        "copies",
+        "resident",
+        "registered",
+        "in memory",
+        "capacity",
+        "since",
+        "reason",
     ]);
     for replica in &view.replicas {
         let capacity = match replica.overcommit_percent {
