@@ -12,6 +12,5 @@ pub mod domain;
 pub mod forward;
 pub mod ports;
 pub mod rpc;
-
+pub mod settings;
 pub mod store;
-

@@ -395,11 +395,7 @@ impl StorageBackend for Disk {
 }
 
 /// Commits until the first that fails. Returns what was acknowledged and, with the error, what was tried.
-fn commit_all(
-    store: &EmbeddedStore,
-    batches: &[Vec<Write>],
-    model: &mut Model,
-) -> Option<(CommitError, Vec<Write>)> {
+fn commit_all(store: &EmbeddedStore, batches: &[Vec<Write>], model: &mut Model) -> Option<(CommitError, Vec<Write>)> {
     for batch in batches {
         match store.commit(batch) {
             Ok(()) => model.apply(batch),

@@ -87,8 +87,7 @@ impl StorageBackend for HeaderLast {
             let (first, last) = (offset.max(from), (offset + out.len() as u64).min(to));
             if first < last {
                 let at = |position: u64, base: u64| usize::try_from(position - base).unwrap_or(usize::MAX);
-                out[at(first, offset)..at(last, offset)]
-                    .copy_from_slice(&header.data[at(first, from)..at(last, from)]);
+                out[at(first, offset)..at(last, offset)].copy_from_slice(&header.data[at(first, from)..at(last, from)]);
             }
         }
         Ok(())

@@ -64,7 +64,10 @@ struct Opened {
 
 impl fmt::Debug for EmbeddedStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EmbeddedStore").field("name", &self.name).field("identity", &self.identity).finish_non_exhaustive()
+        f.debug_struct("EmbeddedStore")
+            .field("name", &self.name)
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
     }
 }
 
@@ -176,10 +179,7 @@ impl EmbeddedStore {
 
 impl Opened {
     /// One transaction. What it failed with is the text; whether it can have happened, `self.sent`.
-    fn write(
-        &mut self,
-        change: impl FnOnce(&redb::WriteTransaction) -> Result<(), RowError>,
-    ) -> Result<(), String> {
+    fn write(&mut self, change: impl FnOnce(&redb::WriteTransaction) -> Result<(), RowError>) -> Result<(), String> {
         self.sent.forget();
         let transaction = self.database.begin_write().map_err(|error| error.to_string())?;
         let commits = self.commits + 1;
@@ -348,7 +348,8 @@ fn read_meta(name: &str, database: &Database) -> Result<Option<(Identity, u64)>,
         Err(error) => return Err(failed(error)),
     };
     let number = |text: Option<String>, what: &str| {
-        text.and_then(|text| text.parse::<u64>().ok()).ok_or_else(|| damaged(name, &format!("its {what} is not a number")))
+        text.and_then(|text| text.parse::<u64>().ok())
+            .ok_or_else(|| damaged(name, &format!("its {what} is not a number")))
     };
     let found = number(schema, "schema")?;
     if found > SCHEMA {
@@ -362,9 +363,8 @@ fn read_meta(name: &str, database: &Database) -> Result<Option<(Identity, u64)>,
         put_meta(&transaction, "schema", &to.to_string()).map_err(|error| failed(error.into()))?;
         transaction.commit().map_err(|error| failed(error.into()))?;
     }
-    let text = |key: &str| {
-        read(key).map_err(failed)?.ok_or_else(|| damaged(name, &format!("it does not say its {key}")))
-    };
+    let text =
+        |key: &str| read(key).map_err(failed)?.ok_or_else(|| damaged(name, &format!("it does not say its {key}")));
     let identity = Identity { cluster: text("cluster")?, lineage: text("lineage")? };
     let commits = number(read("commits").map_err(failed)?, "number of commits")?;
     Ok(Some((identity, commits)))
@@ -389,9 +389,7 @@ fn store_error(name: &str, error: redb::Error) -> OpenError {
             OpenError::Locked { path: name.to_owned() }
         }
         // How redb says that it found something else than it wrote: not its magic number, or too few bytes.
-        redb::Error::Io(error)
-            if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
-        {
+        redb::Error::Io(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
             damaged(name, &error.to_string())
         }
         redb::Error::Io(error) => io_error(name, &error),

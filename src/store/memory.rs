@@ -60,7 +60,8 @@ impl Tables {
             Write::PutModel(row) => drop(self.models.insert(row.name.clone(), row.as_ref().clone())),
             Write::RemoveModel(name) => {
                 self.models.remove(name);
-                while let Some(key) = self.versions.range((name.clone(), Version(0))..).next().map(|(key, _)| key.clone())
+                while let Some(key) =
+                    self.versions.range((name.clone(), Version(0))..).next().map(|(key, _)| key.clone())
                     && key.0 == *name
                 {
                     self.versions.remove(&key);

@@ -159,18 +159,12 @@ pub(super) fn apply(transaction: &WriteTransaction, writes: &[Write]) -> Result<
 /// Reads every table.
 pub(super) fn read(transaction: &redb::ReadTransaction) -> Result<Contents, RowError> {
     let mut contents = Contents {
-        models: rows(transaction, "models", MODELS, |row: &ModelRow, key| {
-            row.name.as_str().as_bytes() == key
-        })?,
+        models: rows(transaction, "models", MODELS, |row: &ModelRow, key| row.name.as_str().as_bytes() == key)?,
         versions: rows(transaction, "versions", VERSIONS, |row: &VersionRow, key| {
             version_key(&row.model, row.version) == key
         })?,
-        copies: rows(transaction, "copies", COPIES, |row: &CopyRow, key| {
-            copy_key(&row.model, row.generation) == key
-        })?,
-        servers: rows(transaction, "servers", SERVERS, |row: &ServerRow, key| {
-            row.name.as_str().as_bytes() == key
-        })?,
+        copies: rows(transaction, "copies", COPIES, |row: &CopyRow, key| copy_key(&row.model, row.generation) == key)?,
+        servers: rows(transaction, "servers", SERVERS, |row: &ServerRow, key| row.name.as_str().as_bytes() == key)?,
         counters: match transaction.open_table(COUNTERS)?.get(THE_COUNTERS)? {
             Some(row) => decode("counters", row.value())?,
             None => Default::default(),
