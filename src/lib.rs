@@ -14,3 +14,4 @@ pub mod ports;
 pub mod rpc;
 pub mod settings;
 pub mod store;
+pub mod telemetry;
