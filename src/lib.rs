@@ -21,3 +21,6 @@ pub mod rpc;
 pub mod telemetry;
 
 pub mod store;
+pub mod settings;
+pub mod store;
+pub mod telemetry;

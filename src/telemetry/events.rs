@@ -1,153 +1,376 @@
-//! What happened lately, for people: a ring that forgets the oldest.
+//! The event ring: what happened lately, for whoever asks and whoever follows.
+//!
+//! The rule of this module: the ring is bounded, and followers have nothing of their own. A follower is a place
+//! in the ring, taken in the same step as the snapshot before it, so nothing is missed in between; one that is
+//! slower than the ring turns loses the oldest, and is told how many.
 
 use std::{
     collections::VecDeque,
-    fmt,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::Notify;
+use tokio::sync::watch;
 
 use crate::domain::time::Instant;
-
-/// Events that one reader may be behind before it loses the oldest.
-const BEHIND: usize = 4096;
 
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
-    /// Its number: grows by one with each.
+    /// Its number; every event's is greater than the one's before it.
     pub sequence: u64,
-    /// When.
+    /// When it happened.
     pub time: Instant,
-    /// To which model or server.
+    /// What it happened to: `model/iris`, `server/mlserver`, `replica/mlserver-0`.
     pub subject: String,
-    /// One word for what.
+    /// What kind of thing happened, in one word of a closed set.
     pub kind: String,
     /// One sentence.
     pub message: String,
-    /// The data behind it.
+    /// The same for machines.
+    #[serde(default)]
     pub data: serde_json::Value,
 }
 
-/// The ring.
-pub struct EventRing {
-    inner: Mutex<Inner>,
-    bound: usize,
+/// How an event is kept: JSON within `MessagePack` would lose numbers, so `data` is its text.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    sequence: u64,
+    time: Instant,
+    subject: String,
+    kind: String,
+    message: String,
+    #[serde(default)]
+    data: String,
 }
 
-struct Inner {
-    ring: VecDeque<Arc<Event>>,
+/// The ring. Clones are the same ring.
+#[derive(Clone, Debug)]
+pub struct Events {
+    ring: Arc<Mutex<Ring>>,
+    /// The number of the next event, for followers to wake at.
+    next: Arc<watch::Sender<u64>>,
+}
+
+#[derive(Debug)]
+struct Ring {
+    capacity: usize,
+    events: VecDeque<Arc<Event>>,
     next: u64,
-    readers: Vec<Weak<Reader>>,
+    /// How many events were ever put in here; places of followers count these.
+    put: u64,
 }
 
-struct Reader {
-    queue: Mutex<(VecDeque<Arc<Event>>, u64)>,
-    changed: Notify,
-}
-
-impl EventRing {
-    /// A ring of at most `bound` events, that starts with those kept from before.
-    #[must_use]
-    pub fn new(bound: usize, kept: Vec<Event>) -> Self {
-        let skip = kept.len().saturating_sub(bound);
-        let ring: VecDeque<_> = kept.into_iter().skip(skip).map(Arc::new).collect();
-        let next = ring.back().map_or(1, |last| last.sequence + 1);
-        Self { inner: Mutex::new(Inner { ring, next, readers: Vec::new() }), bound: bound.max(1) }
-    }
-
-    /// Adds an event.
-    pub fn record(&self, time: Instant, subject: &str, kind: &str, message: String, data: serde_json::Value) {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let event = Arc::new(Event {
-            sequence: inner.next,
-            time,
-            subject: subject.to_owned(),
-            kind: kind.to_owned(),
-            message,
-            data,
-        });
-        inner.next += 1;
-        if inner.ring.len() == self.bound {
-            inner.ring.pop_front();
-        }
-        inner.ring.push_back(Arc::clone(&event));
-        inner.readers.retain(|reader| reader.upgrade().is_some_and(|reader| reader.put(&event)));
-    }
-
-    /// Everything that is kept, oldest first, and all that follows: nothing between the two is missed.
-    #[must_use]
-    pub fn subscribe(&self) -> (Vec<Arc<Event>>, Live) {
-        let reader = Arc::new(Reader { queue: Mutex::default(), changed: Notify::new() });
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.readers.push(Arc::downgrade(&reader));
-        (inner.ring.iter().cloned().collect(), Live(reader))
-    }
-
-    /// Everything that is kept, oldest first.
-    #[must_use]
-    pub fn all(&self) -> Vec<Arc<Event>> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).ring.iter().cloned().collect()
-    }
-}
-
-impl fmt::Debug for EventRing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EventRing").field("bound", &self.bound).finish_non_exhaustive()
-    }
-}
-
-impl Reader {
-    fn put(&self, event: &Arc<Event>) -> bool {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        if queue.0.len() == BEHIND {
-            queue.0.pop_front();
-            queue.1 += 1;
-        }
-        queue.0.push_back(Arc::clone(event));
-        drop(queue);
-        self.changed.notify_one();
-        true
-    }
-}
-
-/// Events as they happen.
-pub struct Live(Arc<Reader>);
-
-/// What a live reader gets.
+/// What a follower receives.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Next {
-    /// An event.
+pub enum Received {
+    /// The next event.
     Event(Arc<Event>),
-    /// This many were lost because they were not read fast enough.
-    Missed(u64),
+    /// So many events came and went before they were read.
+    Lost(u64),
 }
 
-impl Live {
-    /// The next event. Never ends.
-    pub async fn next(&mut self) -> Next {
-        loop {
-            let changed = self.0.changed.notified();
-            {
-                let mut queue = self.0.queue.lock().unwrap_or_else(PoisonError::into_inner);
-                match std::mem::take(&mut queue.1) {
-                    0 => {
-                        if let Some(event) = queue.0.pop_front() {
-                            return Next::Event(event);
-                        }
+impl Events {
+    /// An empty ring of at most `capacity` events, the first of which gets at least the number `first`.
+    #[must_use]
+    pub fn new(capacity: usize, first: u64) -> Self {
+        let ring = Ring { capacity: capacity.max(1), events: VecDeque::new(), next: first, put: 0 };
+        Self { ring: Arc::new(Mutex::new(ring)), next: Arc::new(watch::Sender::new(0)) }
+    }
+
+    /// A ring with the events that [`encode`](Self::encode) kept, and how many of them could not be read. The
+    /// newest before a crash are not among them, so `first` must be above any number given then: the leader
+    /// epoch in the upper bits does it.
+    #[must_use]
+    pub fn restore(capacity: usize, first: u64, kept: &[Vec<u8>]) -> (Self, usize) {
+        let events = Self::new(capacity, first);
+        let mut unread = 0;
+        {
+            let mut ring = events.lock();
+            for bytes in kept {
+                match decode(bytes).filter(|event| ring.events.back().is_none_or(|last| last.sequence < event.sequence))
+                {
+                    Some(event) => {
+                        ring.next = ring.next.max(event.sequence.saturating_add(1));
+                        ring.push(event);
                     }
-                    missed => return Next::Missed(missed),
+                    None => unread += 1,
                 }
             }
-            changed.await;
         }
+        (events, unread)
+    }
+
+    /// Everything in the ring, oldest first, for `Store::save_events`.
+    #[must_use]
+    pub fn encode(&self) -> Vec<Vec<u8>> {
+        let events: Vec<_> = self.lock().events.iter().cloned().collect();
+        events.iter().filter_map(|event| encode(event)).collect()
+    }
+
+    /// Puts an event in; returns its number.
+    pub fn publish(
+        &self,
+        time: Instant,
+        subject: impl Into<String>,
+        kind: impl Into<String>,
+        message: impl Into<String>,
+        data: serde_json::Value,
+    ) -> u64 {
+        let (subject, kind, message) = (subject.into(), kind.into(), message.into());
+        let mut ring = self.lock();
+        let sequence = ring.next;
+        ring.next = ring.next.saturating_add(1);
+        ring.push(Event { sequence, time, subject, kind, message, data });
+        let put = ring.put;
+        drop(ring);
+        // Two publishers may arrive here in the other order; the greater stays.
+        self.next.send_if_modified(|seen| {
+            let newer = put > *seen;
+            *seen = put.max(*seen);
+            newer
+        });
+        sequence
+    }
+
+    /// Everything in the ring after `after` (all of it for `None`), oldest first, and a follower of what comes
+    /// next, with nothing in between.
+    #[must_use]
+    pub fn subscribe(&self, after: Option<u64>) -> (Vec<Arc<Event>>, Follower) {
+        let wake = self.next.subscribe();
+        let ring = self.lock();
+        let start = after.map_or(0, |after| ring.events.partition_point(|event| event.sequence <= after));
+        let snapshot = ring.events.iter().skip(start).cloned().collect();
+        (snapshot, Follower { ring: Arc::clone(&self.ring), wake, place: ring.put })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl fmt::Debug for Live {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Live")
+impl Ring {
+    fn push(&mut self, event: Event) {
+        if self.events.len() == self.capacity {
+            self.events.pop_front();
+        }
+        self.events.push_back(Arc::new(event));
+        self.put += 1;
+    }
+
+    /// What is at `place`, and the place after it.
+    fn at(&self, place: u64) -> Option<(Received, u64)> {
+        let oldest = self.put - self.events.len() as u64;
+        if place < oldest {
+            return Some((Received::Lost(oldest - place), oldest));
+        }
+        let event = self.events.get(usize::try_from(place - oldest).ok()?)?;
+        Some((Received::Event(Arc::clone(event)), place + 1))
+    }
+}
+
+/// A place in the ring.
+#[derive(Debug)]
+pub struct Follower {
+    ring: Arc<Mutex<Ring>>,
+    wake: watch::Receiver<u64>,
+    place: u64,
+}
+
+impl Follower {
+    /// Waits for the next event; `None` once the ring is gone. Giving the wait up loses nothing.
+    pub async fn next(&mut self) -> Option<Received> {
+        loop {
+            // Marked as seen before the look, so that what is put in after it wakes.
+            self.wake.borrow_and_update();
+            if let Some(received) = self.try_next() {
+                return Some(received);
+            }
+            if self.wake.changed().await.is_err() {
+                return self.try_next();
+            }
+        }
+    }
+
+    /// The next event, if it is there.
+    pub fn try_next(&mut self) -> Option<Received> {
+        let (received, place) = self.ring.lock().unwrap_or_else(PoisonError::into_inner).at(self.place)?;
+        self.place = place;
+        Some(received)
+    }
+}
+
+fn encode(event: &Event) -> Option<Vec<u8>> {
+    let event = event.clone();
+    let kept = Kept {
+        sequence: event.sequence,
+        time: event.time,
+        subject: event.subject,
+        kind: event.kind,
+        message: event.message,
+        data: event.data.to_string(),
+    };
+    rmp_serde::to_vec_named(&kept).ok()
+}
+
+fn decode(bytes: &[u8]) -> Option<Event> {
+    let kept: Kept = rmp_serde::from_slice(bytes).ok()?;
+    Some(Event {
+        sequence: kept.sequence,
+        time: kept.time,
+        subject: kept.subject,
+        kind: kept.kind,
+        message: kept.message,
+        data: serde_json::from_str(&kept.data).unwrap_or_default(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn put(events: &Events) -> u64 {
+        events.publish(Instant::from_micros(5), "model/iris", "Placed", "placed", json!({ "n": u64::MAX, "f": 0.1 }))
+    }
+
+    fn number(received: Option<Received>) -> Option<u64> {
+        match received? {
+            Received::Event(event) => Some(event.sequence),
+            Received::Lost(lost) => panic!("lost {lost}"),
+        }
+    }
+
+    #[test]
+    fn a_slow_follower_loses_the_oldest_and_is_told_how_many() {
+        let events = Events::new(4, 100);
+        let (snapshot, mut follower) = events.subscribe(None);
+        assert!(snapshot.is_empty());
+        for _ in 0..10 {
+            put(&events);
+        }
+        assert_eq!(follower.try_next(), Some(Received::Lost(6)));
+        let rest: Vec<_> = std::iter::from_fn(|| number(follower.try_next())).collect();
+        assert_eq!(rest, [106, 107, 108, 109]);
+        assert_eq!(follower.try_next(), None);
+    }
+
+    #[test]
+    fn a_ring_is_kept_and_goes_on_above_every_number_given_before() {
+        let events = Events::new(3, 7);
+        for _ in 0..5 {
+            put(&events);
+        }
+        let kept = events.encode();
+        assert_eq!(kept.len(), 3);
+        let lost = put(&events);
+        let (restored, unread) = Events::restore(3, 1 << 32, &kept);
+        assert_eq!(unread, 0);
+        let (snapshot, _) = restored.subscribe(None);
+        let (before, _) = events.subscribe(None);
+        assert_eq!(snapshot[1..], before[..2], "all but the one that was not kept");
+        assert!(put(&restored) > lost);
+        // A first number that is not above does not make two events one.
+        let (restored, _) = Events::restore(3, 0, &kept);
+        assert_eq!(put(&restored), 12);
+    }
+
+    #[test]
+    fn what_can_not_be_read_is_left_out_and_counted() {
+        let events = Events::new(9, 0);
+        put(&events);
+        put(&events);
+        let mut kept = events.encode();
+        kept.push(kept[0].clone());
+        kept.insert(1, b"\xc1garbage".to_vec());
+        let (restored, unread) = Events::restore(9, 0, &kept);
+        assert_eq!((unread, restored.subscribe(None).0.len()), (2, 2));
+    }
+
+    #[test]
+    fn a_follower_resumes_after_a_number() {
+        let events = Events::new(9, 0);
+        for _ in 0..5 {
+            put(&events);
+        }
+        let numbers = |after| events.subscribe(after).0.iter().map(|event| event.sequence).collect::<Vec<_>>();
+        assert_eq!(numbers(Some(2)), [3, 4]);
+        assert_eq!(numbers(Some(99)), [0_u64; 0]);
+        assert_eq!(numbers(None).len(), 5);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn nothing_falls_between_the_snapshot_and_what_follows() {
+        const MANY: u64 = 4000;
+        let events = Events::new(usize::try_from(MANY).unwrap() * 2, 0);
+        let publisher = tokio::task::spawn_blocking({
+            let events = events.clone();
+            move || (0..MANY).for_each(|_| drop(put(&events)))
+        });
+        let mut readers = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let events = events.clone();
+            readers.spawn(async move {
+                let (snapshot, mut follower) = events.subscribe(None);
+                let mut expected = 0;
+                for event in snapshot {
+                    assert_eq!(event.sequence, expected);
+                    expected += 1;
+                }
+                while expected < MANY {
+                    assert_eq!(number(follower.next().await), Some(expected));
+                    expected += 1;
+                }
+            });
+        }
+        let all = async {
+            while let Some(reader) = readers.join_next().await {
+                reader.expect("a reader");
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), all).await.expect("every reader sees every event");
+        publisher.await.expect("the publisher");
+    }
+
+    #[tokio::test]
+    async fn a_follower_ends_with_the_ring() {
+        let events = Events::new(3, 0);
+        let (_, mut follower) = events.subscribe(None);
+        put(&events);
+        drop(events);
+        assert_eq!(number(follower.next().await), Some(0));
+        assert_eq!(follower.next().await, None);
+    }
+
+    proptest! {
+        #[test]
+        fn a_follower_sees_every_event_or_hears_of_it(capacity in 1..8_usize, reads in prop::collection::vec(0..12_usize, 1..30)) {
+            let events = Events::new(capacity, 0);
+            let (_, mut follower) = events.subscribe(None);
+            let (mut published, mut seen) = (0, 0);
+            for burst in reads {
+                for _ in 0..burst {
+                    put(&events);
+                    published += 1;
+                }
+                if burst % 3 != 0 {
+                    continue;
+                }
+                while let Some(received) = follower.try_next() {
+                    match received {
+                        Received::Event(event) => {
+                            prop_assert_eq!(event.sequence, seen);
+                            seen += 1;
+                        }
+                        Received::Lost(lost) => seen += lost,
+                    }
+                }
+                prop_assert_eq!(seen, published);
+            }
+        }
     }
 }

@@ -1,0 +1,221 @@
+//! The declaration of every setting: name, meaning, default, and what is allowed.
+
+use std::{path::PathBuf, time::Duration};
+
+use super::value::{Address, Form, LogFormat, Raw, Value, read};
+use crate::domain::memory::Bytes;
+
+/// A setting, as declared.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Key {
+    pub(super) name: &'static str,
+    /// Lines, each with a space before it.
+    pub(super) meaning: &'static [&'static str],
+    pub(super) default: &'static str,
+    pub(super) bounds: Option<(&'static str, &'static str)>,
+    /// Whether a file writes it in quotes.
+    pub(super) quoted: bool,
+}
+
+/// Why a value was not taken.
+#[derive(Debug)]
+pub(super) enum Refused {
+    /// There is no such key here.
+    Key,
+    /// The value is none for this key.
+    Value(String),
+}
+
+/// A section of the settings file.
+pub(super) trait Section {
+    fn name(&self) -> &'static str;
+    fn about(&self) -> &'static [&'static str];
+    fn keys(&self) -> &'static [Key];
+    fn set(&mut self, key: &str, raw: &Raw<'_>) -> Result<(), Refused>;
+}
+
+const fn quoted(form: Form) -> bool {
+    matches!(form, Form::Text | Form::TextOrNumber)
+}
+
+macro_rules! bounds {
+    () => {
+        None
+    };
+    ($low:literal, $high:literal) => {
+        Some(($low, $high))
+    };
+}
+
+macro_rules! section {
+    (
+        $(#[doc = $about:literal])+
+        $section:ident $name:literal {
+            $($(#[doc = $meaning:literal])+ $key:ident: $type:ty = $default:literal $(in $low:literal to $high:literal)?;)+
+        }
+    ) => {
+        $(#[doc = $about])+
+        #[derive(Clone, Debug, PartialEq)]
+        pub struct $section {
+            $(
+                $(#[doc = $meaning])+
+                #[doc = concat!("\n\nDefault: `", $default, "`.")]
+                pub $key: $type,
+            )+
+        }
+
+        impl Default for $section {
+            fn default() -> Self {
+                Self {
+                    $($key: <$type as Value>::parse($default).expect("the declared default is a value"),)+
+                }
+            }
+        }
+
+        impl Section for $section {
+            fn name(&self) -> &'static str {
+                $name
+            }
+
+            fn about(&self) -> &'static [&'static str] {
+                &[$($about),+]
+            }
+
+            fn keys(&self) -> &'static [Key] {
+                const {
+                    &[$(Key {
+                        name: stringify!($key),
+                        meaning: &[$($meaning),+],
+                        default: $default,
+                        bounds: bounds!($($low, $high)?),
+                        quoted: quoted(<$type as Value>::FORM),
+                    }),+]
+                }
+            }
+
+            fn set(&mut self, key: &str, raw: &Raw<'_>) -> Result<(), Refused> {
+                match key {
+                    $(stringify!($key) => {
+                        self.$key = read::<$type>(raw, bounds!($($low, $high)?)).map_err(Refused::Value)?;
+                    })+
+                    _ => return Err(Refused::Key),
+                }
+                Ok(())
+            }
+        }
+    };
+}
+
+section! {
+    /// The scheduler: takes submissions, places copies, hands routes out.
+    Scheduler "scheduler" {
+        /// Where it listens for the scheduler API (gRPC).
+        listen: Address = "127.0.0.1:9004";
+        /// Where it listens for agents and gateways (gRPC).
+        agents: Address = "127.0.0.1:9005";
+        /// Where it serves /metrics, /healthz and /readyz.
+        http: Address = "127.0.0.1:9008";
+        /// The directory of the journal.
+        data_dir: PathBuf = "wharf-data/scheduler";
+        /// Memory for the journal's cache of its file.
+        journal_cache: Bytes = "64Mi" in "1Mi" to "64Gi";
+        /// How long an agent may be silent before its replica is Unknown.
+        lease: Duration = "5s" in "100ms" to "10m";
+        /// How often the scheduler and an agent say that they are there.
+        heartbeat: Duration = "1s" in "10ms" to "5m";
+        /// How long the copies of an Unknown replica are kept before they are placed elsewhere.
+        grace_period: Duration = "30s" in "0s" to "24h";
+        /// How long a gateway may go without acknowledging routes before unloads no longer wait for it.
+        gateway_lease: Duration = "5s" in "100ms" to "10m";
+        /// How long a deleted model stays listed as terminated.
+        retention: Duration = "24h" in "0s" to "365d";
+        /// How many deleted models stay listed at most.
+        retained_models: u32 = "10000" in "0" to "1000000";
+        /// How long requests in flight may keep a copy that is to leave.
+        drain_deadline: Duration = "30s" in "0s" to "24h";
+        /// Memory that a model counts for when its manifest declares none.
+        default_memory: Bytes = "256Mi" in "1" to "1Ti";
+        /// The pause before the first retry of a copy that failed to load; it doubles from there.
+        retry_first: Duration = "1s" in "10ms" to "24h";
+        /// The longest pause between two such retries.
+        retry_most: Duration = "5m" in "10ms" to "24h";
+        /// How often an actor may be restarted within restart_window; once more stops the process.
+        restarts: u32 = "5" in "0" to "1000";
+        /// The time over which restarts count.
+        restart_window: Duration = "1m" in "1s" to "24h";
+        /// How many events are kept.
+        events: u32 = "10000" in "100" to "1000000";
+        /// How many versions of a model are kept to roll back to.
+        history: u32 = "10" in "1" to "1000";
+    }
+}
+
+section! {
+    /// The gateway: takes inference requests and sends each to a copy.
+    Gateway "gateway" {
+        /// Where it listens for inference requests (REST and gRPC on one port).
+        listen: Address = "127.0.0.1:9000";
+        /// Where it serves /metrics, /healthz and /readyz.
+        http: Address = "127.0.0.1:9007";
+        /// The scheduler's address for agents and gateways.
+        scheduler: Address = "127.0.0.1:9005";
+        /// How long a request may take from its first byte to its answer's first.
+        request_deadline: Duration = "60s" in "10ms" to "24h";
+        /// The largest body of a request.
+        body_limit: Bytes = "64Mi" in "1Ki" to "16Gi";
+        /// Requests in flight; what is over is refused with a Retry-After.
+        max_in_flight: u32 = "10000" in "1" to "1000000";
+        /// How many headers a request may have.
+        max_headers: u32 = "100" in "10" to "1000";
+        /// How many bytes the headers of a request may have together.
+        header_limit: Bytes = "64Ki" in "8Ki" to "1Mi";
+        /// How long a client may take to send its headers.
+        header_deadline: Duration = "10s" in "10ms" to "10m";
+        /// How long connecting to a door may take.
+        connect_timeout: Duration = "1s" in "1ms" to "1m";
+    }
+}
+
+section! {
+    /// The agent: beside an inference server, loads and evicts its models.
+    Agent "agent" {
+        /// Where its door listens for requests of gateways (REST and gRPC on one port).
+        listen: Address = "127.0.0.1:9001";
+        /// Where it serves /metrics, /healthz and /readyz.
+        http: Address = "127.0.0.1:9006";
+        /// The scheduler's address for agents and gateways.
+        scheduler: Address = "127.0.0.1:9005";
+        /// The directory of artifacts and of what the agent remembers.
+        data_dir: PathBuf = "wharf-data/agent";
+        /// Bytes on disk that artifacts may take; the least recently used make room.
+        artifact_cache: Bytes = "10Gi" in "1Mi" to "1Pi";
+        /// The largest artifact.
+        max_artifact: Bytes = "10Gi" in "1Ki" to "1Pi";
+        /// How long a download may take.
+        fetch_deadline: Duration = "1h" in "1s" to "7d";
+        /// How long the inference server may take to load a model.
+        load_deadline: Duration = "10m" in "1s" to "24h";
+        /// Requests that may wait for an evicted copy to come back; what is over is refused.
+        waiting_requests: u32 = "1000" in "1" to "1000000";
+        /// How long a request may wait for an evicted copy to come back.
+        wait_deadline: Duration = "30s" in "10ms" to "1h";
+    }
+}
+
+section! {
+    /// What is logged, and how.
+    Log "log" {
+        /// The least grave level that is logged: error, warn, info, debug or trace; by module: "info,wharf::agent=debug".
+        level: String = "info";
+        /// "text" for people, "json" for machines.
+        format: LogFormat = "text";
+    }
+}
+
+section! {
+    /// What is counted.
+    Metrics "metrics" {
+        /// Whether requests are counted by model too. Every model makes a few more series.
+        per_model: bool = "false";
+    }
+}

@@ -1,0 +1,177 @@
+//! The server registry: which servers there are, and where their replicas run.
+//!
+//! The rule of this module: a registry is whole and valid, or it is not there. A file with any problem changes
+//! nothing, and all its problems are told with their lines.
+
+mod parse;
+mod watch;
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use crate::domain::{memory::Resources, names::ServerName};
+
+pub use super::problem::Problems as RegistryErrors;
+pub use watch::RegistryWatch;
+
+/// The most replicas that one server may have.
+pub const MAX_REPLICAS: u32 = 10_000;
+/// The most memory that may be registered beyond a replica's own, in percent.
+pub const MAX_OVERCOMMIT_PERCENT: u32 = 1_000;
+/// The overcommit of a server that states none; Seldon's deployment has the same.
+pub const DEFAULT_OVERCOMMIT_PERCENT: u32 = 10;
+/// What the built-in runtime serves.
+pub const BUILTIN_CAPABILITY: &str = "onnx";
+
+/// Every declared server.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Registry {
+    /// The servers, by name.
+    pub servers: Vec<ServerDecl>,
+}
+
+/// A declared server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerDecl {
+    /// Its name.
+    pub name: ServerName,
+    /// How many replicas it has.
+    pub replicas: u32,
+    /// What it can serve: trimmed, sorted, each once.
+    pub capabilities: Vec<String>,
+    /// Memory of each replica, by device.
+    pub capacity: Resources,
+    /// How much more than its capacity may be registered on a replica.
+    pub overcommit_percent: u32,
+    /// What serves its models.
+    pub runtime: Runtime,
+    /// Where its replicas are.
+    pub location: Location,
+}
+
+/// What serves a server's models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Runtime {
+    /// Wharf's own ONNX runtime, within the agent's process.
+    Builtin,
+    /// `MLServer`.
+    MlServer,
+    /// Triton in explicit model control mode.
+    Triton,
+    /// Any server of the Open Inference Protocol with the model repository extension.
+    Oip,
+}
+
+impl Runtime {
+    const ALL: [Self; 4] = [Self::Builtin, Self::MlServer, Self::Triton, Self::Oip];
+
+    /// The runtime, as the registry names it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Builtin => "builtin",
+            Self::MlServer => "mlserver",
+            Self::Triton => "triton",
+            Self::Oip => "oip",
+        }
+    }
+}
+
+/// Where a server's replicas are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// In the agent's process.
+    Builtin,
+    /// Running already, one address per replica, in the order of their indices.
+    Addresses(Vec<ReplicaAddress>),
+    /// Started by the agent.
+    Command(Command),
+}
+
+/// How one running inference server is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaAddress {
+    /// Its REST address: `http://host:port`.
+    pub http: String,
+    /// Its gRPC address, `http://host:port`, where that is another.
+    pub grpc: Option<String>,
+}
+
+/// How an inference server is started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// The program and its arguments.
+    pub argv: Vec<String>,
+    /// Variables of its environment, over the agent's own.
+    pub env: BTreeMap<String, String>,
+    /// The directory that it starts in.
+    pub workdir: Option<PathBuf>,
+}
+
+/// What another registry changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RegistryChange {
+    /// A server is new.
+    Added(ServerDecl),
+    /// A server is gone.
+    Removed(ServerName),
+    /// A server has more or fewer replicas, and its remaining ones are where they were.
+    Resized {
+        /// The server as it is now.
+        server: ServerDecl,
+        /// How many it had.
+        from: u32,
+    },
+    /// Something else about a server changed; its replicas too, perhaps.
+    Changed {
+        /// As it was.
+        from: ServerDecl,
+        /// As it is now.
+        to: ServerDecl,
+    },
+}
+
+impl Registry {
+    /// Reads a registry file; `file_name` goes into errors.
+    ///
+    /// # Errors
+    /// Every problem, with its line and the fix.
+    pub fn parse(text: &str, file_name: &str) -> Result<Self, RegistryErrors> {
+        parse::registry(text, file_name)
+    }
+
+    /// What leads from `old` to `new`, in the order of the servers' names.
+    #[must_use]
+    pub fn diff(old: &Self, new: &Self) -> Vec<RegistryChange> {
+        let by_name = |registry: &Self| -> BTreeMap<ServerName, ServerDecl> {
+            registry.servers.iter().map(|server| (server.name.clone(), server.clone())).collect()
+        };
+        let (mut old, new) = (by_name(old), by_name(new));
+        let mut changes = BTreeMap::new();
+        for (name, to) in new {
+            let change = match old.remove(&name) {
+                None => RegistryChange::Added(to),
+                Some(from) if from == to => continue,
+                Some(from) if from.is_resized(&to) => RegistryChange::Resized { from: from.replicas, server: to },
+                Some(from) => RegistryChange::Changed { from, to },
+            };
+            changes.insert(name, change);
+        }
+        changes.extend(old.into_keys().map(|name| (name.clone(), RegistryChange::Removed(name))));
+        changes.into_values().collect()
+    }
+}
+
+impl ServerDecl {
+    /// Whether `to` differs by the number of replicas alone.
+    fn is_resized(&self, to: &Self) -> bool {
+        let kept = |server: &Self| match &server.location {
+            Location::Addresses(all) => {
+                let kept = usize::try_from(self.replicas.min(to.replicas)).unwrap_or(usize::MAX);
+                Location::Addresses(all.iter().take(kept).cloned().collect())
+            }
+            other => other.clone(),
+        };
+        let same = |server: &Self| Self { replicas: 0, location: kept(server), ..server.clone() };
+        self.replicas != to.replicas && same(self) == same(to)
+    }
+}

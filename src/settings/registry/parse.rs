@@ -1,0 +1,472 @@
+//! Reads a registry file.
+
+use std::{collections::BTreeMap, ops::Range, path::PathBuf};
+
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::{
+    BUILTIN_CAPABILITY, Command, DEFAULT_OVERCOMMIT_PERCENT, Location, MAX_OVERCOMMIT_PERCENT, MAX_REPLICAS, Registry,
+    RegistryErrors, ReplicaAddress, Runtime, ServerDecl,
+};
+use crate::{
+    domain::{
+        memory::{Bytes, Resources},
+        names::ServerName,
+    },
+    settings::{
+        problem::{Problem, line_of, nearest},
+        value::{Address, Raw, Value as _, read},
+    },
+};
+
+const KEYS: [&str; 11] = [
+    "name",
+    "replicas",
+    "capabilities",
+    "memory",
+    "devices",
+    "overcommit_percent",
+    "runtime",
+    "addresses",
+    "command",
+    "env",
+    "workdir",
+];
+
+/// The problems found so far, by where they stand.
+struct Found<'a> {
+    text: &'a str,
+    file: &'a str,
+    problems: Vec<(usize, Problem)>,
+}
+
+impl Found<'_> {
+    fn add(&mut self, offset: usize, key: &str, problem: impl Into<String>) {
+        let place = format!("{}:{}", self.file, line_of(self.text, offset));
+        self.problems.push((offset, Problem::new(key, problem.into()).at(place)));
+    }
+}
+
+/// One `[[server]]`.
+struct Entry<'a, 'i> {
+    table: &'a DeTable<'i>,
+    span: Range<usize>,
+    label: String,
+}
+
+type Item<'a, 'i> = &'a Spanned<DeValue<'i>>;
+
+pub(super) fn registry(text: &str, file: &str) -> Result<Registry, RegistryErrors> {
+    let mut found = Found { text, file, problems: Vec::new() };
+    let mut servers: Vec<(ServerDecl, usize)> = Vec::new();
+    match DeTable::parse(text) {
+        Err(error) => found.add(error.span().map_or(0, |span| span.start), "", error.message()),
+        Ok(document) => {
+            for (key, value) in document.get_ref() {
+                if key.get_ref() != "server" {
+                    let hint = "a registry holds [[server]] tables and nothing else";
+                    found.add(key.span().start, key.get_ref(), format!("no such key; {hint}"));
+                    continue;
+                }
+                let DeValue::Array(entries) = value.get_ref() else {
+                    found.add(key.span().start, "server", "write [[server]], with double brackets");
+                    continue;
+                };
+                for entry in entries.iter() {
+                    let at = entry.span().start;
+                    let Some(table) = entry.get_ref().as_table() else {
+                        found.add(at, "server", "write each server as a [[server]] table");
+                        continue;
+                    };
+                    if let Some(server) = Entry::new(table, entry.span()).read(&mut found) {
+                        if let Some((_, first)) = servers.iter().find(|(other, _)| other.name == server.name) {
+                            let line = line_of(text, *first);
+                            let key = format!("server {}", server.name);
+                            found.add(
+                                at,
+                                &key,
+                                format!("the name is taken by the server of line {line}; choose another"),
+                            );
+                        }
+                        servers.push((server, at));
+                    }
+                }
+            }
+        }
+    }
+    if found.problems.is_empty() {
+        let mut servers: Vec<ServerDecl> = servers.into_iter().map(|(server, _)| server).collect();
+        servers.sort_by(|a, b| a.name.cmp(&b.name));
+        return Ok(Registry { servers });
+    }
+    found.problems.sort_by_key(|(offset, _)| *offset);
+    Err(super::super::problem::Problems(found.problems.into_iter().map(|(_, problem)| problem).collect()))
+}
+
+impl<'a, 'i> Entry<'a, 'i> {
+    fn new(table: &'a DeTable<'i>, span: Range<usize>) -> Self {
+        let label = match table.get("name").and_then(|name| name.get_ref().as_str()) {
+            Some(name) => format!("server {name:.64}"),
+            None => "server".to_owned(),
+        };
+        Self { table, span, label }
+    }
+
+    fn key(&self, key: &str) -> String {
+        format!("{}: {key}", self.label)
+    }
+
+    fn get(&self, key: &str) -> Option<Item<'a, 'i>> {
+        self.table.get(key)
+    }
+
+    fn bad(&self, found: &mut Found<'_>, item: Item<'_, '_>, key: &str, problem: impl Into<String>) {
+        found.add(item.span().start, &self.key(key), problem);
+    }
+
+    fn read(&self, found: &mut Found<'_>) -> Option<ServerDecl> {
+        let before = found.problems.len();
+        for (key, _) in self.table {
+            if !KEYS.contains(&key.get_ref().as_ref()) {
+                let hint = nearest(key.get_ref(), KEYS)
+                    .map_or_else(|| format!("there are {}", KEYS.join(", ")), |known| format!("did you mean {known}?"));
+                found.add(key.span().start, &self.key(key.get_ref()), format!("no such key; {hint}"));
+            }
+        }
+        let name = self.name(found);
+        let runtime = self.runtime(found);
+        let location = runtime.and_then(|runtime| self.location(runtime, found));
+        let replicas = self.replicas(location.as_ref(), found);
+        let capabilities = self.capabilities(runtime, found);
+        let capacity = self.capacity(found);
+        let overcommit_percent = match self.get("overcommit_percent") {
+            None => DEFAULT_OVERCOMMIT_PERCENT,
+            Some(item) => {
+                let most = MAX_OVERCOMMIT_PERCENT.to_string();
+                self.value(item, "overcommit_percent", Some(("0", &most)), found).unwrap_or_default()
+            }
+        };
+        if found.problems.len() > before {
+            return None;
+        }
+        Some(ServerDecl {
+            name: name?,
+            replicas: replicas?,
+            capabilities,
+            capacity: capacity?,
+            overcommit_percent,
+            runtime: runtime?,
+            location: location?,
+        })
+    }
+
+    fn value<T: crate::settings::value::Value>(
+        &self,
+        item: Item<'_, '_>,
+        key: &str,
+        bounds: Option<(&str, &str)>,
+        found: &mut Found<'_>,
+    ) -> Option<T> {
+        read::<T>(&Raw::Toml(item.get_ref()), bounds).map_err(|problem| self.bad(found, item, key, problem)).ok()
+    }
+
+    fn text(&self, item: Item<'a, 'i>, key: &str, wanted: &str, found: &mut Found<'_>) -> Option<&'a str> {
+        let text = item.get_ref().as_str();
+        if text.is_none() {
+            self.bad(found, item, key, format!("{} came, wanted {wanted}", Raw::Toml(item.get_ref())));
+        }
+        text
+    }
+
+    fn list(&self, item: Item<'a, 'i>, key: &str, wanted: &str, found: &mut Found<'_>) -> &'a [Spanned<DeValue<'i>>] {
+        match item.get_ref() {
+            DeValue::Array(items) => items,
+            other => {
+                self.bad(found, item, key, format!("{} came, wanted {wanted}", Raw::Toml(other)));
+                &[]
+            }
+        }
+    }
+
+    fn name(&self, found: &mut Found<'_>) -> Option<ServerName> {
+        let Some(item) = self.get("name") else {
+            found.add(self.span.start, &self.key("name"), "it is missing; every server needs a name of its own");
+            return None;
+        };
+        let name = self.text(item, "name", "a name such as \"mlserver\"", found)?;
+        ServerName::new(name).map_err(|error| self.bad(found, item, "name", error.to_string())).ok()
+    }
+
+    fn runtime(&self, found: &mut Found<'_>) -> Option<Runtime> {
+        let names = Runtime::ALL.map(Runtime::name);
+        let wanted = format!("one of {}", names.map(|name| format!("{name:?}")).join(", "));
+        let Some(item) = self.get("runtime") else {
+            found.add(self.span.start, &self.key("runtime"), format!("it is missing; write {wanted}"));
+            return None;
+        };
+        let name = self.text(item, "runtime", &wanted, found)?;
+        let runtime = Runtime::ALL.into_iter().find(|runtime| runtime.name() == name);
+        if runtime.is_none() {
+            let hint = nearest(name, names).map_or_else(String::new, |known| format!("; did you mean {known:?}?"));
+            self.bad(found, item, "runtime", format!("{name:?} came, wanted {wanted}{hint}"));
+        }
+        runtime
+    }
+
+    fn location(&self, runtime: Runtime, found: &mut Found<'_>) -> Option<Location> {
+        let (addresses, command) = (self.get("addresses"), self.get("command"));
+        if command.is_none() {
+            for key in ["env", "workdir"] {
+                if let Some(item) = self.get(key) {
+                    self.bad(found, item, key, "it says how a command is started, and there is no command");
+                }
+            }
+        }
+        match (addresses, command) {
+            (Some(item), None) if runtime == Runtime::Builtin => {
+                let problem = "the builtin runtime runs within the agent and has no addresses; remove them, or name \
+                               the runtime that listens there";
+                self.bad(found, item, "addresses", problem);
+                None
+            }
+            (None, Some(item)) if runtime == Runtime::Builtin => {
+                let problem = "the builtin runtime runs within the agent and has no command; remove it, or name the \
+                               runtime that it starts";
+                self.bad(found, item, "command", problem);
+                None
+            }
+            (None, None) if runtime == Runtime::Builtin => Some(Location::Builtin),
+            (Some(_), Some(item)) => {
+                self.bad(
+                    found,
+                    item,
+                    "command",
+                    "there are addresses too; keep the one that says where the replicas are",
+                );
+                None
+            }
+            (Some(item), None) => self.addresses(item, found).map(Location::Addresses),
+            (None, Some(item)) => self.command(item, found).map(Location::Command),
+            (None, None) => {
+                let problem = format!(
+                    "a server of runtime {:?} needs addresses = [\"http://host:port\", ...], one for each replica",
+                    runtime.name()
+                );
+                found.add(self.span.start, &self.key("addresses"), problem);
+                None
+            }
+        }
+    }
+
+    fn addresses(&self, item: Item<'a, 'i>, found: &mut Found<'_>) -> Option<Vec<ReplicaAddress>> {
+        let before = found.problems.len();
+        let wanted = "a list of \"http://host:port\" or { http = \"http://host:port\", grpc = \"http://host:port\" }";
+        let mut addresses: Vec<ReplicaAddress> = Vec::new();
+        for item in self.list(item, "addresses", wanted, found) {
+            let address = match item.get_ref() {
+                DeValue::String(_) => self.url(item, found).map(|http| ReplicaAddress { http, grpc: None }),
+                DeValue::Table(table) => {
+                    for (key, _) in table {
+                        if !["http", "grpc"].contains(&key.get_ref().as_ref()) {
+                            let key_name = self.key(&format!("addresses.{}", key.get_ref()));
+                            found.add(key.span().start, &key_name, "no such key; there are http and grpc");
+                        }
+                    }
+                    let grpc = table.get("grpc").and_then(|item| self.url(item, found));
+                    match table.get("http") {
+                        Some(item) => self.url(item, found).map(|http| ReplicaAddress { http, grpc }),
+                        None => {
+                            self.bad(found, item, "addresses", "http is missing; models are loaded over it");
+                            None
+                        }
+                    }
+                }
+                other => {
+                    self.bad(found, item, "addresses", format!("{} came, wanted {wanted}", Raw::Toml(other)));
+                    None
+                }
+            };
+            if let Some(address) = address {
+                if addresses.iter().any(|other| other.http == address.http) {
+                    self.bad(
+                        found,
+                        item,
+                        "addresses",
+                        format!("{} is there twice; every replica is one server", address.http),
+                    );
+                }
+                addresses.push(address);
+            }
+        }
+        if addresses.is_empty() && found.problems.len() == before {
+            self.bad(found, item, "addresses", "the list is empty; give one address for each replica");
+        }
+        (found.problems.len() == before).then_some(addresses)
+    }
+
+    fn url(&self, item: Item<'_, '_>, found: &mut Found<'_>) -> Option<String> {
+        let url = item.get_ref().as_str();
+        let sound =
+            url.and_then(|url| url.strip_prefix("http://")).and_then(Address::parse).filter(|at| at.port() != 0);
+        match sound {
+            Some(address) => Some(format!("http://{address}")),
+            None => {
+                let came = Raw::Toml(item.get_ref());
+                self.bad(found, item, "addresses", format!("{came} came, wanted \"http://host:port\""));
+                None
+            }
+        }
+    }
+
+    fn command(&self, item: Item<'a, 'i>, found: &mut Found<'_>) -> Option<Command> {
+        let before = found.problems.len();
+        let wanted = "the program and its arguments, as in [\"mlserver\", \"start\", \".\"]";
+        let mut argv = Vec::new();
+        for item in self.list(item, "command", wanted, found) {
+            argv.extend(self.text(item, "command", wanted, found).map(str::to_owned));
+        }
+        if argv.first().is_none_or(String::is_empty) && found.problems.len() == before {
+            self.bad(found, item, "command", format!("it names no program; write {wanted}"));
+        }
+        let mut env = BTreeMap::new();
+        if let Some(item) = self.get("env") {
+            match item.get_ref() {
+                DeValue::Table(table) => {
+                    for (key, item) in table {
+                        let value = self.text(item, &format!("env.{}", key.get_ref()), "text", found);
+                        if key.get_ref().is_empty() || key.get_ref().contains(['=', '\0']) {
+                            self.bad(found, item, "env", format!("{:?} is no name of a variable", key.get_ref()));
+                        }
+                        env.extend(value.map(|value| (key.get_ref().to_string(), value.to_owned())));
+                    }
+                }
+                other => {
+                    let problem = format!(
+                        "{} came, wanted a table of text, as in {{ OMP_NUM_THREADS = \"1\" }}",
+                        Raw::Toml(other)
+                    );
+                    self.bad(found, item, "env", problem);
+                }
+            }
+        }
+        let workdir = self.get("workdir").and_then(|item| self.value::<PathBuf>(item, "workdir", None, found));
+        if found.problems.len() > before {
+            return None;
+        }
+        let command = Command { argv, env, workdir };
+        match supported(&command) {
+            Ok(()) => Some(command),
+            Err(problem) => {
+                self.bad(found, item, "command", problem);
+                None
+            }
+        }
+    }
+
+    fn replicas(&self, location: Option<&Location>, found: &mut Found<'_>) -> Option<u32> {
+        let listed = match location {
+            Some(Location::Addresses(addresses)) => u32::try_from(addresses.len()).ok(),
+            _ => None,
+        };
+        let Some(item) = self.get("replicas") else { return Some(listed.unwrap_or(1)) };
+        let replicas = self.value(item, "replicas", Some(("0", &MAX_REPLICAS.to_string())), found)?;
+        if let Some(listed) = listed.filter(|listed| *listed != replicas) {
+            let problem = format!(
+                "it is {replicas}, and there are {listed} addresses; leave replicas out, or list one address for each"
+            );
+            self.bad(found, item, "replicas", problem);
+        }
+        Some(replicas)
+    }
+
+    fn capabilities(&self, runtime: Option<Runtime>, found: &mut Found<'_>) -> Vec<String> {
+        let wanted = "a list such as [\"sklearn\", \"xgboost\"]";
+        let Some(item) = self.get("capabilities") else {
+            if runtime.is_some_and(|runtime| runtime != Runtime::Builtin) {
+                let problem = format!("it is missing; say what the server can serve with {wanted}");
+                found.add(self.span.start, &self.key("capabilities"), problem);
+            }
+            return vec![BUILTIN_CAPABILITY.to_owned()];
+        };
+        let before = found.problems.len();
+        let mut capabilities = Vec::new();
+        for item in self.list(item, "capabilities", wanted, found) {
+            let Some(capability) = self.text(item, "capabilities", wanted, found).map(str::trim) else { continue };
+            if capability.is_empty() {
+                self.bad(found, item, "capabilities", "a capability is empty; remove it, or write what was meant");
+            } else if capabilities.iter().any(|other| other == capability) {
+                self.bad(found, item, "capabilities", format!("{capability:?} is there twice; remove one"));
+            } else {
+                capabilities.push(capability.to_owned());
+            }
+        }
+        if capabilities.is_empty() && found.problems.len() == before {
+            self.bad(
+                found,
+                item,
+                "capabilities",
+                format!("the list is empty, so nothing could be placed here; write {wanted}"),
+            );
+        }
+        capabilities.sort();
+        capabilities
+    }
+
+    fn capacity(&self, found: &mut Found<'_>) -> Option<Resources> {
+        let primary = match self.get("memory") {
+            Some(item) => self.bytes(item, "memory", found),
+            None => {
+                let problem = "it is missing; say how much memory each replica has for models, as in memory = \"4Gi\"";
+                found.add(self.span.start, &self.key("memory"), problem);
+                None
+            }
+        };
+        let mut others = BTreeMap::new();
+        if let Some(item) = self.get("devices") {
+            match item.get_ref() {
+                DeValue::Table(devices) => {
+                    for (device, item) in devices {
+                        let name = device.get_ref();
+                        let key = format!("devices.{name}");
+                        if name.is_empty()
+                            || !name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+                        {
+                            self.bad(
+                                found,
+                                item,
+                                &key,
+                                "a device goes by lower-case letters, digits and '-', as in gpu0",
+                            );
+                        }
+                        others.extend(self.bytes(item, &key, found).map(|bytes| (name.to_string(), bytes)));
+                    }
+                }
+                other => {
+                    let problem = format!("{} came, wanted a table such as {{ gpu0 = \"16Gi\" }}", Raw::Toml(other));
+                    self.bad(found, item, "devices", problem);
+                }
+            }
+        }
+        Some(Resources { primary: primary?, others })
+    }
+
+    fn bytes(&self, item: Item<'_, '_>, key: &str, found: &mut Found<'_>) -> Option<Bytes> {
+        let bytes: Bytes = self.value(item, key, None, found)?;
+        if bytes == Bytes::ZERO {
+            self.bad(found, item, key, "it is zero, so nothing could be placed there; say how much there is");
+            return None;
+        }
+        Some(bytes)
+    }
+}
+
+/// What can't be done yet must not look as if it could.
+fn supported(command: &Command) -> Result<(), String> {
+    Err(format!(
+        "starting inference servers is not supported yet; start {:?} yourself and write its address into addresses",
+        command.argv.first().map_or("it", String::as_str)
+    ))
+}
