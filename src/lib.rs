@@ -11,6 +11,7 @@
 pub mod actors;
 pub mod agent;
 pub mod app;
+pub mod cli;
 pub mod domain;
 pub mod forward;
 pub mod gateway;
@@ -18,9 +19,6 @@ pub mod manifest;
 pub mod messages;
 pub mod ports;
 pub mod rpc;
-pub mod telemetry;
-
-pub mod store;
 pub mod settings;
 pub mod store;
 pub mod telemetry;

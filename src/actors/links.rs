@@ -16,9 +16,9 @@ use crate::{
         names::{ModelName, ReplicaId, ServerName},
         time::Instant,
     },
-    messages::Board,
+    messages::{Board, supervisor::Who},
     ports::Clock,
-    telemetry::events::EventRing,
+    telemetry::events::Events,
 };
 
 /// Everything that an actor needs beyond its own state.
@@ -36,7 +36,7 @@ pub struct Links {
     /// What readers see.
     pub board: Arc<Board>,
     /// What happened.
-    pub events: Arc<EventRing>,
+    pub events: Events,
     /// Where each replica's door is, as its agent said.
     pub doors: DashMap<ReplicaId, String>,
     /// Where actors run.
@@ -141,9 +141,9 @@ impl Links {
     }
 
     /// Records something for people.
-    pub(super) fn note(&self, subject: &str, note: Note, data: serde_json::Value) {
-        tracing::info!(target: "wharf::events", subject, kind = note.kind, "{}", note.message);
-        self.events.record(self.clock.now(), subject, note.kind, note.message, data);
+    pub(super) fn note(&self, who: &Who, note: Note, data: serde_json::Value) {
+        tracing::info!(target: "wharf::events", subject = %who, kind = note.kind, "{}", note.message);
+        self.events.publish(self.clock.now(), who.to_string(), note.kind, note.message, data);
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
         placement::{Leave, Place, Release, Restore},
         router::Publish,
         server::{Enquire, SetOrder},
-        supervisor::Terminated,
+        supervisor::{Terminated, Who},
     },
 };
 
@@ -133,7 +133,7 @@ impl ModelActor {
             Effect::Leave(generation) => links.placement.tell(Leave { model: name.clone(), generation }),
             Effect::Publish(revision) => self.publish(revision),
             Effect::Wake(at) => self.wake_at(at, ctx),
-            Effect::Note(note) => links.note(name.as_str(), note, serde_json::Value::Null),
+            Effect::Note(note) => links.note(&Who::Model(name.clone()), note, serde_json::Value::Null),
             Effect::Terminated => links.supervisor.tell(Terminated(name.clone())),
         }
     }

@@ -31,6 +31,7 @@ use crate::{
             AgentConnected, AgentSpoke, Declaration, Declare, DeclareServer, Down, Enquire, Mark, MarkReplica, SetMark,
             SetOrder, Word,
         },
+        supervisor::Who,
     },
 };
 
@@ -85,7 +86,7 @@ impl ServerActor {
     }
 
     fn note(&self, kind: &'static str, message: String) {
-        self.links.note(self.row.name.as_str(), Note { kind, message }, serde_json::Value::Null);
+        self.links.note(&Who::Server(self.row.name.clone()), Note { kind, message }, serde_json::Value::Null);
     }
 
     /// Memory of a replica: of what is declared and what its agent reports, the smaller counts.

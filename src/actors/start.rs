@@ -27,7 +27,7 @@ use crate::{
         supervisor::{AskModel, Inspect},
     },
     ports::{Clock, CommitError, OpenError, Store},
-    telemetry::events::EventRing,
+    telemetry::events::Events,
 };
 
 /// Everything that a scheduler needs from outside.
@@ -44,8 +44,8 @@ pub struct Scheduler {
     pub timing: Timing,
     /// Where actors run.
     pub spawner: Spawner,
-    /// What happened.
-    pub events: Arc<EventRing>,
+    /// Events that are kept at most.
+    pub events: usize,
     /// Ends the process, after saying why.
     pub fatal: Fatal,
 }
@@ -82,6 +82,12 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
     };
     scheduler.store.commit(&[Write::PutCounters(counters)])?;
     let identity = scheduler.store.identity();
+    // The newest events before a crash were not kept: the leader epoch puts new numbers above theirs.
+    let first = counters.leader_epoch << 32;
+    let (events, unread) = Events::restore(scheduler.events, first, &scheduler.store.load_events()?);
+    if unread > 0 {
+        tracing::warn!(target: "wharf::supervision", unread, "events of an earlier time can't be read");
+    }
     let links = Arc::new(Links {
         started: scheduler.clock.now(),
         clock: scheduler.clock,
@@ -93,7 +99,7 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
             leader_epoch: counters.leader_epoch,
         },
         board: Arc::new(Board::default()),
-        events: scheduler.events,
+        events,
         doors: dashmap::DashMap::new(),
         spawner: scheduler.spawner,
         supervisor: Slot::empty(),

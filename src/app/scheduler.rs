@@ -24,7 +24,6 @@ use crate::{
         serve::serve,
         wharf_service::WharfApi,
     },
-    telemetry::events::EventRing,
 };
 
 /// Questions that may wait for the actors at a time.
@@ -51,8 +50,8 @@ pub struct Options {
     pub policy: Policy,
     /// How long things may take.
     pub timing: Timing,
-    /// What happened.
-    pub events: Arc<EventRing>,
+    /// Events that are kept at most.
+    pub events: usize,
 }
 
 /// A scheduler could not start.
@@ -80,13 +79,17 @@ pub struct Running {
     pub api: String,
     /// Where agents and gateways call.
     pub agents: String,
+    store: Arc<dyn Store>,
     tasks: JoinSet<()>,
 }
 
 impl Running {
-    /// Waits until its ports are closed, after `shutdown`.
+    /// Waits until its ports are closed, after `shutdown`, and keeps the events for the next start.
     pub async fn stopped(mut self) {
         while self.tasks.join_next().await.is_some() {}
+        if let Err(error) = self.store.save_events(&self.handle.links.events.encode()) {
+            tracing::warn!(%error, "the events of this run are not kept");
+        }
     }
 }
 
@@ -103,6 +106,7 @@ pub async fn start(
     let api_listener = bind(world, &options.api).await?;
     let agents_listener = bind(world, &options.agents).await?;
     let (api_address, agents_address) = (api_listener.address(), agents_listener.address());
+    let store = Arc::clone(&options.store);
     let handle = actors::start(actors::Scheduler {
         store: options.store,
         blocking: options.blocking,
@@ -122,7 +126,7 @@ pub async fn start(
             }
         });
     }
-    Ok(Running { handle, api: api_address, agents: agents_address, tasks })
+    Ok(Running { handle, api: api_address, agents: agents_address, store, tasks })
 }
 
 async fn bind(world: &World, address: &str) -> Result<Box<dyn Listen>, Error> {
@@ -141,7 +145,7 @@ async fn api(handle: &Handle) -> Routes {
         explain: Gate::new(handle.explain(), PERMITS, DEADLINE),
         inspect: Gate::new(handle.inspect(), PERMITS, DEADLINE),
         board,
-        events: Arc::clone(&links.events),
+        events: links.events.clone(),
     };
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<SchedulerServer<SchedulerApi>>().await;

@@ -14,40 +14,6 @@ impl Bytes {
     /// None at all.
     pub const ZERO: Self = Self(0);
 
-    /// Reads a Kubernetes quantity of whole bytes: `512Mi`, `1.5G`, `1048576`.
-    ///
-    /// # Errors
-    /// Says what a quantity looks like.
-    pub fn from_quantity(text: &str) -> Result<Self, String> {
-        const UNITS: [(&str, u128); 13] = [
-            ("Ki", 1 << 10),
-            ("Mi", 1 << 20),
-            ("Gi", 1 << 30),
-            ("Ti", 1 << 40),
-            ("Pi", 1 << 50),
-            ("Ei", 1 << 60),
-            ("k", 1_000),
-            ("M", 1_000_000),
-            ("G", 1_000_000_000),
-            ("T", 1_000_000_000_000),
-            ("P", 1_000_000_000_000_000),
-            ("E", 1_000_000_000_000_000_000),
-            ("", 1),
-        ];
-        let wanted = || format!("{text:?} is not a size; write one such as \"512Mi\", \"1.5Gi\" or \"2G\"");
-        let (number, unit) =
-            UNITS.iter().find_map(|(suffix, unit)| Some((text.strip_suffix(suffix)?, *unit))).ok_or_else(wanted)?;
-        let (whole, part) = number.split_once('.').unwrap_or((number, ""));
-        let digits = |text: &str| text.len() <= 18 && text.bytes().all(|byte| byte.is_ascii_digit());
-        if !digits(whole) || !digits(part) || (whole.is_empty() && part.is_empty()) || number.ends_with('.') {
-            return Err(wanted());
-        }
-        let value = |text: &str| text.parse::<u128>().unwrap_or(0);
-        let scale = 10_u128.pow(u32::try_from(part.len()).unwrap_or(0));
-        let bytes = value(whole) * unit + (value(part) * unit).div_ceil(scale);
-        u64::try_from(bytes).map(Self).map_err(|_| wanted())
-    }
-
     /// The sum, unless it is more than can be counted.
     #[must_use]
     pub const fn checked_add(self, other: Self) -> Option<Self> {

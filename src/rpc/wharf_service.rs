@@ -26,7 +26,7 @@ use crate::{
         server::{Mark, SetMark},
         supervisor::{Action, OnModel},
     },
-    telemetry::events::{Event, EventRing, Next},
+    telemetry::events::{Event, Events, Received},
 };
 
 /// The gate to a replica's marks.
@@ -55,7 +55,7 @@ pub struct WharfApi {
     /// What readers see.
     pub board: Arc<Board>,
     /// What happened.
-    pub events: Arc<EventRing>,
+    pub events: Events,
 }
 
 type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -294,14 +294,17 @@ impl Wharf for WharfApi {
 
     async fn events(&self, request: Request<wire::EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
         let wire::EventsRequest { model, follow } = request.into_inner();
-        let (past, live) = self.events.subscribe();
-        let past = stream::iter(past).map(Next::Event);
-        let live = stream::unfold(live, |mut live| async move { Some((live.next().await, live)) });
+        let (past, live) = self.events.subscribe(None);
+        let past = stream::iter(past).map(Received::Event);
+        let live = stream::unfold(live, |mut live| async move { Some((live.next().await?, live)) });
+        let subject = if model.is_empty() { model } else { format!("model/{model}") };
         let events = if follow { past.chain(live).boxed() } else { past.boxed() };
-        let replies = events.filter_map(move |next| {
-            let event = match next {
-                Next::Event(event) => (model.is_empty() || event.subject == model).then(|| Ok(event_to_wire(&event))),
-                Next::Missed(count) => Some(Err(Status::data_loss(format!(
+        let replies = events.filter_map(move |received| {
+            let event = match received {
+                Received::Event(event) => {
+                    (subject.is_empty() || event.subject == subject).then(|| Ok(event_to_wire(&event)))
+                }
+                Received::Lost(count) => Some(Err(Status::data_loss(format!(
                     "{count} events were lost because they were not read fast enough; ask again"
                 )))),
             };
