@@ -246,6 +246,19 @@ async fn a_held_copy_is_not_evicted_and_the_next_one_waits_for_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_hold_ends_with_its_stream_not_with_whoever_keeps_the_response() {
+    let (world, mut session) = World::new(10, |_| {}).await;
+    let copy = world.all_available(&mut session, &[6]).await[0];
+    let holds = || world.agent.inspect()["copies"][0]["holds"].as_u64();
+    let mut response = world.infer("m0", copy).await;
+    assert_eq!(holds(), Some(1));
+    while response.body_mut().frame().await.is_some() {}
+    assert_eq!(holds(), Some(0), "the stream is at its end, though the response lives");
+    drop(response);
+    assert_eq!(holds(), Some(0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_drain_waits_for_the_last_hold() {
     let (world, mut session) = World::new(10, |_| {}).await;
     let copy = world.all_available(&mut session, &[6]).await[0];
