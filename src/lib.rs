@@ -12,3 +12,4 @@ pub mod domain;
 pub mod forward;
 pub mod ports;
 pub mod rpc;
+pub mod runtime;
