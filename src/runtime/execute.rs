@@ -1,0 +1,132 @@
+//! Where the work is done that would hold up an async thread.
+//!
+//! Inline, it is done at once on the caller's thread, so that a simulation on one thread gives the same result
+//! each time. In a pool, so many jobs run at once, so many more wait, and what is over is refused.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::failure::{Failure, Kind};
+
+/// Where models are loaded and run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Execution {
+    /// On the thread of whoever calls, which waits meanwhile.
+    Inline,
+    /// On tokio's blocking threads.
+    Pool {
+        /// How many inferences run at once, and apart from them how many loads; at least one of each.
+        threads: usize,
+    },
+}
+
+/// Runs jobs of one kind.
+#[derive(Debug)]
+pub(super) struct Executor {
+    pool: Option<Arc<Semaphore>>,
+    waiting: AtomicUsize,
+    most_waiting: usize,
+}
+
+impl Executor {
+    /// Of whose jobs at most `most_waiting` wait for their turn.
+    pub(super) fn new(execution: Execution, most_waiting: usize) -> Self {
+        let pool = match execution {
+            Execution::Inline => None,
+            Execution::Pool { threads } => Some(Arc::new(Semaphore::new(threads.clamp(1, Semaphore::MAX_PERMITS)))),
+        };
+        Self { pool, waiting: AtomicUsize::new(0), most_waiting }
+    }
+
+    /// Runs `job`. Dropping the future gives the job up unless it has begun.
+    ///
+    /// # Errors
+    /// The job's own; or too many are waiting.
+    pub(super) async fn run<T, F>(&self, job: F) -> Result<T, Failure>
+    where
+        F: FnOnce() -> Result<T, Failure> + Send + 'static,
+        T: Send + 'static,
+    {
+        let Some(pool) = &self.pool else {
+            return job();
+        };
+        let permit = match Arc::clone(pool).try_acquire_owned() {
+            Ok(permit) => Ok(permit),
+            Err(_) => {
+                let _place = self.queue()?;
+                Arc::clone(pool).acquire_owned().await
+            }
+        };
+        let permit = permit.map_err(|_| Failure::new(Kind::Internal, "the runtime is stopping"))?;
+        let job = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            job()
+        });
+        AbortOnDropHandle::new(job)
+            .await
+            .unwrap_or_else(|error| Err(Failure::new(Kind::Internal, format!("the job ended early: {error}"))))
+    }
+
+    fn queue(&self) -> Result<Place<'_>, Failure> {
+        let place = Place(&self.waiting);
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= self.most_waiting {
+            let most = self.most_waiting;
+            return Err(Failure::new(
+                Kind::Busy,
+                format!("{most} requests are waiting for the models already; try later"),
+            ));
+        }
+        Ok(place)
+    }
+}
+
+/// A place in the queue.
+struct Place<'a>(&'a AtomicUsize);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, time::Duration};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_over_the_bound_is_refused_and_the_rest_gets_its_turn() {
+        let executor = Executor::new(Execution::Pool { threads: 1 }, 1);
+        let (release, held) = mpsc::channel::<()>();
+        let mut first = Box::pin(executor.run(move || held.recv().map_err(|_| Failure::invalid("gone"))));
+        let mut second = Box::pin(executor.run(|| Ok(2)));
+        assert!(futures::poll!(&mut first).is_pending());
+        assert!(futures::poll!(&mut second).is_pending());
+        let refused = executor.run(|| Ok(3)).await.unwrap_err();
+        assert_eq!(refused.kind, Kind::Busy);
+        release.send(()).unwrap();
+        let both = tokio::time::timeout(Duration::from_secs(30), futures::future::join(first, second)).await.unwrap();
+        assert_eq!(both, (Ok(()), Ok(2)));
+        assert_eq!(executor.waiting.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn one_that_gives_up_waiting_leaves_its_place() {
+        let executor = Executor::new(Execution::Pool { threads: 1 }, 1);
+        let (release, held) = mpsc::channel::<()>();
+        let mut first = Box::pin(executor.run(move || held.recv().map_err(|_| Failure::invalid("gone"))));
+        assert!(futures::poll!(&mut first).is_pending());
+        for _ in 0..3 {
+            let mut waiting = Box::pin(executor.run(|| Ok(())));
+            assert!(futures::poll!(&mut waiting).is_pending());
+        }
+        drop(release);
+        assert!(tokio::time::timeout(Duration::from_secs(30), first).await.unwrap().is_err());
+    }
+}
