@@ -19,7 +19,7 @@ pub mod manifest;
 pub mod messages;
 pub mod ports;
 pub mod rpc;
+pub mod runtime;
 pub mod settings;
 pub mod store;
 pub mod telemetry;
-pub mod runtime;

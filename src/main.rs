@@ -1,1 +1,7 @@
-fn main() {}
+//! The `wharf` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    wharf::cli::main(&wharf::cli::ThisProcess)
+}

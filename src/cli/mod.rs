@@ -10,6 +10,7 @@ mod commands;
 mod failure;
 mod json;
 mod output;
+mod roles;
 mod table;
 mod wait;
 
@@ -17,10 +18,13 @@ use std::{ffi::OsString, fmt, io::Read, path::PathBuf, process::ExitCode, sync::
 
 use clap::Parser as _;
 
-pub use self::output::{Output, Streams};
 use self::{
     args::{Args, Command},
     failure::Failure,
+};
+pub use self::{
+    output::{Output, Streams},
+    roles::ThisProcess,
 };
 use crate::ports::{Clock, SystemClock};
 

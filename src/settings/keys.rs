@@ -115,6 +115,9 @@ section! {
         agents: Address = "127.0.0.1:9005";
         /// Where it serves /metrics, /healthz and /readyz.
         http: Address = "127.0.0.1:9008";
+        /// The server registry: which inference servers there are. Followed while it runs; where there is no such
+        /// file, one server "onnx" of the built-in runtime.
+        servers: PathBuf = "config/servers.toml";
         /// The directory of the journal.
         data_dir: PathBuf = "wharf-data/scheduler";
         /// Memory for the journal's cache of its file.
@@ -185,6 +188,20 @@ section! {
         http: Address = "127.0.0.1:9006";
         /// The scheduler's address for agents and gateways.
         scheduler: Address = "127.0.0.1:9005";
+        /// The server whose replica it stands beside.
+        server: String = "onnx";
+        /// The replica's index within the server.
+        replica: u32 = "0" in "0" to "9999";
+        /// What serves the models: builtin, or the REST address of a running server: http://127.0.0.1:8080.
+        runtime: String = "builtin";
+        /// What the replica can serve, separated by commas.
+        capabilities: String = "onnx";
+        /// Memory of the replica for models.
+        memory: Bytes = "1Gi" in "1" to "1Pi";
+        /// How much more than its memory may be registered on it, in percent.
+        overcommit_percent: u32 = "10" in "0" to "1000";
+        /// Where gateways reach the door, host:port; where it listens, when empty.
+        advertise: String = "";
         /// The directory of artifacts and of what the agent remembers.
         data_dir: PathBuf = "wharf-data/agent";
         /// Bytes on disk that artifacts may take; the least recently used make room.

@@ -7,7 +7,6 @@
 
 mod answer;
 mod held;
-mod rename;
 
 use std::{fmt, sync::Arc};
 
@@ -22,11 +21,10 @@ use super::{
 };
 use crate::{
     domain::version::{Generation, Version},
-    forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY, Request, Response, Upstream, UpstreamError},
+    forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY, Request, Response, Upstream, UpstreamError, rename},
 };
 use answer::{Dialect, Kind, answer};
 use held::HeldBody;
-use rename::rename;
 
 /// Header of direct gRPC requests: the model, when no gateway has named a copy.
 const MODEL: &str = "seldon-model";

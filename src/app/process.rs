@@ -1,0 +1,488 @@
+//! A process on a real machine: the roles that it has, on real ports and real disks.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    World,
+    page::Page,
+    replica::{self, DoorAt},
+    scheduler,
+};
+use crate::{
+    actors::{Fatal, Handle, Spawner, Timing},
+    agent::{
+        self, Blocking,
+        artifacts::{HttpSource, LocalSource},
+    },
+    domain::{
+        memory::Resources,
+        model::Policy,
+        names::{ReplicaId, ServerName},
+        record::Owner,
+    },
+    forward::{self, ClientOptions, Connections, HttpUpstream, Limits, TcpNetwork, Upstream},
+    gateway::{self, Gateway},
+    messages::{
+        Gate,
+        server::{Declaration, Declare},
+    },
+    ports::{ArtifactSource, Clock, Identity, Network, SystemClock},
+    runtime::{self, Execution, Runtime},
+    settings::{
+        Settings,
+        registry::{Location, Registry, RegistryChange, RegistryWatch, ServerDecl},
+    },
+    store::{EmbeddedStore, OpenOptions},
+    telemetry::{
+        http::{Check, Checks, router},
+        metrics::{Metrics, Role},
+    },
+};
+
+/// How often the registry file is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long a declaration may take.
+const DECLARE: Duration = Duration::from_secs(30);
+/// The registry of a process that was given none.
+const DEFAULT_REGISTRY: &str = include_str!("../../config/servers.toml");
+
+/// The process can't start, or can't go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// The scheduler.
+    #[error(transparent)]
+    Scheduler(#[from] scheduler::Error),
+    /// The journal.
+    #[error(transparent)]
+    Open(#[from] crate::ports::OpenError),
+    /// An address.
+    #[error("can't listen on {address}: {source}; is another wharf running? set {setting} to another address")]
+    Listen {
+        /// The address.
+        address: String,
+        /// The setting that names it.
+        setting: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The server registry.
+    #[error("{0}")]
+    Registry(String),
+    /// A replica.
+    #[error("replica {replica} can't start: {problem}")]
+    Replica {
+        /// Which one.
+        replica: String,
+        /// Why.
+        problem: String,
+    },
+}
+
+/// What all parts of the process share.
+#[derive(Debug)]
+pub struct Process {
+    world: World,
+    settings: Settings,
+    connections: Arc<Connections>,
+    metrics: Arc<Metrics>,
+    shutdown: CancellationToken,
+    fatal: Fatally,
+    tasks: JoinSet<()>,
+}
+
+/// Ends the process; `Debug` shows nothing of it.
+#[derive(Clone)]
+struct Fatally(Fatal);
+
+impl std::fmt::Debug for Fatally {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Fatally")
+    }
+}
+
+/// Where people find what runs.
+#[derive(Clone, Debug, Default)]
+pub struct Places {
+    /// The scheduler API.
+    pub api: Option<String>,
+    /// The gateway.
+    pub gateway: Option<String>,
+    /// Metrics and health, by role.
+    pub pages: Vec<(&'static str, String)>,
+}
+
+impl Process {
+    /// A process with these settings, that ends when `shutdown` is cancelled, or by `fatal` when it can't go on.
+    #[must_use]
+    pub fn new(settings: Settings, roles: &[Role], shutdown: CancellationToken, fatal: Fatal) -> Self {
+        let network: Arc<dyn Network> = Arc::new(TcpNetwork);
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let options = ClientOptions { connect_timeout: settings.gateway.connect_timeout, ..ClientOptions::default() };
+        let connections = Connections::new(Arc::clone(&network), Arc::clone(&clock), options);
+        let metrics = Arc::new(Metrics::new(roles, settings.metrics.per_model));
+        let fatal = Fatally(fatal);
+        let tasks = JoinSet::new();
+        Self { world: World { network, clock }, settings, connections, metrics, shutdown, fatal, tasks }
+    }
+
+    /// Opens the journal and starts the control plane.
+    ///
+    /// # Errors
+    /// When the journal or a port can't be had.
+    pub async fn scheduler(&self) -> Result<scheduler::Running, ProcessError> {
+        let settings = &self.settings.scheduler;
+        let path = settings.data_dir.join("journal.redb");
+        let cache_bytes = usize::try_from(settings.journal_cache.0).unwrap_or(usize::MAX);
+        let store = EmbeddedStore::open(&OpenOptions { path, cache_bytes }, new_identity)?;
+        let options = scheduler::Options {
+            api: settings.listen.as_str().to_owned(),
+            agents: settings.agents.as_str().to_owned(),
+            store: Arc::new(store),
+            blocking: true,
+            spawner: actor_threads(),
+            policy: Policy {
+                default_memory: settings.default_memory,
+                retry_first: settings.retry_first,
+                retry_cap: settings.retry_most,
+                history: settings.history as usize,
+                ..Policy::default()
+            },
+            timing: Timing {
+                lease: settings.lease,
+                heartbeat: settings.heartbeat,
+                grace: settings.grace_period,
+                gateway_lease: settings.gateway_lease,
+                drain: settings.drain_deadline,
+                retention: settings.retention,
+                retained: settings.retained_models as usize,
+                restarts: settings.restarts,
+                restart_window: settings.restart_window,
+                ..Timing::default()
+            },
+            events: settings.events as usize,
+        };
+        Ok(scheduler::start(&self.world, options, self.fatal.0.clone(), self.shutdown.clone()).await?)
+    }
+
+    /// Follows the server registry: declares its servers, and, with `here`, runs the replicas that this process
+    /// can run. The first reading has to be good; a later one that is not changes nothing.
+    ///
+    /// # Errors
+    /// When the registry's first reading has problems.
+    pub async fn registry(&mut self, handle: &Handle, here: Option<String>) -> Result<(), ProcessError> {
+        let path = self.settings.scheduler.servers.clone();
+        let default = path == Settings::default().scheduler.servers && !path.exists();
+        let (watch, first) = if default {
+            (None, Registry::parse(DEFAULT_REGISTRY, "the built-in registry"))
+        } else {
+            let (watch, first) = RegistryWatch::start(&path, LOOK);
+            (Some(watch), first)
+        };
+        let first = first.map_err(|problems| ProcessError::Registry(problems.to_string()))?;
+        let mut fleet = Fleet {
+            declare: Gate::new(handle.servers(), 1024, DECLARE),
+            world: self.world.clone(),
+            settings: self.settings.clone(),
+            connections: Arc::clone(&self.connections),
+            scheduler: here,
+            replicas: BTreeMap::new(),
+            registry: Registry::default(),
+        };
+        fleet.become_as(first).await?;
+        let shutdown = self.shutdown.clone();
+        self.tasks.spawn(async move {
+            if let Some(mut watch) = watch {
+                loop {
+                    tokio::select! {
+                        () = shutdown.cancelled() => break,
+                        edit = watch.next() => fleet.edited(&path, edit).await,
+                    }
+                }
+            } else {
+                shutdown.cancelled().await;
+            }
+            fleet.stop().await;
+        });
+        Ok(())
+    }
+
+    /// Starts the gateway, which follows the scheduler at `scheduler`.
+    ///
+    /// # Errors
+    /// When its port can't be had.
+    pub async fn gateway(&mut self, scheduler: String) -> Result<(String, Arc<Gateway>), ProcessError> {
+        let settings = &self.settings.gateway;
+        let listener = self.bind(settings.listen.as_str(), "gateway.listen").await?;
+        let address = listener.address();
+        let limits = Limits {
+            header_bytes: u32::try_from(settings.header_limit.0).unwrap_or(u32::MAX),
+            header_timeout: settings.header_deadline,
+            ..Limits::default()
+        };
+        let options = gateway::Options {
+            name: format!("gateway@{address}#{}", std::process::id()),
+            limits,
+            request_deadline: settings.request_deadline,
+            body_limit: settings.body_limit.0,
+            in_flight: u64::from(settings.max_in_flight),
+            connect_timeout: settings.connect_timeout,
+            ..gateway::Options::default()
+        };
+        let connections = Arc::clone(&self.connections);
+        let gateway = Gateway::new(options, connections, Arc::clone(&self.world.clock), random());
+        self.tasks.spawn(Arc::clone(&gateway).serve(listener, self.shutdown.clone()));
+        let network = Arc::clone(&self.world.network);
+        self.tasks.spawn(Arc::clone(&gateway).follow(network, scheduler, self.shutdown.clone()));
+        Ok((address, gateway))
+    }
+
+    /// Starts the one agent that the settings name.
+    ///
+    /// # Errors
+    /// When its port or its inference server can't be had.
+    pub async fn agent(&mut self) -> Result<String, ProcessError> {
+        let settings = self.settings.agent.clone();
+        let failed = |problem: String| ProcessError::Replica { replica: settings.server.clone(), problem };
+        let server = ServerName::new(&settings.server).map_err(|error| failed(error.to_string()))?;
+        let id = ReplicaId::new(server, settings.replica);
+        let listener = self.bind(settings.listen.as_str(), "agent.listen").await?;
+        let address = listener.address();
+        let mut options = agent_options(&settings, id, Resources::primary(settings.memory), settings.data_dir.clone());
+        options.capabilities = settings.capabilities.split(',').map(|name| name.trim().to_owned()).collect();
+        options.overcommit_percent = settings.overcommit_percent;
+        options.door_address = settings.advertise.clone();
+        let server: Arc<dyn Upstream> = if settings.runtime == "builtin" {
+            options.runtime = "builtin".to_owned();
+            builtin(&options)
+        } else {
+            inference_server(&self.world, &settings.runtime).map_err(failed)?
+        };
+        let sources = sources().map_err(failed)?;
+        let scheduler = settings.scheduler.as_str().to_owned();
+        let door = DoorAt::Port(listener);
+        let running = replica::start(&self.world, options, server, sources, door, scheduler, &self.shutdown);
+        self.tasks.spawn(running.stopped());
+        Ok(address)
+    }
+
+    /// Serves metrics and health at `address`.
+    ///
+    /// # Errors
+    /// When the port can't be had.
+    pub async fn page(&mut self, address: &str, setting: &'static str, checks: Checks) -> Result<String, ProcessError> {
+        let listener = self.bind(address, setting).await?;
+        let address = listener.address();
+        let page = Arc::new(Page(router(Arc::clone(&self.metrics), checks)));
+        self.tasks.spawn(forward::serve(listener, page, Limits::default(), self.shutdown.clone()));
+        Ok(address)
+    }
+
+    async fn bind(&self, address: &str, setting: &'static str) -> Result<Box<dyn crate::ports::Listen>, ProcessError> {
+        let bound = self.world.network.bind(address).await;
+        bound.map_err(|source| ProcessError::Listen { address: address.to_owned(), setting, source })
+    }
+
+    /// Waits until every part has stopped, after `shutdown`.
+    pub async fn stopped(mut self) {
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+/// Every role in one process.
+///
+/// # Errors
+/// When a part can't start.
+pub async fn up(process: &mut Process) -> Result<(Places, scheduler::Running), ProcessError> {
+    let running = process.scheduler().await?;
+    process.registry(&running.handle, Some(running.agents.clone())).await?;
+    let (address, gateway) = process.gateway(running.agents.clone()).await?;
+    let page = process.settings.scheduler.http.as_str().to_owned();
+    let checks: Checks = Arc::new(move || vec![Check::ready("scheduler"), routes_check(&gateway)]);
+    let page = process.page(&page, "scheduler.http", checks).await?;
+    let places = Places { api: Some(running.api.clone()), gateway: Some(address), pages: vec![("all roles", page)] };
+    Ok((places, running))
+}
+
+/// Whether a gateway ever had its routes.
+#[must_use]
+pub fn routes_check(gateway: &Gateway) -> Check {
+    if gateway.is_ready() {
+        Check::ready("routes")
+    } else {
+        Check::not_ready("routes", "the scheduler has not sent the routes yet")
+    }
+}
+
+/// The servers of the registry, and the replicas of them that run here.
+struct Fleet {
+    declare: Gate<Declare, Result<(), crate::domain::error::Refusal>>,
+    world: World,
+    settings: Settings,
+    connections: Arc<Connections>,
+    /// Where agents of this process call; absent when it runs none.
+    scheduler: Option<String>,
+    replicas: BTreeMap<ReplicaId, (CancellationToken, replica::Running)>,
+    registry: Registry,
+}
+
+impl Fleet {
+    async fn edited(&mut self, path: &Path, edit: Result<Registry, crate::settings::registry::RegistryErrors>) {
+        let changed = match edit {
+            Ok(registry) => self.become_as(registry).await.map_err(|error| error.to_string()),
+            Err(problems) => Err(problems.to_string()),
+        };
+        match changed {
+            Ok(()) => {
+                tracing::info!(target: "wharf::registry", path = %path.display(), "the server registry changed, and is obeyed")
+            }
+            Err(problem) => {
+                tracing::error!(target: "wharf::registry", path = %path.display(), problem, "the server registry's edit is refused, and changes nothing")
+            }
+        }
+    }
+
+    async fn become_as(&mut self, registry: Registry) -> Result<(), ProcessError> {
+        for change in Registry::diff(&self.registry, &registry) {
+            match change {
+                RegistryChange::Added(server) | RegistryChange::Resized { server, .. } => self.set(server).await?,
+                RegistryChange::Changed { to, .. } => self.set(to).await?,
+                RegistryChange::Removed(name) => self.declare(name, None).await?,
+            }
+        }
+        self.registry = registry;
+        Ok(())
+    }
+
+    async fn set(&mut self, server: ServerDecl) -> Result<(), ProcessError> {
+        let declaration = Declaration {
+            replicas: server.replicas,
+            bounds: (0, u32::MAX),
+            kubernetes: None,
+            capacity: Some(server.capacity.clone()),
+            overcommit_percent: Some(server.overcommit_percent),
+            capabilities: Some(server.capabilities.clone()),
+        };
+        self.declare(server.name.clone(), Some(declaration)).await?;
+        if let Some(scheduler) = self.scheduler.clone() {
+            for index in 0..server.replicas {
+                let id = ReplicaId::new(server.name.clone(), index);
+                if !self.replicas.contains_key(&id) {
+                    self.start(id, &server, scheduler.clone())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn declare(&self, server: ServerName, declaration: Option<Declaration>) -> Result<(), ProcessError> {
+        let answer = self.declare.ask(Declare { owner: Owner::File, server, declaration }).await;
+        answer.and_then(|answer| answer).map_err(|refusal| ProcessError::Registry(refusal.to_string()))
+    }
+
+    fn start(&mut self, id: ReplicaId, server: &ServerDecl, scheduler: String) -> Result<(), ProcessError> {
+        let failed = |problem: String| ProcessError::Replica { replica: id.to_string(), problem };
+        let data = self.settings.agent.data_dir.join(id.to_string());
+        let mut options = agent_options(&self.settings.agent, id.clone(), server.capacity.clone(), data);
+        options.capabilities = server.capabilities.clone();
+        options.overcommit_percent = server.overcommit_percent;
+        options.runtime = server.runtime.name().to_owned();
+        let upstream: Arc<dyn Upstream> = match &server.location {
+            Location::Builtin => builtin(&options),
+            Location::Addresses(addresses) => {
+                let Some(address) = addresses.get(id.index as usize) else { return Ok(()) };
+                inference_server(&self.world, &address.http).map_err(failed)?
+            }
+            Location::Command(_) => {
+                return Err(failed(
+                    "wharf does not start inference servers yet; start it, and give its address".to_owned(),
+                ));
+            }
+        };
+        let token = CancellationToken::new();
+        let door = DoorAt::InProcess(&self.connections);
+        let sources = sources().map_err(failed)?;
+        let running = replica::start(&self.world, options, upstream, sources, door, scheduler, &token);
+        self.replicas.insert(id, (token, running));
+        Ok(())
+    }
+
+    async fn stop(self) {
+        for (token, _) in self.replicas.values() {
+            token.cancel();
+        }
+        for (_, running) in self.replicas.into_values() {
+            running.stopped().await;
+        }
+    }
+}
+
+fn agent_options(
+    settings: &crate::settings::Agent,
+    id: ReplicaId,
+    capacity: Resources,
+    data: PathBuf,
+) -> agent::Options {
+    let mut options = agent::Options::new(id, capacity, data);
+    options.artifact_cache = settings.artifact_cache;
+    options.artifact.bytes = settings.max_artifact.0;
+    options.fetch_deadline = settings.fetch_deadline;
+    options.load_deadline = settings.load_deadline;
+    options.reload_queue = settings.waiting_requests;
+    options.reload_wait = settings.wait_deadline;
+    options
+}
+
+fn builtin(options: &agent::Options) -> Arc<dyn Upstream> {
+    let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    Runtime::new(runtime::Options {
+        repository: options.repository.clone(),
+        execution: Execution::Pool { threads },
+        limits: runtime::Limits { load: options.load_deadline, ..runtime::Limits::default() },
+    })
+}
+
+fn inference_server(world: &World, url: &str) -> Result<Arc<dyn Upstream>, String> {
+    let address = url.trim_end_matches('/').strip_prefix("http://").unwrap_or(url);
+    let upstream =
+        HttpUpstream::new(address, Arc::clone(&world.network), Arc::clone(&world.clock), ClientOptions::default());
+    upstream.map(|upstream| Arc::new(upstream) as Arc<dyn Upstream>).map_err(|error| error.to_string())
+}
+
+fn sources() -> Result<Vec<Arc<dyn ArtifactSource>>, String> {
+    let http = HttpSource::new().map_err(|failure| failure.message)?;
+    Ok(vec![Arc::new(LocalSource::new(None, Blocking::Pool)), Arc::new(http)])
+}
+
+/// Threads for actors, which live as long as the process.
+fn actor_threads() -> Spawner {
+    let (send, receive) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        actix_rt::System::new().block_on(async move {
+            let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+            if send.send(Spawner::arbiters(cores)).is_ok() {
+                std::future::pending::<()>().await;
+            }
+        });
+    });
+    receive.recv().unwrap_or(Spawner::Local)
+}
+
+fn new_identity() -> Identity {
+    let id = || format!("{:016x}{:016x}", random(), random());
+    Identity { cluster: id(), lineage: id() }
+}
+
+/// A number that nobody can guess.
+fn random() -> u64 {
+    // Without the system's randomness nothing on this machine is safe.
+    getrandom::u64().expect("the system gives random numbers")
+}

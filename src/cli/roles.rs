@@ -1,0 +1,145 @@
+//! The roles on this machine: settings, logging, signals, and what a person is told while they run.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::{Context as _, anyhow};
+use tokio_util::sync::CancellationToken;
+
+use super::{Output, RoleArgs, Roles};
+use crate::{
+    app::process::{Places, Process, routes_check, up},
+    ports::{Clock as _, SystemClock},
+    settings::{LogFormat, Settings, SettingsFile},
+    telemetry::{
+        http::Check,
+        log::{Format, LogGuard, LogOptions, init},
+        metrics::Role,
+    },
+};
+
+/// Runs roles in this process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ThisProcess;
+
+/// What every role starts with.
+struct Begun {
+    settings: Settings,
+    shutdown: CancellationToken,
+    fatal: tokio::sync::mpsc::UnboundedReceiver<String>,
+    process: Process,
+    _log: LogGuard,
+}
+
+fn begin(args: &RoleArgs, output: &Output, roles: &[Role]) -> anyhow::Result<Begun> {
+    let text = match &args.config {
+        None => None,
+        Some(path) => {
+            let text = std::fs::read_to_string(path);
+            Some(text.with_context(|| format!("can't read the settings file {}", path.display()))?)
+        }
+    };
+    let name = args.config.as_ref().map(|path: &PathBuf| path.display().to_string()).unwrap_or_default();
+    let file = text.as_deref().map(|text| SettingsFile { name: &name, text });
+    let settings = Settings::load(file, std::env::vars(), args.set.iter().cloned()).map_err(|p| anyhow!("{p}"))?;
+    let format = match settings.log.format {
+        LogFormat::Json => Format::Json,
+        LogFormat::Text => Format::Text { colours: output.err_is_terminal() },
+    };
+    let filter = match args.verbose {
+        0 => settings.log.level.clone(),
+        1 => "debug".to_owned(),
+        _ => "trace".to_owned(),
+    };
+    let clock = SystemClock::new();
+    let log = init(&LogOptions { filter, format }, Arc::new(move || clock.now()))?;
+    let shutdown = CancellationToken::new();
+    let (send, fatal) = tokio::sync::mpsc::unbounded_channel();
+    let end = move |why: String| drop(send.send(why));
+    let process = Process::new(settings.clone(), roles, shutdown.clone(), Arc::new(end));
+    Ok(Begun { settings, shutdown, fatal, process, _log: log })
+}
+
+/// Waits for the signal to stop, or for what the process can't go on with.
+async fn until_stopped(fatal: &mut tokio::sync::mpsc::UnboundedReceiver<String>) -> anyhow::Result<()> {
+    let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        signal = tokio::signal::ctrl_c() => Ok(signal?),
+        _ = terminated.recv() => Ok(()),
+        Some(why) = fatal.recv() => Err(anyhow!(why)),
+    }
+}
+
+fn tell(places: &Places, output: &Output) {
+    if let Some(api) = &places.api {
+        output.note(&format!("scheduler API  {api}"));
+    }
+    if let Some(gateway) = &places.gateway {
+        output.note(&format!("inference      http://{gateway} (REST and gRPC)"));
+    }
+    for (what, address) in &places.pages {
+        output.note(&format!("operators      http://{address}/metrics, /healthz, /readyz ({what})"));
+    }
+    output.note("ready; Ctrl-C stops it");
+}
+
+impl Roles for ThisProcess {
+    async fn up(&self, args: &RoleArgs, output: &Output) -> anyhow::Result<()> {
+        let mut begun = begin(args, output, &[Role::Scheduler, Role::Gateway, Role::Agent])?;
+        let (places, running) = up(&mut begun.process).await?;
+        tell(&places, output);
+        let ended = until_stopped(&mut begun.fatal).await;
+        if ended.is_ok() {
+            begun.shutdown.cancel();
+            begun.process.stopped().await;
+            running.stopped().await;
+        }
+        ended
+    }
+
+    async fn scheduler(&self, args: &RoleArgs, output: &Output) -> anyhow::Result<()> {
+        let mut begun = begin(args, output, &[Role::Scheduler])?;
+        let running = begun.process.scheduler().await?;
+        begun.process.registry(&running.handle, None).await?;
+        let checks = Arc::new(|| vec![Check::ready("scheduler")]);
+        let page = begun.process.page(begun.settings.scheduler.http.as_str(), "scheduler.http", checks).await?;
+        let places = Places { api: Some(running.api.clone()), gateway: None, pages: vec![("scheduler", page)] };
+        tell(&places, output);
+        let ended = until_stopped(&mut begun.fatal).await;
+        if ended.is_ok() {
+            begun.shutdown.cancel();
+            begun.process.stopped().await;
+            running.stopped().await;
+        }
+        ended
+    }
+
+    async fn agent(&self, args: &RoleArgs, output: &Output) -> anyhow::Result<()> {
+        let mut begun = begin(args, output, &[Role::Agent])?;
+        let door = begun.process.agent().await?;
+        let checks = Arc::new(|| vec![Check::ready("agent")]);
+        let page = begun.process.page(begun.settings.agent.http.as_str(), "agent.http", checks).await?;
+        output.note(&format!("door           {door}"));
+        tell(&Places { api: None, gateway: None, pages: vec![("agent", page)] }, output);
+        let ended = until_stopped(&mut begun.fatal).await;
+        begun.shutdown.cancel();
+        begun.process.stopped().await;
+        ended
+    }
+
+    async fn gateway(&self, args: &RoleArgs, output: &Output) -> anyhow::Result<()> {
+        let mut begun = begin(args, output, &[Role::Gateway])?;
+        let scheduler = begun.settings.gateway.scheduler.as_str().to_owned();
+        let (address, gateway) = begun.process.gateway(scheduler).await?;
+        let checks = Arc::new(move || vec![routes_check(&gateway)]);
+        let page = begun.process.page(begun.settings.gateway.http.as_str(), "gateway.http", checks).await?;
+        tell(&Places { api: None, gateway: Some(address), pages: vec![("gateway", page)] }, output);
+        let ended = until_stopped(&mut begun.fatal).await;
+        begun.shutdown.cancel();
+        begun.process.stopped().await;
+        ended
+    }
+
+    async fn demo(&self, _: &RoleArgs, _: &Output) -> anyhow::Result<()> {
+        Err(anyhow!("the demo is not part of this build"))
+    }
+}
