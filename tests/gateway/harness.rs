@@ -1,7 +1,7 @@
 //! Doors that do as told, and a gateway in front of them.
 
 use std::{
-    fmt,
+    fmt, io,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -26,7 +26,7 @@ use wharf::{
         UpstreamError,
     },
     gateway::{Gateway, Options},
-    ports::{Network, SystemClock},
+    ports::{BoxIo, Listen, Network, SystemClock},
 };
 
 /// Long enough for anything that is to happen at all.
@@ -264,4 +264,18 @@ pub(crate) async fn until(what: &str, done: impl Fn() -> bool) {
         }
     };
     tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("it never came about that {what}"));
+}
+
+/// A network with an address that is never reached.
+#[derive(Debug)]
+pub(crate) struct HalfDead;
+
+impl Network for HalfDead {
+    fn bind<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listen>>> {
+        TcpNetwork.bind(address)
+    }
+
+    fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<BoxIo>> {
+        if address == "black.hole:1" { Box::pin(std::future::pending()) } else { TcpNetwork.connect(address) }
+    }
 }
