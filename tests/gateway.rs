@@ -13,3 +13,5 @@ mod grpc;
 mod limits;
 #[path = "gateway/retries.rs"]
 mod retries;
+#[path = "gateway/simulated.rs"]
+mod simulated;

@@ -287,3 +287,122 @@ fn shard_of(name: &str) -> usize {
     // The upper half: the maps within a shard use the rest.
     (hash.finish() >> 40) as usize & (SHARDS - 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        domain::{
+            names::ServerName,
+            routes::{Endpoint, Target},
+            version::Uid,
+        },
+        forward::{ClientOptions, TcpNetwork},
+        ports::SystemClock,
+    };
+
+    fn table() -> Table {
+        let clock = Arc::new(SystemClock::new());
+        Table::new(Connections::new(Arc::new(TcpNetwork), clock, ClientOptions::default()))
+    }
+
+    fn route(model: u8, version: u32) -> Route {
+        let version = Version(version);
+        let endpoint = Endpoint {
+            generation: Generation { uid: Uid(1), version, number: 1 },
+            replica: ReplicaId::new(ServerName::new("s").expect("valid"), 0),
+            door: "inproc:a".to_owned(),
+            resident: true,
+        };
+        let target = Target { version, weight: 1, endpoints: vec![endpoint] };
+        Route { model: name(model), targets: vec![target], absence: Absence::default() }
+    }
+
+    fn name(model: u8) -> ModelName {
+        ModelName::new(&format!("m{model}")).expect("valid")
+    }
+
+    #[derive(Clone, Debug)]
+    struct Step {
+        whole: bool,
+        epoch_ahead: bool,
+        routes: BTreeMap<u8, u32>,
+        removed: Vec<u8>,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let routes = prop::collection::btree_map(0..20_u8, 1..5_u32, 0..10);
+        (prop::bool::weighted(0.2), prop::bool::weighted(0.8), routes, prop::collection::vec(20..40_u8, 0..3)).prop_map(
+            |(whole, epoch_ahead, routes, removed)| {
+                // What is removed is never among what is set.
+                let removed = removed.into_iter().map(|m| m - 20).filter(|m| !routes.contains_key(m)).collect();
+                Step { whole, epoch_ahead, routes, removed }
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn the_table_is_what_the_steps_made_it(steps in prop::collection::vec(step(), 1..20)) {
+            let table = table();
+            let mut expected: BTreeMap<u8, u32> = BTreeMap::new();
+            let mut epoch = None;
+            for step in steps {
+                let routes = step.routes.iter().map(|(model, version)| route(*model, *version)).collect();
+                let next = Epoch(epoch.map_or(1, |Epoch(now)| if step.epoch_ahead { now + 1 } else { now }));
+                if step.whole {
+                    table.replace(Snapshot { epoch: next, routes });
+                    (expected, epoch) = (step.routes, Some(next));
+                } else {
+                    let removed = step.removed.iter().map(|model| name(*model)).collect();
+                    let applied = table.apply(Changes { epoch: next, routes, removed });
+                    prop_assert_eq!(applied.is_some(), epoch.is_some_and(|now| next > now));
+                    if applied.is_some() {
+                        expected.extend(step.routes);
+                        expected.retain(|model, _| !step.removed.contains(model));
+                        epoch = Some(next);
+                    }
+                }
+                for model in 0..20 {
+                    let found = table.get(name(model).as_str()).map(|entry| entry.shares[0].version.0);
+                    prop_assert_eq!(found, expected.get(&model).copied());
+                }
+                prop_assert_eq!(table.held_epoch(), (epoch, expected.len()));
+                prop_assert_eq!(table.settled().epoch, epoch.unwrap_or_default());
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_known_of_a_copy_outlives_changes_of_its_route() {
+        let table = table();
+        table.replace(Snapshot { epoch: Epoch(1), routes: vec![route(1, 1)] });
+        let pulse = |table: &Table| Arc::clone(&table.get("m1").expect("known").shares[0].places[0].pulse);
+        let first = pulse(&table);
+        table
+            .apply(Changes { epoch: Epoch(2), routes: vec![route(1, 1), route(2, 1)], removed: vec![] })
+            .expect("newer");
+        assert!(Arc::ptr_eq(&first, &pulse(&table)));
+        table.replace(Snapshot { epoch: Epoch(3), routes: vec![route(1, 1)] });
+        assert!(Arc::ptr_eq(&first, &pulse(&table)));
+        table.apply(Changes { epoch: Epoch(4), routes: vec![route(1, 2)], removed: vec![] }).expect("newer");
+        assert!(!Arc::ptr_eq(&first, &pulse(&table)));
+    }
+
+    #[test]
+    fn a_change_of_one_model_in_a_hundred_thousand_copies_one_shard() {
+        let table = table();
+        let many = |n: u32| ModelName::new(&format!("model-{n}")).expect("valid");
+        let routes = (0..100_000).map(|n| Route { model: many(n), ..route(0, 1) }).collect();
+        table.replace(Snapshot { epoch: Epoch(1), routes });
+        let before: Vec<_> = table.shards.iter().map(ArcSwap::load_full).collect();
+        assert!(before.iter().all(|shard| shard.len() < 80), "the names are spread");
+        let changed = Route { model: many(77), ..route(0, 2) };
+        table.apply(Changes { epoch: Epoch(2), routes: vec![changed], removed: vec![] }).expect("newer");
+        let copied = table.shards.iter().zip(&before).filter(|(now, before)| !Arc::ptr_eq(&now.load_full(), before));
+        assert_eq!(copied.count(), 1);
+    }
+}

@@ -1,8 +1,8 @@
 //! Following the scheduler: what is applied, what is acknowledged and when, and what stays when it is gone.
 
-use std::{io, pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
-use futures::{Stream, future::BoxFuture};
+use futures::Stream;
 use http_body_util::BodyExt as _;
 use tokio::{
     sync::mpsc,
@@ -16,7 +16,7 @@ use wharf::{
     domain::routes::Route,
     forward::{ClientOptions, Request, TcpNetwork, Upstream as _},
     gateway::Options,
-    ports::{BoxIo, Clock as _, Listen, Network, SystemClock},
+    ports::{Clock as _, Network, SystemClock},
     rpc::{
         proto::routes::{
             self as wire, GatewayMessage, RoutesMessage, gateway_message,
@@ -27,7 +27,7 @@ use wharf::{
     },
 };
 
-use crate::harness::{Door, PATIENCE, World, model, post, text, until, version};
+use crate::harness::{Door, HalfDead, PATIENCE, World, model, post, text, until, version};
 
 type Outbound = mpsc::Sender<Result<RoutesMessage, Status>>;
 
@@ -174,20 +174,6 @@ async fn an_epoch_is_acknowledged_only_when_nothing_is_sent_under_an_older_one()
     assert_eq!(scheduler.acknowledged().await, 1);
     sending.abort();
     assert_eq!(scheduler.acknowledged().await, 2);
-}
-
-/// A network with an address that is never reached.
-#[derive(Debug)]
-struct HalfDead;
-
-impl Network for HalfDead {
-    fn bind<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listen>>> {
-        TcpNetwork.bind(address)
-    }
-
-    fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<BoxIo>> {
-        if address == "black.hole:1" { Box::pin(std::future::pending()) } else { TcpNetwork.connect(address) }
-    }
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use futures::{Stream, StreamExt as _, future::BoxFuture};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request as Call, Response as Reply, Status, Streaming};
 use wharf::{
-    forward::{self, Limits, Request, Response, Upstream, UpstreamError},
+    forward::{self, Request, Response, Upstream, UpstreamError},
     rpc::proto::inference::{
         self as oip, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
         grpc_inference_service_client::GrpcInferenceServiceClient,
@@ -131,7 +131,7 @@ async fn chain() -> (World, GrpcInferenceServiceClient<tonic::transport::Channel
     let server = world.doors.get(&server).expect("an address");
     let door = world.remote(Arc::new(Renaming { server })).await;
     world.routes(vec![model("iris", vec![version(2, 1, &[&door])])]);
-    let address = world.open(Limits::default()).await;
+    let address = world.open().await;
     let client = GrpcInferenceServiceClient::connect(format!("http://{address}")).await.expect("connected");
     (world, client.max_decoding_message_size(64 << 20))
 }

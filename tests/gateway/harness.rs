@@ -1,7 +1,7 @@
 //! Doors that do as told, and a gateway in front of them.
 
 use std::{
-    fmt,
+    fmt, io,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -13,7 +13,6 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::StatusCode;
 use http_body_util::BodyExt as _;
-use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use wharf::{
     domain::{
@@ -26,7 +25,7 @@ use wharf::{
         UpstreamError,
     },
     gateway::{Gateway, Options},
-    ports::{Network, SystemClock},
+    ports::{BoxIo, Listen, Network, SystemClock},
 };
 
 /// Long enough for anything that is to happen at all.
@@ -146,22 +145,22 @@ impl World {
 
     /// Serves `door` on a socket; answers its address.
     pub(crate) async fn remote(&mut self, door: Arc<dyn Upstream>) -> String {
-        let (address, _) = self.listen(door, Limits::default()).await;
-        address
-    }
-
-    pub(crate) async fn listen(&mut self, service: Arc<dyn Upstream>, limits: Limits) -> (String, JoinHandle<()>) {
         let listener = TcpNetwork.bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.address();
         let stop = CancellationToken::new();
         self.stop.push(stop.clone().drop_guard());
-        (address, tokio::spawn(forward::serve(listener, service, limits, stop)))
+        tokio::spawn(forward::serve(listener, door, Limits::default(), stop));
+        address
     }
 
     /// Serves the gateway on a socket; answers its address.
-    pub(crate) async fn open(&mut self, limits: Limits) -> String {
-        let gateway = Arc::clone(&self.gateway);
-        self.listen(gateway, limits).await.0
+    pub(crate) async fn open(&mut self) -> String {
+        let listener = TcpNetwork.bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.address();
+        let stop = CancellationToken::new();
+        self.stop.push(stop.clone().drop_guard());
+        tokio::spawn(Arc::clone(&self.gateway).serve(listener, stop));
+        address
     }
 
     /// Replaces the table.
@@ -264,4 +263,18 @@ pub(crate) async fn until(what: &str, done: impl Fn() -> bool) {
         }
     };
     tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("it never came about that {what}"));
+}
+
+/// A network with an address that is never reached.
+#[derive(Debug)]
+pub(crate) struct HalfDead;
+
+impl Network for HalfDead {
+    fn bind<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listen>>> {
+        TcpNetwork.bind(address)
+    }
+
+    fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<BoxIo>> {
+        if address == "black.hole:1" { Box::pin(std::future::pending()) } else { TcpNetwork.connect(address) }
+    }
 }

@@ -48,10 +48,10 @@ fn stuck() -> (Arc<Door>, Arc<AtomicUsize>) {
 
 /// A gateway on a socket in front of `door`, and its address.
 async fn opened(door: Arc<Door>, options: Options, limits: Limits) -> (World, String) {
-    let mut world = World::with(options);
+    let mut world = World::with(Options { limits, ..options });
     let at = world.local("a", door);
     world.routes(vec![model("iris", vec![version(1, 1, &[&at])])]);
-    let address = world.open(limits).await;
+    let address = world.open().await;
     (world, address)
 }
 
@@ -95,7 +95,7 @@ async fn a_grpc_client_that_goes_away_ends_its_request_behind_a_socket_too() {
     let mut world = World::new();
     let at = world.remote(door).await;
     world.routes(vec![model("iris", vec![version(1, 1, &[&at])])]);
-    let address = world.open(Limits::default()).await;
+    let address = world.open().await;
     let client =
         HttpUpstream::new(&address, Arc::new(TcpNetwork), Arc::new(SystemClock::new()), ClientOptions::default());
     let client = client.expect("an address");

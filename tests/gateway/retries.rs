@@ -17,7 +17,7 @@ use wharf::{
     ports::SystemClock,
 };
 
-use crate::harness::{Door, World, get, grpc_message, grpc_post, model, post, text, until, version};
+use crate::harness::{Door, HalfDead, World, get, grpc_message, grpc_post, model, post, text, until, version};
 
 fn chunked(parts: Vec<&'static str>) -> Body {
     let frames =
@@ -291,5 +291,51 @@ async fn a_door_that_shuts_down_gracefully_costs_no_grpc_request() {
     done.cancel();
     while let Some(client) = clients.join_next().await {
         client.expect("no request failed");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_was_refused_unseen_has_not_begun_and_any_other_reset_has() {
+    for (reason, started) in [(h2::Reason::REFUSED_STREAM, false), (h2::Reason::INTERNAL_ERROR, true)] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound").to_string();
+        let server = tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.spawn(async move {
+                    let mut connection = h2::server::handshake(stream).await.expect("HTTP/2");
+                    while let Some(Ok((_, mut respond))) = connection.accept().await {
+                        respond.send_reset(reason);
+                    }
+                });
+            }
+        });
+        let client = client(&address);
+        let error = client.call(grpc_post("ModelInfer", grpc_message("iris", "", 10))).await.expect_err("reset");
+        assert_eq!(error.started, started, "{reason:?}: {error}");
+        // The gateway acts on it.
+        let mut world = World::new();
+        let good = world.remote(Door::echo()).await;
+        world.routes(vec![model("iris", vec![version(1, 1, &[&address, &good])])]);
+        let mut failed = false;
+        for _ in 0..30 {
+            let answer = world.ask(grpc_post("ModelInfer", grpc_message("iris", "", 10))).await;
+            failed |= answer.header("grpc-status") == "14";
+        }
+        assert_eq!(failed, started, "{reason:?}");
+        server.abort();
+    }
+}
+
+#[tokio::test]
+async fn what_waits_for_a_connection_that_fails_fails_with_it() {
+    let options = ClientOptions { connect_timeout: Duration::from_millis(300), ..ClientOptions::default() };
+    let client = HttpUpstream::new("black.hole:1", Arc::new(HalfDead), Arc::new(SystemClock::new()), options);
+    let client = client.expect("an address");
+    let calls = (0..200).map(|_| client.call(grpc_post("ModelInfer", grpc_message("iris", "", 10))));
+    // One after the other they would take a minute.
+    let outcomes = tokio::time::timeout(crate::harness::PATIENCE, futures::future::join_all(calls)).await;
+    for outcome in outcomes.expect("in time") {
+        assert!(!outcome.expect_err("nobody is there").started);
     }
 }
