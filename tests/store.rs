@@ -1,5 +1,7 @@
 //! The promise: what the journal has acknowledged survives anything, and what it has not is never half there.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on says so")]
+
 use std::{
     collections::BTreeMap,
     fs, io,
@@ -424,11 +426,11 @@ proptest! {
         disk.0.lock().unwrap().power = Some(kill.index(changes) as u64);
         let mut model = Model::default();
         let mut tried = None;
-        if let Ok(store) = disk.open(identity) {
-            if let Some((error, batch)) = commit_all(&store, &batches, &mut model) {
-                // Failed promises that the commit is not there, and the power cut can't bring it back.
-                tried = matches!(error, CommitError::Unknown(_)).then_some(batch);
-            }
+        if let Ok(store) = disk.open(identity)
+            && let Some((error, batch)) = commit_all(&store, &batches, &mut model)
+        {
+            // Failed promises that the commit is not there, and the power cut can't bring it back.
+            tried = matches!(error, CommitError::Unknown(_)).then_some(batch);
         }
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("journal");

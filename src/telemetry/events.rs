@@ -32,18 +32,6 @@ pub struct Event {
     pub data: serde_json::Value,
 }
 
-/// How an event is kept: JSON within `MessagePack` would lose numbers, so `data` is its text.
-#[derive(Serialize, Deserialize)]
-struct Kept {
-    sequence: u64,
-    time: Instant,
-    subject: String,
-    kind: String,
-    message: String,
-    #[serde(default)]
-    data: String,
-}
-
 /// The ring. Clones are the same ring.
 #[derive(Clone, Debug)]
 pub struct Events {
@@ -88,7 +76,9 @@ impl Events {
         {
             let mut ring = events.lock();
             for bytes in kept {
-                match decode(bytes).filter(|event| ring.events.back().is_none_or(|last| last.sequence < event.sequence))
+                match rmp_serde::from_slice::<Event>(bytes)
+                    .ok()
+                    .filter(|event| ring.events.back().is_none_or(|last| last.sequence < event.sequence))
                 {
                     Some(event) => {
                         ring.next = ring.next.max(event.sequence.saturating_add(1));
@@ -105,7 +95,7 @@ impl Events {
     #[must_use]
     pub fn encode(&self) -> Vec<Vec<u8>> {
         let events: Vec<_> = self.lock().events.iter().cloned().collect();
-        events.iter().filter_map(|event| encode(event)).collect()
+        events.iter().filter_map(|event| rmp_serde::to_vec_named(event.as_ref()).ok()).collect()
     }
 
     /// Puts an event in; returns its number.
@@ -200,31 +190,6 @@ impl Follower {
     }
 }
 
-fn encode(event: &Event) -> Option<Vec<u8>> {
-    let event = event.clone();
-    let kept = Kept {
-        sequence: event.sequence,
-        time: event.time,
-        subject: event.subject,
-        kind: event.kind,
-        message: event.message,
-        data: event.data.to_string(),
-    };
-    rmp_serde::to_vec_named(&kept).ok()
-}
-
-fn decode(bytes: &[u8]) -> Option<Event> {
-    let kept: Kept = rmp_serde::from_slice(bytes).ok()?;
-    Some(Event {
-        sequence: kept.sequence,
-        time: kept.time,
-        subject: kept.subject,
-        kind: kept.kind,
-        message: kept.message,
-        data: serde_json::from_str(&kept.data).unwrap_or_default(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -309,7 +274,11 @@ mod tests {
         let events = Events::new(usize::try_from(MANY).unwrap() * 2, 0);
         let publisher = tokio::task::spawn_blocking({
             let events = events.clone();
-            move || (0..MANY).for_each(|_| drop(put(&events)))
+            move || {
+                for _ in 0..MANY {
+                    put(&events);
+                }
+            }
         });
         let mut readers = tokio::task::JoinSet::new();
         for _ in 0..8 {

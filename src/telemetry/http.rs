@@ -1,6 +1,6 @@
 //! The page of a role: `/metrics`, `/healthz`, `/readyz`.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     Router,
@@ -47,12 +47,8 @@ pub fn router(metrics: Arc<Metrics>, checks: Checks) -> Router {
 }
 
 fn ready(checks: &[Check]) -> Response {
-    let mut waiting = String::new();
-    for check in checks {
-        if let Some(problem) = &check.problem {
-            let _ = writeln!(waiting, "{}: {problem}", check.name);
-        }
-    }
+    let waiting: String =
+        checks.iter().filter_map(|check| Some(format!("{}: {}\n", check.name, check.problem.as_ref()?))).collect();
     if waiting.is_empty() {
         "ready\n".into_response()
     } else {

@@ -57,10 +57,12 @@ pub enum LogError {
     AlreadySet,
 }
 
+type Hook = Box<dyn Fn(&PanicHookInfo<'_>) + Send + Sync>;
+
 /// Keeps panics in the log, each as one event, for as long as it lives.
 #[must_use = "panics are logged only while this is kept"]
 pub struct LogGuard {
-    before: Option<Box<dyn Fn(&PanicHookInfo<'_>) + Send + Sync>>,
+    before: Option<Hook>,
 }
 
 impl fmt::Debug for LogGuard {

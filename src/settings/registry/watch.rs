@@ -35,7 +35,6 @@ impl RegistryWatch {
     /// Reads the file, and will follow it from there, reading it every `interval`.
     ///
     /// The first registry, or its problems, is the answer beside the watch.
-    #[must_use]
     pub fn start(path: &Path, interval: Duration) -> (Self, Result<Registry, RegistryErrors>) {
         let read = content(path);
         let mut watch = Self { path: path.to_owned(), interval, told: read.clone(), read, good: None, bad: false };
