@@ -83,11 +83,12 @@ pub(super) struct Answer {
     pub(super) header: Option<usize>,
 }
 
-/// Reads the request in `body` for `plan`. The first `header` bytes are its JSON; `None` means all of them.
+/// Reads the request in `body` for `plan`. The first `header` bytes are its JSON; `None` means all of them. No
+/// tensor has more than `limit` elements.
 ///
 /// # Errors
 /// When it is not what the protocol or the model asks for.
-pub(super) fn read(plan: &Plan, body: &Bytes, header: Option<usize>) -> Result<Call, Failure> {
+pub(super) fn read(plan: &Plan, body: &Bytes, header: Option<usize>, limit: usize) -> Result<Call, Failure> {
     let (json, mut raw) = body.split_at_checked(header.unwrap_or(body.len())).ok_or_else(|| {
         let came = body.len();
         Failure::invalid(format!("inference-header-content-length is more than the {came} bytes of the body"))
@@ -98,8 +99,8 @@ pub(super) fn read(plan: &Plan, body: &Bytes, header: Option<usize>) -> Result<C
         .iter()
         .map(|input| Claim { name: &input.name, datatype: &input.datatype, shape: &input.shape })
         .collect();
-    let bound = tensor::bind(plan, &claims, body.len().max(1))?;
-    let mut slots: Vec<Slot> = Vec::with_capacity(bound.len());
+    let bound = tensor::bind(plan, &claims, limit)?;
+    let mut slots: Vec<Slot<'_>> = Vec::with_capacity(bound.len());
     // An element takes a character and a comma, but for the last of each input.
     let mut room = json.len() / 2 + bound.len();
     for (input, (index, shape)) in head.inputs.iter().zip(bound) {
@@ -124,7 +125,7 @@ pub(super) fn read(plan: &Plan, body: &Bytes, header: Option<usize>) -> Result<C
                     ))
                 })?;
                 raw = rest;
-                Slot { index, tensor: tensor::from_raw(port, &shape, own)?, fill: None }
+                Slot { name, index, tensor: tensor::from_raw(port, &shape, own)?, fill: None }
             }
             (None, true) => {
                 let count: usize = shape.iter().product();
@@ -133,7 +134,7 @@ pub(super) fn read(plan: &Plan, body: &Bytes, header: Option<usize>) -> Result<C
                         "input {name:?} came with fewer values than the {count} that its shape {shape:?} takes"
                     ))
                 })?;
-                Slot { index, tensor: tensor::blank(port.datatype, &shape)?, fill: Some(port.datatype) }
+                Slot { name, index, tensor: tensor::blank(port.datatype, &shape)?, fill: Some(port.datatype) }
             }
         };
         slots.push(slot);
@@ -216,36 +217,39 @@ fn value<T: serde::Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) -> Result<(
 }
 
 /// One input: where it goes, and whether its values are still to come from the JSON.
-struct Slot {
+struct Slot<'a> {
+    name: &'a str,
     index: usize,
     tensor: Tensor,
     fill: Option<Datatype>,
 }
 
 /// The second reading: down to each input's `data`, past everything else.
-enum Walk<'a> {
-    Request(&'a mut [Slot]),
-    Inputs(&'a mut [Slot]),
-    Input(&'a mut Slot),
-    Data(&'a mut Slot),
+enum Walk<'a, 'b> {
+    Request(&'a mut [Slot<'b>]),
+    Inputs(&'a mut [Slot<'b>]),
+    Input(&'a mut Slot<'b>),
+    Data(&'a mut Slot<'b>),
 }
 
-impl<'de> DeserializeSeed<'de> for Walk<'_> {
+impl<'de> DeserializeSeed<'de> for Walk<'_, '_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
         match self {
             Self::Request(_) | Self::Input(_) => deserializer.deserialize_map(self),
             Self::Inputs(_) => deserializer.deserialize_seq(self),
-            Self::Data(Slot { tensor, fill, .. }) => match fill {
-                Some(datatype) => with_element!(*datatype, T => fill_tensor::<T, D>(tensor, *datatype, deserializer)),
+            Self::Data(Slot { name, tensor, fill, .. }) => match fill {
+                Some(datatype) => {
+                    with_element!(*datatype, T => fill_tensor::<T, D>(name, tensor, *datatype, deserializer))
+                }
                 None => IgnoredAny::deserialize(deserializer).map(drop),
             },
         }
     }
 }
 
-impl<'de> Visitor<'de> for Walk<'_> {
+impl<'de> Visitor<'de> for Walk<'_, '_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -277,20 +281,22 @@ impl<'de> Visitor<'de> for Walk<'_> {
 }
 
 fn fill_tensor<'de, T: Element, D: Deserializer<'de>>(
+    name: &str,
     tensor: &mut Tensor,
     datatype: Datatype,
     deserializer: D,
 ) -> Result<(), D::Error> {
+    let refuse = |problem: &dyn fmt::Display| de::Error::custom(format!("input {name:?}: {problem}"));
     let shape = tensor.shape().to_vec();
-    let slice = tensor::slice::<T>(tensor).map_err(de::Error::custom)?;
+    let slice = tensor::slice::<T>(tensor).map_err(|failure| refuse(&failure))?;
     let wanted = slice.len();
     let mut to = slice.iter_mut();
-    Fill { datatype, to: &mut to }.deserialize(deserializer)?;
+    Fill { datatype, to: &mut to }.deserialize(deserializer).map_err(|error| refuse(&error))?;
     match to.len() {
         0 => Ok(()),
         left => {
             let came = wanted - left;
-            Err(de::Error::custom(format!("data holds {came} values, its shape {shape:?} takes {wanted}")))
+            Err(refuse(&format!("data holds {came} values, its shape {shape:?} takes {wanted}")))
         }
     }
 }
@@ -302,9 +308,15 @@ struct Fill<'a, 'b, T> {
 }
 
 impl<T: Element> Fill<'_, '_, T> {
+    /// Takes `value`, or says that what `came` is none.
     fn put<E: de::Error>(self, value: Option<T>, came: impl fmt::Display) -> Result<(), E> {
         let datatype = self.datatype;
-        let value = value.ok_or_else(|| E::custom(format!("the value {came} is not of type {datatype}")))?;
+        let value = value.ok_or_else(|| {
+            E::custom({
+                let came = clip(&came.to_string(), 32);
+                format!("the value {came} is not of type {datatype}")
+            })
+        })?;
         let to = self.to.next().ok_or_else(|| E::custom("data holds more values than its shape takes"))?;
         *to = value;
         Ok(())
@@ -348,7 +360,7 @@ impl<'de, T: Element> Visitor<'de> for Fill<'_, '_, T> {
     }
 
     fn visit_str<E: de::Error>(self, value: &str) -> Result<(), E> {
-        self.put(T::from_text(value), clip(value, 32))
+        self.put(T::from_text(value), format_args!("{value:?}"))
     }
 
     fn visit_unit<E: de::Error>(self) -> Result<(), E> {

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fmt, fs,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -68,7 +68,6 @@ impl Port {
 }
 
 /// A model that can be run, by any number of requests at once.
-#[derive(Debug)]
 pub(crate) struct Plan {
     /// The name under which it is served.
     pub(crate) name: String,
@@ -79,6 +78,14 @@ pub(crate) struct Plan {
     /// Bytes of the files that it was read from.
     pub(crate) artifact_bytes: u64,
     runnable: Arc<TypedRunnableModel>,
+}
+
+impl fmt::Debug for Plan {
+    /// Without the weights.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, artifact_bytes, .. } = self;
+        f.debug_struct("Plan").field("name", name).field("artifact_bytes", artifact_bytes).finish_non_exhaustive()
+    }
 }
 
 impl Plan {

@@ -140,9 +140,10 @@ async fn infer(
     let plan = engine.plan(name, version)?;
     let header = header_length(headers)?;
     let body = read(engine, headers, body).await?;
+    let limit = engine.limits.body_bytes;
     let answer = engine
         .infer(plan, move |plan| {
-            let mut call = wire::read(plan, &body, header)?;
+            let mut call = wire::read(plan, &body, header, limit)?;
             drop(body);
             let outputs = plan.run(std::mem::take(&mut call.inputs), &call.wanted)?;
             wire::write(plan, &call, outputs)

@@ -1,0 +1,499 @@
+//! The built-in inference server, as its clients meet it: every sample model over every way to send tensors,
+//! compared with what ONNX Runtime answers (`tests/models/expected.json`, made by `tests/models/make.py`).
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{Method, StatusCode};
+use http_body_util::BodyExt as _;
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tonic::Code;
+use wharf::{
+    forward::{self, Body, Upstream as _, UpstreamError},
+    ports::{BoxIo, Listen},
+    rpc::proto::inference::{
+        InferTensorContents, ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelReadyRequest,
+        RepositoryIndexRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
+        grpc_inference_service_client::GrpcInferenceServiceClient,
+        model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
+    },
+    runtime::{Execution, Limits, Options, Runtime, serve},
+};
+
+fn samples() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models")
+}
+
+fn expected() -> serde_json::Map<String, Value> {
+    let text = fs::read_to_string(samples().join("expected.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn runtime(repository: &Path, execution: Execution, limits: Limits) -> Arc<Runtime> {
+    Runtime::new(Options { repository: repository.to_owned(), execution, limits })
+}
+
+fn inline() -> Arc<Runtime> {
+    runtime(&samples(), Execution::Inline, Limits::default())
+}
+
+struct Answer {
+    status: StatusCode,
+    headers: http::HeaderMap,
+    body: Bytes,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {:?}", self.body))
+    }
+
+    /// The message of a refusal with `status`.
+    #[track_caller]
+    fn refused(&self, status: u16) -> String {
+        assert_eq!(self.status, status, "{:?}", self.body);
+        self.json()["error"].as_str().unwrap().to_owned()
+    }
+}
+
+async fn send(runtime: &Runtime, request: http::Request<Body>) -> Answer {
+    let (head, body) = runtime.call(request).await.unwrap().into_parts();
+    Answer { status: head.status, headers: head.headers, body: body.collect().await.unwrap().to_bytes() }
+}
+
+async fn rest(runtime: &Runtime, method: Method, path: &str, body: impl Into<Bytes>) -> Answer {
+    let request = http::Request::builder().method(method).uri(path).body(Body::from(body.into())).unwrap();
+    send(runtime, request).await
+}
+
+async fn get(runtime: &Runtime, path: &str) -> Answer {
+    rest(runtime, Method::GET, path, "").await
+}
+
+async fn infer(runtime: &Runtime, model: &str, body: &Value) -> Answer {
+    rest(runtime, Method::POST, &format!("/v2/models/{model}/infer"), body.to_string()).await
+}
+
+async fn load(runtime: &Runtime, model: &str) -> Answer {
+    rest(runtime, Method::POST, &format!("/v2/repository/models/{model}/load"), "").await
+}
+
+async fn loaded(model: &str) -> Arc<Runtime> {
+    let runtime = inline();
+    let answer = load(&runtime, model).await;
+    assert_eq!(answer.status, 200, "{model}: {:?}", answer.body);
+    runtime
+}
+
+type InProcess = tower::util::BoxCloneSyncService<http::Request<tonic::body::Body>, forward::Response, UpstreamError>;
+
+fn grpc(runtime: &Arc<Runtime>) -> GrpcInferenceServiceClient<InProcess> {
+    let runtime = Arc::clone(runtime);
+    let service = tower::service_fn(move |request: http::Request<tonic::body::Body>| {
+        let runtime = Arc::clone(&runtime);
+        async move { runtime.call(request.map(Body::new)).await }
+    });
+    GrpcInferenceServiceClient::new(InProcess::new(service))
+}
+
+/// Little-endian bytes of the values of a tensor in expected.json, or strings with their lengths.
+fn raw(tensor: &Value) -> Vec<u8> {
+    let values = tensor["data"].as_array().unwrap();
+    let each = |value: &Value| -> Vec<u8> {
+        match tensor["datatype"].as_str().unwrap() {
+            "BOOL" => vec![u8::from(value.as_bool().unwrap())],
+            "INT8" => (value.as_i64().unwrap() as i8).to_le_bytes().to_vec(),
+            "INT16" => (value.as_i64().unwrap() as i16).to_le_bytes().to_vec(),
+            "INT32" => (value.as_i64().unwrap() as i32).to_le_bytes().to_vec(),
+            "INT64" => value.as_i64().unwrap().to_le_bytes().to_vec(),
+            "UINT8" => (value.as_u64().unwrap() as u8).to_le_bytes().to_vec(),
+            "UINT16" => (value.as_u64().unwrap() as u16).to_le_bytes().to_vec(),
+            "UINT32" => (value.as_u64().unwrap() as u32).to_le_bytes().to_vec(),
+            "UINT64" => value.as_u64().unwrap().to_le_bytes().to_vec(),
+            "FP16" => half(value.as_f64().unwrap()).to_le_bytes().to_vec(),
+            "FP32" => (value.as_f64().unwrap() as f32).to_le_bytes().to_vec(),
+            "FP64" => value.as_f64().unwrap().to_le_bytes().to_vec(),
+            "BYTES" => {
+                let text = value.as_str().unwrap();
+                [&(text.len() as u32).to_le_bytes(), text.as_bytes()].concat()
+            }
+            other => panic!("{other}"),
+        }
+    };
+    values.iter().flat_map(each).collect()
+}
+
+/// The bits of the three half floats that the samples have.
+fn half(value: f64) -> u16 {
+    match value {
+        0.5 => 0x3800,
+        -2.0 => 0xc000,
+        65504.0 => 0x7bff,
+        other => panic!("{other}"),
+    }
+}
+
+fn shape(tensor: &Value) -> Vec<i64> {
+    tensor["shape"].as_array().unwrap().iter().map(|length| length.as_i64().unwrap()).collect()
+}
+
+/// Whether two arrays of values are the same, floats up to what two engines differ in.
+#[track_caller]
+fn same(what: &str, datatype: &str, came: &Value, wanted: &Value) {
+    let (came, wanted) = (came.as_array().unwrap(), wanted.as_array().unwrap());
+    assert_eq!(came.len(), wanted.len(), "{what}");
+    for (came, wanted) in came.iter().zip(wanted) {
+        if datatype.starts_with("FP") {
+            let (came, wanted) = (came.as_f64().unwrap(), wanted.as_f64().unwrap());
+            assert!((came - wanted).abs() <= 1e-5 * wanted.abs().max(1.0), "{what}: {came} is not {wanted}");
+        } else {
+            assert_eq!(came, wanted, "{what}");
+        }
+    }
+}
+
+/// An answer's raw output as JSON values, by way of the tensor that it should be.
+#[track_caller]
+fn same_raw(what: &str, came: &[u8], wanted: &Value) {
+    if wanted["datatype"] != "FP32" {
+        assert_eq!(came, raw(wanted), "{what}");
+        return;
+    }
+    let values: Vec<f32> = came.chunks_exact(4).map(|four| f32::from_le_bytes(four.try_into().unwrap())).collect();
+    assert_eq!(came.len(), values.len() * 4);
+    same(what, "FP32", &json!(values), &wanted["data"]);
+}
+
+fn rest_inputs(case: &Value) -> Vec<Value> {
+    let input = |(name, tensor): (&String, &Value)| {
+        // The keys in the least convenient order.
+        let text = format!(
+            r#"{{"data":{},"parameters":{{"note":[1]}},"shape":{},"datatype":{},"name":{name:?}}}"#,
+            tensor["data"], tensor["shape"], tensor["datatype"]
+        );
+        serde_json::from_str(&text).unwrap()
+    };
+    // Against the model's order.
+    case["inputs"].as_object().unwrap().iter().rev().map(input).collect()
+}
+
+#[tokio::test]
+async fn every_sample_answers_over_rest_as_onnx_runtime_does() {
+    for (model, cases) in expected() {
+        let runtime = loaded(&model).await;
+        for case in cases.as_array().unwrap() {
+            let answer = infer(&runtime, &model, &json!({ "id": "7", "inputs": rest_inputs(case) })).await;
+            assert_eq!(answer.status, 200, "{model}: {:?}", answer.body);
+            let json = answer.json();
+            assert_eq!(
+                (&json["model_name"], &json["model_version"], &json["id"]),
+                (&json!(model), &json!("1"), &json!("7"))
+            );
+            let outputs = case["outputs"].as_object().unwrap();
+            assert_eq!(json["outputs"].as_array().unwrap().len(), outputs.len(), "{model}");
+            for output in json["outputs"].as_array().unwrap() {
+                let wanted = &outputs[output["name"].as_str().unwrap()];
+                assert_eq!((&output["datatype"], &output["shape"]), (&wanted["datatype"], &wanted["shape"]), "{model}");
+                same(&model, wanted["datatype"].as_str().unwrap(), &output["data"], &wanted["data"]);
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn every_sample_answers_binary_data_with_binary_data() {
+    for (model, cases) in expected() {
+        let runtime = loaded(&model).await;
+        for case in cases.as_array().unwrap() {
+            let mut behind = Vec::new();
+            let mut inputs = Vec::new();
+            for (name, tensor) in case["inputs"].as_object().unwrap() {
+                let bytes = raw(tensor);
+                inputs.push(json!({ "name": name, "datatype": tensor["datatype"], "shape": tensor["shape"],
+                    "parameters": { "binary_data_size": bytes.len() } }));
+                behind.extend(bytes);
+            }
+            let head = json!({ "parameters": { "binary_data_output": true }, "inputs": inputs }).to_string();
+            let request = http::Request::post(format!("/v2/models/{model}/versions/1/infer"))
+                .header("Inference-Header-Content-Length", head.len())
+                .body(Body::from(Bytes::from([head.into_bytes(), behind].concat())));
+            let answer = send(&runtime, request.unwrap()).await;
+            assert_eq!(answer.status, 200, "{model}: {:?}", answer.body);
+            let length: usize = answer.headers["inference-header-content-length"].to_str().unwrap().parse().unwrap();
+            let (head, mut rest) = answer.body.split_at(length);
+            let head: Value = serde_json::from_slice(head).unwrap();
+            for output in head["outputs"].as_array().unwrap() {
+                let size = output["parameters"]["binary_data_size"].as_u64().unwrap() as usize;
+                same_raw(&model, &rest[..size], &case["outputs"][output["name"].as_str().unwrap()]);
+                rest = &rest[size..];
+            }
+            assert!(rest.is_empty());
+        }
+    }
+}
+
+fn contents(tensor: &Value) -> InferTensorContents {
+    let values = tensor["data"].as_array().unwrap();
+    let mut contents = InferTensorContents::default();
+    match tensor["datatype"].as_str().unwrap() {
+        "BOOL" => contents.bool_contents = values.iter().map(|v| v.as_bool().unwrap()).collect(),
+        "INT8" | "INT16" | "INT32" => {
+            contents.int_contents = values.iter().map(|v| v.as_i64().unwrap() as i32).collect()
+        }
+        "INT64" => contents.int64_contents = values.iter().map(|v| v.as_i64().unwrap()).collect(),
+        "UINT8" | "UINT16" | "UINT32" => {
+            contents.uint_contents = values.iter().map(|v| v.as_u64().unwrap() as u32).collect();
+        }
+        "UINT64" => contents.uint64_contents = values.iter().map(|v| v.as_u64().unwrap()).collect(),
+        "FP32" => contents.fp32_contents = values.iter().map(|v| v.as_f64().unwrap() as f32).collect(),
+        "FP64" => contents.fp64_contents = values.iter().map(|v| v.as_f64().unwrap()).collect(),
+        "BYTES" => contents.bytes_contents = values.iter().map(|v| v.as_str().unwrap().as_bytes().to_vec()).collect(),
+        other => panic!("{other}"),
+    }
+    contents
+}
+
+fn request(model: &str, case: &Value, binary: bool) -> ModelInferRequest {
+    let mut request = ModelInferRequest { model_name: model.to_owned(), id: "é7".to_owned(), ..Default::default() };
+    for (name, tensor) in case["inputs"].as_object().unwrap() {
+        if binary {
+            request.raw_input_contents.push(raw(tensor).into());
+        }
+        request.inputs.push(InferInputTensor {
+            name: name.clone(),
+            datatype: tensor["datatype"].as_str().unwrap().to_owned(),
+            shape: shape(tensor),
+            contents: (!binary).then(|| contents(tensor)),
+            ..Default::default()
+        });
+    }
+    request
+}
+
+#[track_caller]
+fn same_response(model: &str, response: &ModelInferResponse, case: &Value, binary: bool) {
+    assert_eq!((&*response.model_name, &*response.model_version, &*response.id), (model, "1", "é7"));
+    let wanted = case["outputs"].as_object().unwrap();
+    assert_eq!(response.outputs.len(), wanted.len());
+    assert_eq!(response.raw_output_contents.len(), if binary { wanted.len() } else { 0 });
+    for (place, output) in response.outputs.iter().enumerate() {
+        let wanted = &wanted[&output.name];
+        assert_eq!((&*output.datatype, &output.shape), (wanted["datatype"].as_str().unwrap(), &shape(wanted)));
+        match &output.contents {
+            None => same_raw(model, &response.raw_output_contents[place], wanted),
+            Some(came) if output.datatype == "FP32" => same(model, "FP32", &json!(came.fp32_contents), &wanted["data"]),
+            Some(came) => assert_eq!(*came, contents(wanted), "{model}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn every_sample_answers_over_grpc_in_the_kind_that_was_sent() {
+    for (model, cases) in expected() {
+        let runtime = inline();
+        let mut client = grpc(&runtime);
+        let order = RepositoryModelLoadRequest { model_name: model.clone(), ..Default::default() };
+        client.repository_model_load(order).await.unwrap();
+        for case in cases.as_array().unwrap() {
+            let response = client.model_infer(request(&model, case, true)).await.unwrap().into_inner();
+            same_response(&model, &response, case, true);
+            // FP16 has no typed contents.
+            if model == "identity-fp16" {
+                continue;
+            }
+            let response = client.model_infer(request(&model, case, false)).await.unwrap().into_inner();
+            same_response(&model, &response, case, false);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stream_answers_each_message_and_outlives_an_error() {
+    let case = &expected()["iris-2"][0];
+    let runtime = loaded("iris-2").await;
+    let good = request("iris-2", case, true);
+    let bad = ModelInferRequest { model_name: "nope".to_owned(), id: "bad".to_owned(), ..Default::default() };
+    let messages = futures::stream::iter([good.clone(), bad, good]);
+    let mut answers = grpc(&runtime).model_stream_infer(messages).await.unwrap().into_inner();
+    for place in 0..3 {
+        let answer = answers.message().await.unwrap().unwrap();
+        let response = answer.infer_response.unwrap();
+        if place == 1 {
+            assert!(answer.error_message.contains("\"nope\" is not loaded"), "{}", answer.error_message);
+            assert_eq!(response.id, "bad");
+        } else {
+            assert_eq!(answer.error_message, "");
+            same_response("iris-2", &response, case, true);
+        }
+    }
+    assert!(answers.message().await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn metadata_tells_what_the_model_takes_and_gives() {
+    let runtime = loaded("iris-1").await;
+    let size = fs::metadata(samples().join("iris-1/model.onnx")).unwrap().len();
+    let wanted = json!({
+        "name": "iris-1", "versions": ["1"], "platform": "onnx_tract",
+        "inputs": [{ "name": "X", "datatype": "FP32", "shape": [-1, 4] }],
+        "outputs": [
+            { "name": "label", "datatype": "INT64", "shape": [-1] },
+            { "name": "probabilities", "datatype": "FP32", "shape": [-1, 3] },
+        ],
+        "parameters": { "artifact_bytes": size },
+    });
+    for path in ["/v2/models/iris-1", "/v2/models/iris-1/versions/1", "/v2/models/iris-1/"] {
+        assert_eq!(get(&runtime, path).await.json(), wanted);
+    }
+    assert_eq!(runtime.artifact_bytes("iris-1").unwrap().0, size);
+    let asked = ModelMetadataRequest { name: "iris-1".to_owned(), version: String::new() };
+    let metadata = grpc(&runtime).model_metadata(asked).await.unwrap().into_inner();
+    assert_eq!((metadata.inputs[0].shape.as_slice(), &*metadata.outputs[0].datatype), (&[-1, 4][..], "INT64"));
+    assert!(metadata.parameters.contains_key("artifact_bytes"));
+    // Weights in another file count too.
+    let external = loaded("external").await;
+    let size =
+        ["model.onnx", "weights.bin"].map(|name| fs::metadata(samples().join("external").join(name)).unwrap().len());
+    assert_eq!(external.artifact_bytes("external").unwrap().0, size.iter().sum::<u64>());
+
+    for (path, key) in
+        [("/v2/health/live", "live"), ("/v2/health/ready", "ready"), ("/v2/models/iris-1/ready", "ready")]
+    {
+        let answer = get(&runtime, path).await;
+        assert_eq!((answer.status, &answer.json()[key]), (StatusCode::OK, &json!(true)));
+    }
+    assert!(get(&runtime, "/v2").await.json()["extensions"].as_array().unwrap().contains(&json!("model_repository")));
+    assert!(get(&runtime, "/v2/models/iris-1/versions/2").await.refused(404).contains("no version \"2\""));
+}
+
+#[tokio::test]
+async fn the_index_tells_disk_and_memory_apart_and_unload_frees() {
+    let runtime = loaded("iris-1").await;
+    load(&runtime, "broken").await.refused(422);
+    let index = async |body: &'static str| rest(&runtime, Method::POST, "/v2/repository/index", body).await.json();
+    let all = index("").await;
+    let state = |name: &str| all.as_array().unwrap().iter().find(|model| model["name"] == name).unwrap().clone();
+    assert_eq!(state("iris-1"), json!({ "name": "iris-1", "version": "1", "state": "READY", "reason": "" }));
+    assert_eq!(state("iris-2")["state"], "UNAVAILABLE");
+    assert!(state("broken")["reason"].as_str().unwrap().contains("not an ONNX model"));
+    assert_eq!(index(r#"{"ready":true}"#).await.as_array().unwrap().len(), 1);
+    let asked = RepositoryIndexRequest { ready: true, ..Default::default() };
+    let models = grpc(&runtime).repository_index(asked).await.unwrap().into_inner().models;
+    assert_eq!((models.len(), &*models[0].name, &*models[0].state), (1, "iris-1", "READY"));
+
+    let unload = || rest(&runtime, Method::POST, "/v2/repository/models/iris-1/unload", "{}");
+    assert_eq!(unload().await.status, 200);
+    unload().await.refused(404);
+    assert_eq!(index(r#"{"ready":true}"#).await, json!([]));
+    infer(&runtime, "iris-1", &json!({ "inputs": [] })).await.refused(404);
+    let mut client = grpc(&runtime);
+    let asked = RepositoryModelUnloadRequest { model_name: "iris-1".to_owned(), ..Default::default() };
+    assert_eq!(client.repository_model_unload(asked).await.unwrap_err().code(), Code::NotFound);
+    let asked = ModelReadyRequest { name: "iris-1".to_owned(), version: String::new() };
+    assert_eq!(client.model_ready(asked).await.unwrap_err().code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn an_artifact_that_cannot_be_served_says_which_and_why() {
+    let runtime = inline();
+    for (model, reasons) in [
+        ("broken", &["tests/models/broken/model.onnx", "not an ONNX model"][..]),
+        ("unsupported", &["tests/models/unsupported/model.onnx", "Frobnicate"]),
+        ("iris-zipmap", &["ZipMap", "options={\"zipmap\": False}"]),
+    ] {
+        let message = load(&runtime, model).await.refused(422);
+        for reason in reasons {
+            assert!(message.contains(reason), "{message}");
+        }
+        let order = RepositoryModelLoadRequest { model_name: model.to_owned(), ..Default::default() };
+        let status = grpc(&runtime).repository_model_load(order).await.unwrap_err();
+        assert_eq!((status.code(), status.message()), (Code::FailedPrecondition, &*message));
+    }
+    load(&runtime, "nope").await.refused(404);
+    load(&runtime, "..").await.refused(400);
+    load(&runtime, "%2e%2e").await.refused(400);
+}
+
+#[tokio::test]
+async fn loading_again_takes_what_is_on_disk_now_and_a_failure_keeps_the_old() {
+    let repository = tempfile::tempdir().unwrap();
+    let runtime = runtime(repository.path(), Execution::Pool { threads: 2 }, Limits::default());
+    let put = |version: &str, sample: &str| {
+        let folder = repository.path().join("iris_1").join(version);
+        fs::create_dir_all(&folder).unwrap();
+        fs::copy(samples().join(sample).join("model.onnx"), folder.join("net.onnx")).unwrap();
+    };
+    let body = json!({ "inputs": rest_inputs(&expected()["iris-1"][0]), "outputs": [{ "name": "label" }] });
+    let label = async || infer(&runtime, "iris_1", &body).await.json()["outputs"][0]["data"][0].clone();
+    put("9", "iris-1");
+    assert_eq!(load(&runtime, "iris_1").await.status, 200);
+    assert_eq!(label().await, 0);
+    put("10", "iris-2");
+    assert_eq!(label().await, 0);
+    assert_eq!(load(&runtime, "iris_1").await.status, 200);
+    assert_eq!(label().await, 1);
+    put("11", "broken");
+    load(&runtime, "iris_1").await.refused(422);
+    assert_eq!(label().await, 1);
+    fs::remove_dir_all(repository.path().join("iris_1")).unwrap();
+    load(&runtime, "iris_1").await.refused(404);
+    assert_eq!(label().await, 1);
+}
+
+#[derive(Debug)]
+struct Tcp(TcpListener);
+
+impl Listen for Tcp {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<(BoxIo, String)>> {
+        Box::pin(async {
+            let (stream, peer) = self.0.accept().await?;
+            Ok((Box::new(stream) as BoxIo, peer.to_string()))
+        })
+    }
+
+    fn address(&self) -> String {
+        self.0.local_addr().unwrap().to_string()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rest_and_grpc_share_a_port_and_a_huge_body_is_refused_unread() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let runtime = runtime(&samples(), Execution::Pool { threads: 2 }, Limits::default());
+    let listener = Box::new(Tcp(TcpListener::bind("127.0.0.1:0").await.unwrap()));
+    let address = listener.address();
+    let server = tokio::spawn(serve(listener, runtime));
+    let all = async {
+        let mut client = GrpcInferenceServiceClient::connect(format!("http://{address}")).await.unwrap();
+        let order = RepositoryModelLoadRequest { model_name: "mlp".to_owned(), ..Default::default() };
+        client.repository_model_load(order).await.unwrap();
+        let case = &expected()["mlp"][1];
+        let mut asked = request("mlp", case, true);
+        asked.outputs.push(InferRequestedOutputTensor { name: "y".to_owned(), ..Default::default() });
+        let one = client.clone();
+        let asks = (0..32).map(|_| {
+            let (mut one, asked) = (one.clone(), asked.clone());
+            async move { one.model_infer(asked).await }
+        });
+        for response in futures::future::join_all(asks).await {
+            same_response("mlp", &response.unwrap().into_inner(), case, true);
+        }
+        let mut socket = TcpStream::connect(&address).await.unwrap();
+        let head = format!(
+            "POST /v2/models/mlp/infer HTTP/1.1\r\nhost: {address}\r\ncontent-length: {}\r\n\r\n",
+            10_u64 << 30
+        );
+        socket.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+        assert!(answer.contains("longer than the 67108864 bytes"), "{answer}");
+        // The end of the server is the end of its connections.
+        server.abort();
+        client.server_live(wharf::rpc::proto::inference::ServerLiveRequest {}).await.unwrap_err();
+    };
+    tokio::time::timeout(Duration::from_secs(60), all).await.unwrap();
+}
