@@ -46,7 +46,7 @@ fn begin(args: &RoleArgs, output: &Output, roles: &[Role]) -> anyhow::Result<Beg
         LogFormat::Text => Format::Text { colours: output.err_is_terminal() },
     };
     let filter = match args.verbose {
-        0 => settings.log.level.clone(),
+        0 => settings.log.level.0.clone(),
         1 => "debug".to_owned(),
         _ => "trace".to_owned(),
     };

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::value::{Address, Form, LogFormat, Raw, Value, read};
+use super::value::{Address, Form, LogFilter, LogFormat, Raw, Value, read};
 use crate::domain::memory::Bytes;
 
 /// A setting, as declared.
@@ -223,7 +223,7 @@ section! {
     /// What is logged, and how.
     Log "log" {
         /// The least grave level that is logged: error, warn, info, debug or trace; by module: "info,wharf::agent=debug".
-        level: String = "info";
+        level: LogFilter = "info";
         /// "text" for people, "json" for machines.
         format: LogFormat = "text";
     }

@@ -194,12 +194,15 @@ impl Value for LogFormat {
     }
 }
 
-impl Value for String {
+/// What is logged: a level, or several by module.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LogFilter(pub String);
+
+impl Value for LogFilter {
     const FORM: Form = Form::Text;
     const WANTED: &'static str =
         "a level (error, warn, info, debug, trace), or several by module: \"info,wharf::agent=debug\"";
 
-    /// The only text among the settings is a log filter.
     fn parse(text: &str) -> Option<Self> {
         let level = |level: &str| matches!(level, "off" | "error" | "warn" | "info" | "debug" | "trace");
         let directive = |directive: &str| match directive.split_once('=') {
@@ -210,7 +213,16 @@ impl Value for String {
             }
             None => level(directive),
         };
-        text.split(',').all(directive).then(|| text.to_owned())
+        text.split(',').all(directive).then(|| Self(text.to_owned()))
+    }
+}
+
+impl Value for String {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "text";
+
+    fn parse(text: &str) -> Option<Self> {
+        Some(text.to_owned())
     }
 }
 
