@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use actix::{Actor, ActorFutureExt as _, AsyncContext as _, Context, Handler, Recipient, WrapFuture as _};
 
-use super::life::Life;
+use super::{life::Life, links::Links};
 use crate::{
-    domain::record::Write,
+    domain::{record::Write, time::Instant},
     messages::journal::{Commit, Committed},
     ports::{CommitError, Store},
+    telemetry::metrics::Commit as Outcome,
 };
 
 /// Writes of one group, at most. A larger one would hold the reservation of too many back.
@@ -27,13 +28,13 @@ pub(super) struct Journal {
     fatal: Fatal,
     waiting: Vec<Commit>,
     committing: bool,
-    commits: u64,
+    links: Arc<Links>,
     _life: Life,
 }
 
 impl Journal {
-    pub(super) fn new(store: Arc<dyn Store>, blocking: bool, fatal: Fatal, life: Life) -> Self {
-        Self { store, blocking, fatal, waiting: Vec::new(), committing: false, commits: 0, _life: life }
+    pub(super) fn new(store: Arc<dyn Store>, blocking: bool, fatal: Fatal, links: Arc<Links>, life: Life) -> Self {
+        Self { store, blocking, fatal, waiting: Vec::new(), committing: false, links, _life: life }
     }
 
     fn commit(&mut self, ctx: &mut Context<Self>) {
@@ -57,6 +58,7 @@ impl Journal {
         }
         self.committing = true;
         let (store, blocking) = (Arc::clone(&self.store), self.blocking);
+        let (rows, begun) = (writes.len(), self.links.clock.now());
         let work = async move {
             if !blocking {
                 return store.commit(&writes);
@@ -66,13 +68,25 @@ impl Journal {
                 Err(error) => Err(CommitError::Unknown(format!("the commit's thread ended: {error}"))),
             }
         };
-        let done = work.into_actor(self).map(move |result, journal, ctx| journal.committed(result, &by, ctx));
+        let done = work.into_actor(self).map(move |result, journal, ctx| {
+            journal.count(&result, rows, begun);
+            journal.committed(result, &by, ctx);
+        });
         ctx.spawn(done);
+    }
+
+    fn count(&self, result: &Result<(), CommitError>, rows: usize, begun: Instant) {
+        let outcome = match result {
+            Ok(()) => Outcome::Committed,
+            Err(CommitError::Failed(_)) => Outcome::Failed,
+            Err(CommitError::Unknown(_)) => Outcome::Unknown,
+        };
+        let links = &self.links;
+        links.metrics.scheduler.commit(outcome, rows, links.clock.now().since(begun));
     }
 
     fn committed(&mut self, result: Result<(), CommitError>, by: &[Recipient<Committed>], ctx: &mut Context<Self>) {
         self.committing = false;
-        self.commits += 1;
         let result = match result {
             Ok(()) => Ok(()),
             Err(CommitError::Failed(problem)) => {

@@ -18,7 +18,7 @@ use crate::{
     },
     messages::{Board, supervisor::Who},
     ports::Clock,
-    telemetry::events::Events,
+    telemetry::{events::Events, metrics::Metrics},
 };
 
 /// Everything that an actor needs beyond its own state.
@@ -37,6 +37,8 @@ pub struct Links {
     pub board: Arc<Board>,
     /// What happened.
     pub events: Events,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
     /// Where each replica's door is, as its agent said.
     pub doors: DashMap<ReplicaId, String>,
     /// Where actors run.

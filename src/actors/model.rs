@@ -7,7 +7,7 @@ use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, Spawn
 use super::{life::Life, links::Links};
 use crate::{
     domain::{
-        copy::{Drain, State},
+        copy::{Copy, Drain, State},
         error::{Code, Refusal},
         model::{Effect, Event, Model, Submitted},
         order::Order,
@@ -23,6 +23,7 @@ use crate::{
         server::{Enquire, SetOrder},
         supervisor::{Terminated, Who},
     },
+    telemetry::metrics::Submission,
 };
 
 type Answer = Result<Option<Submitted>, Refusal>;
@@ -100,6 +101,7 @@ impl ModelActor {
 
     fn install(&mut self, tentative: Tentative, ctx: &mut Context<Self>) {
         if *self.model != tentative.model {
+            self.count_available(&tentative.model);
             self.model = Arc::new(tentative.model);
             if self.model.is_born() {
                 self.links.board.put_model(Arc::clone(&self.model));
@@ -109,8 +111,23 @@ impl ModelActor {
             self.perform(effect, ctx);
         }
         for (reply, answer) in tentative.answers {
+            let outcome = if answer.is_ok() { Submission::Accepted } else { Submission::Refused };
+            self.links.metrics.scheduler.submission(outcome);
             // Whoever asked may have given up.
             drop(reply.send(answer));
+        }
+    }
+
+    /// Measures the way of a version from its submission to its first available copy.
+    fn count_available(&self, next: &Model) {
+        let Some(latest) = next.latest() else { return };
+        let answers = |model: &Model| {
+            let available = |copy: &Copy| matches!(copy.state, State::Available { .. });
+            model.copies.iter().any(|copy| copy.generation.version == latest.version && available(copy))
+        };
+        let known = self.model.latest().is_some_and(|entry| entry.version == latest.version && entry.uid == latest.uid);
+        if known && !answers(&self.model) && answers(next) {
+            self.links.metrics.scheduler.available(self.links.clock.now().since(latest.created));
         }
     }
 

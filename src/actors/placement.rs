@@ -19,6 +19,7 @@ use crate::{
         model::{Announce, Happened},
         placement::{Explain, Explanation, Leave, Place, Release, ReplicaChanged, Restore},
     },
+    telemetry::metrics::Placement as Outcome,
 };
 
 /// Waiting copies that one message tries again at most; the rest wait for the next.
@@ -97,6 +98,7 @@ impl Actor for PlacementActor {
         }
         ctx.run_interval(CHECK, |placement, ctx| {
             if let Err(wrong) = placement.placement.consistency_check() {
+                placement.links.metrics.scheduler.inconsistencies.inc();
                 for what in wrong {
                     tracing::error!(target: "wharf::placement", event = "inconsistent", what, "the ledger contradicts itself");
                 }
@@ -137,12 +139,15 @@ impl Handler<Place> for PlacementActor {
     fn handle(&mut self, place: Place, _: &mut Self::Context) {
         let now = self.links.clock.now();
         let mut request = self.request(&place);
+        let links = Arc::clone(&self.links);
         let mut decision = self.placement.place(&request, now);
         if decision.outcome.is_err() && !request.avoid.is_empty() {
             // Nowhere else: where it failed is still better than nowhere.
             request.avoid.clear();
             decision = self.placement.place(&request, now);
         }
+        let outcome = if decision.outcome.is_ok() { Outcome::Placed } else { Outcome::Unplaced };
+        links.metrics.scheduler.placement(outcome, links.clock.now().since(now));
         self.decided(&place.model, place.wanted.generation, decision);
     }
 }

@@ -99,7 +99,12 @@ impl RouterActor {
             }
             alive
         });
+        let counted = &self.links.metrics.scheduler;
+        counted.gateways.set(i64::try_from(self.gateways.len()).unwrap_or(i64::MAX));
+        counted.route_epoch.set(i64::try_from(self.epoch.0).unwrap_or(i64::MAX));
         let everywhere = self.gateways.values().map(|gateway| gateway.acknowledged).min();
+        let acknowledged = everywhere.unwrap_or(self.epoch).0;
+        counted.acknowledged_epoch.set(i64::try_from(acknowledged).unwrap_or(i64::MAX));
         while let Some((epoch, _)) = self.unsettled.front() {
             if everywhere.is_some_and(|acknowledged| acknowledged < *epoch) {
                 return;

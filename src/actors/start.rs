@@ -27,7 +27,7 @@ use crate::{
         supervisor::{AskModel, Inspect},
     },
     ports::{Clock, CommitError, OpenError, Store},
-    telemetry::events::Events,
+    telemetry::{events::Events, metrics::Metrics},
 };
 
 /// Everything that a scheduler needs from outside.
@@ -46,6 +46,8 @@ pub struct Scheduler {
     pub spawner: Spawner,
     /// Events that are kept at most.
     pub events: usize,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
     /// Ends the process, after saying why.
     pub fatal: Fatal,
 }
@@ -100,6 +102,7 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
         },
         board: Arc::new(Board::default()),
         events,
+        metrics: scheduler.metrics,
         doors: dashmap::DashMap::new(),
         spawner: scheduler.spawner,
         supervisor: Slot::empty(),

@@ -42,6 +42,7 @@ use crate::{
         supervisor::{Action, AskModel, Ended, Inspect, OnModel, Terminated, Who},
     },
     ports::Store,
+    telemetry::metrics::{ActorEvent, Name},
 };
 
 /// Numbers that one start reserves of each counter: more than one process can use.
@@ -73,13 +74,18 @@ pub(super) struct Supervisor {
 
 impl Supervisor {
     fn life(&self, who: Who, ctx: &Context<Self>) -> Life {
+        self.count(&who, ActorEvent::Started);
         Life::begin(who, ctx.address().recipient())
+    }
+
+    fn count(&self, who: &Who, event: ActorEvent) {
+        self.links.metrics.scheduler.actor(Name(who.kind()), event);
     }
 
     fn start_journal(&self, ctx: &Context<Self>) {
         let (store, blocking, fatal) = (Arc::clone(&self.store), self.blocking, Arc::clone(&self.fatal));
-        let life = self.life(Who::Journal, ctx);
-        let addr = self.links.spawner.start(Work::Journal, move || Journal::new(store, blocking, fatal, life));
+        let (links, life) = (Arc::clone(&self.links), self.life(Who::Journal, ctx));
+        let addr = self.links.spawner.start(Work::Journal, move || Journal::new(store, blocking, fatal, links, life));
         self.links.journal.fill(addr);
     }
 
@@ -165,6 +171,7 @@ impl Supervisor {
         self.panics.retain(|at| now.since(*at) <= window);
         self.panics.push_back(now);
         if self.panics.len() > self.links.timing.restarts as usize {
+            self.count(who, ActorEvent::Escalated);
             let (count, name) = (self.panics.len(), who.to_string());
             self.fatal(format!(
                 "{count} actors panicked within {window:?}, {name} last ({cause}); no restart mends that"
@@ -172,6 +179,7 @@ impl Supervisor {
             return;
         }
         self.restarts += 1;
+        self.count(who, ActorEvent::Restarted);
         match who {
             Who::Journal => {
                 self.fatal(format!("the journal's actor panicked ({cause})"));
@@ -301,10 +309,12 @@ impl Handler<Ended> for Supervisor {
     fn handle(&mut self, ended: Ended, ctx: &mut Self::Context) {
         match ended.panic {
             Some(cause) => {
+                self.count(&ended.who, ActorEvent::Panicked);
                 tracing::error!(target: "wharf::supervision", event = "actor_panicked", actor = %ended.who, cause, "actor panicked");
                 self.restart(&ended.who, &cause, ctx);
             }
             None => {
+                self.count(&ended.who, ActorEvent::Stopped);
                 tracing::debug!(target: "wharf::supervision", event = "actor_stopped", actor = %ended.who, "actor stopped");
                 if let Who::Model(name) = &ended.who {
                     self.retired(name);

@@ -1,6 +1,11 @@
 //! What the agent counts. Names follow Seldon's agent where the meaning is the same; the rest is Wharf's own.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicU64, Ordering},
+};
+
+use crate::telemetry::metrics::Metrics as Shared;
 
 /// A number that is only ever read for people.
 #[derive(Debug, Default)]
@@ -30,6 +35,8 @@ macro_rules! metrics {
         #[derive(Debug, Default)]
         pub struct Metrics {
             $($(#[doc = $doc])* pub $field: Cell,)*
+            /// Where durations are observed; nowhere until it is there.
+            pub shared: OnceLock<Arc<Shared>>,
         }
 
         impl Metrics {

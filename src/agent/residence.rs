@@ -142,6 +142,11 @@ impl Core {
                 entry.loads.record(took);
                 self.load_times.record(took);
                 self.metrics.load_model.inc();
+                if let Some(shared) = self.metrics.shared.get()
+                    && entry.phase() == Phase::Reloading
+                {
+                    shared.agent.reload(&self.options.replica, took);
+                }
                 Ok(())
             }
             Err(failure) => {

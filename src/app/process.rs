@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     World,
+    metrics::{expose_agent, expose_gateway, expose_scheduler},
     page::Page,
     replica::{self, DoorAt},
     scheduler,
@@ -169,8 +170,11 @@ impl Process {
                 ..Timing::default()
             },
             events: settings.events as usize,
+            metrics: Arc::clone(&self.metrics),
         };
-        Ok(scheduler::start(&self.world, options, self.fatal.0.clone(), self.shutdown.clone()).await?)
+        let running = scheduler::start(&self.world, options, self.fatal.0.clone(), self.shutdown.clone()).await?;
+        expose_scheduler(&self.metrics, &running.handle.links);
+        Ok(running)
     }
 
     /// Follows the server registry: declares its servers, and, with `here`, runs the replicas that this process
@@ -193,6 +197,7 @@ impl Process {
             world: self.world.clone(),
             settings: self.settings.clone(),
             connections: Arc::clone(&self.connections),
+            metrics: Arc::clone(&self.metrics),
             scheduler: here,
             replicas: BTreeMap::new(),
             registry: Registry::default(),
@@ -239,6 +244,7 @@ impl Process {
         };
         let connections = Arc::clone(&self.connections);
         let gateway = Gateway::new(options, connections, Arc::clone(&self.world.clock), random());
+        expose_gateway(&self.metrics, &gateway);
         self.tasks.spawn(Arc::clone(&gateway).serve(listener, self.shutdown.clone()));
         let network = Arc::clone(&self.world.network);
         self.tasks.spawn(Arc::clone(&gateway).follow(network, scheduler, self.shutdown.clone()));
@@ -269,7 +275,9 @@ impl Process {
         let sources = sources().map_err(failed)?;
         let scheduler = settings.scheduler.as_str().to_owned();
         let door = DoorAt::Port(listener);
+        let id = options.replica.clone();
         let running = replica::start(&self.world, options, server, sources, door, scheduler, &self.shutdown);
+        expose_agent(&self.metrics, &id, &running.agent);
         self.tasks.spawn(running.stopped());
         Ok(address)
     }
@@ -328,6 +336,7 @@ struct Fleet {
     world: World,
     settings: Settings,
     connections: Arc<Connections>,
+    metrics: Arc<Metrics>,
     /// Where agents of this process call; absent when it runs none.
     scheduler: Option<String>,
     replicas: BTreeMap<ReplicaId, (CancellationToken, replica::Running)>,
@@ -411,6 +420,7 @@ impl Fleet {
         let door = DoorAt::InProcess(&self.connections);
         let sources = sources().map_err(failed)?;
         let running = replica::start(&self.world, options, upstream, sources, door, scheduler, &token);
+        expose_agent(&self.metrics, &id, &running.agent);
         self.replicas.insert(id, (token, running));
         Ok(())
     }

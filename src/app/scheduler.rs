@@ -24,6 +24,7 @@ use crate::{
         serve::serve,
         wharf_service::WharfApi,
     },
+    telemetry::metrics::Metrics,
 };
 
 /// Questions that may wait for the actors at a time.
@@ -52,6 +53,8 @@ pub struct Options {
     pub timing: Timing,
     /// Events that are kept at most.
     pub events: usize,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
 }
 
 /// A scheduler could not start.
@@ -115,6 +118,7 @@ pub async fn start(
         timing: options.timing,
         spawner: options.spawner,
         events: options.events,
+        metrics: options.metrics,
         fatal,
     })?;
     let mut tasks = JoinSet::new();

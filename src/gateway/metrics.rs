@@ -1,11 +1,17 @@
 //! What a gateway counts. The labels are few and fixed: a client can't make more of them.
 
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
 use http::StatusCode;
+use prometheus_client::metrics::histogram::Histogram;
+
+use crate::{
+    domain::time::Instant,
+    ports::Clock,
+};
 
 /// Counters of one gateway, for whoever exports them.
 #[derive(Debug, Default)]
@@ -36,6 +42,9 @@ pub struct Metrics {
     pub epochs: AtomicU64,
     /// Connections made to the scheduler.
     pub connects: AtomicU64,
+    /// Durations of requests, from their headers to the last byte of the answer: REST, and gRPC. Nothing is
+    /// measured until they are there.
+    pub seconds: OnceLock<[Histogram; 2]>,
 }
 
 /// Requests of one protocol by how they ended.
@@ -85,11 +94,13 @@ pub(super) struct Admitted {
     metrics: Arc<Metrics>,
     grpc: bool,
     class: Option<Class>,
+    clock: Arc<dyn Clock>,
+    began: Instant,
 }
 
 impl Admitted {
     /// `None` when `most` requests are in flight already.
-    pub(super) fn enter(metrics: &Arc<Metrics>, grpc: bool, most: u64) -> Option<Self> {
+    pub(super) fn enter(metrics: &Arc<Metrics>, grpc: bool, most: u64, clock: &Arc<dyn Clock>) -> Option<Self> {
         if metrics.in_flight.fetch_add(1, Relaxed) >= most {
             metrics.in_flight.fetch_sub(1, Relaxed);
             metrics.refused.fetch_add(1, Relaxed);
@@ -97,7 +108,7 @@ impl Admitted {
             classes.server_error.fetch_add(1, Relaxed);
             return None;
         }
-        Some(Self { metrics: Arc::clone(metrics), grpc, class: None })
+        Some(Self { metrics: Arc::clone(metrics), grpc, class: None, clock: Arc::clone(clock), began: clock.now() })
     }
 
     /// Says how it ended. One that ends without a word was cancelled.
@@ -130,5 +141,8 @@ impl Drop for Admitted {
             None => &classes.cancelled,
         };
         counter.fetch_add(1, Relaxed);
+        if let Some(seconds) = self.metrics.seconds.get() {
+            seconds[usize::from(self.grpc)].observe(self.clock.now().since(self.began).as_secs_f64());
+        }
     }
 }

@@ -176,7 +176,7 @@ impl Gateway {
 
     async fn answer(&self, request: Request) -> Response {
         let grpc = grpc::is_grpc(request.headers());
-        let Some(mut admitted) = Admitted::enter(&self.metrics, grpc, self.options.in_flight) else {
+        let Some(mut admitted) = Admitted::enter(&self.metrics, grpc, self.options.in_flight, &self.clock) else {
             let message =
                 format!("{} requests are in flight already, the most this gateway takes", self.options.in_flight);
             return error_response(grpc, Code::Exhausted, &message, Some(Duration::from_secs(1)));

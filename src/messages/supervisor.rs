@@ -74,6 +74,20 @@ pub enum Who {
 /// The observable state of every actor, as JSON.
 pub type Inspect = Ask<(), serde_json::Value>;
 
+impl Who {
+    /// What kind of actor it is.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Journal => "journal",
+            Self::Placement => "placement",
+            Self::Router => "router",
+            Self::Server(_) => "server",
+            Self::Model(_) => "model",
+        }
+    }
+}
+
 impl std::fmt::Display for Who {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

@@ -235,6 +235,7 @@ impl Artifacts {
         disk::run(self.blocking, move || std::fs::create_dir_all(&folder))
             .await
             .map_err(|error| disk::failure("the download can't be written", &into, &error))?;
+        let began = self.clock.now();
         let fetched = source.fetch(request, sink).await;
         let landed = match fetched {
             Ok(Fetched::Unchanged) => known.ok_or_else(|| bad("the source says unchanged of what was not known")),
@@ -253,6 +254,9 @@ impl Artifacts {
         };
         if landed.is_ok() {
             self.metrics.fetched.inc();
+            if let Some(shared) = self.metrics.shared.get() {
+                shared.agent.fetch(self.clock.now().since(began));
+            }
         }
         // What a failed fetch left there would only be in the way: no source resumes.
         if let Err(error) = disk::run(self.blocking, move || disk::remove(&into)).await {

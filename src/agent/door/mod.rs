@@ -8,7 +8,7 @@
 mod answer;
 mod held;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, future::BoxFuture};
 use http::{HeaderName, HeaderValue, StatusCode, header::RETRY_AFTER};
@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     domain::version::{Generation, Version},
+    telemetry::metrics::{Code, Protocol},
     forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY, Request, Response, Upstream, UpstreamError, rename},
 };
 use answer::{Dialect, Kind, answer};
@@ -155,8 +156,9 @@ impl Door {
             }
             called = timeout(core.options.answer_deadline, core.server.call(request)) => called,
         };
-        let took = core.clock.now().since(began).as_micros();
-        core.metrics.aggregate_infer_micros.add(u64::try_from(took).unwrap_or(u64::MAX));
+        let took = core.clock.now().since(began);
+        core.metrics.aggregate_infer_micros.add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        self.observe(dialect, &entry, called.as_ref().ok().and_then(|called| called.as_ref().ok()), took);
         match called {
             Ok(Ok(response)) => {
                 if unknown(dialect, &response) {
@@ -175,6 +177,25 @@ impl Door {
                 answer(dialect, Kind::LATE, "the inference server did not answer in time", None)
             }
         }
+    }
+
+    /// Counts the inference server's answer, or that there was none.
+    fn observe(&self, dialect: Dialect, entry: &Entry, response: Option<&Response>, took: Duration) {
+        let Some(shared) = self.0.metrics.shared.get() else { return };
+        let (protocol, none) = match dialect {
+            Dialect::Rest => (Protocol::Rest, 502),
+            Dialect::Grpc => (Protocol::Grpc, 14),
+        };
+        let status = response.map_or(none, |response| match dialect {
+            Dialect::Rest => response.status().as_u16(),
+            // A status in trailers is not known yet: the answer has begun well.
+            Dialect::Grpc => {
+                let status = response.headers().get(tonic::Status::GRPC_STATUS);
+                status.and_then(|status| status.to_str().ok()?.parse().ok()).unwrap_or(0)
+            }
+        });
+        let version = entry.generation.version;
+        shared.agent.infer(&self.0.options.replica, &entry.model, version, protocol, Code::new(status), took);
     }
 
     /// Hands a request on that is about no model.

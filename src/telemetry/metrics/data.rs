@@ -10,7 +10,6 @@ use prometheus_client::{
     metrics::{
         counter::Counter,
         family::{Family, MetricConstructor},
-        gauge::Gauge,
         histogram::Histogram,
     },
     registry::Registry,
@@ -21,7 +20,6 @@ use super::{
     labels::{ByMethod, ByModel, ByProtocol, ByReplica, Code, Protocol},
 };
 use crate::domain::{
-    memory::Bytes,
     names::{ModelName, ReplicaId},
     version::{Version, served_name},
 };
@@ -43,22 +41,16 @@ impl MetricConstructor<Histogram> for Make {
 #[derive(Debug)]
 pub struct GatewayMetrics {
     seconds: Family<ByProtocol, Histogram, Make>,
-    /// The newest route epoch that is followed.
-    pub route_epoch: Gauge,
-    /// Models with a route.
-    pub routes: Gauge,
 }
 
 impl GatewayMetrics {
     pub(super) fn new() -> Self {
         let seconds = Family::new_with_constructor(Make(Bucketed::Request));
-        Self { seconds, route_epoch: Gauge::default(), routes: Gauge::default() }
+        Self { seconds }
     }
 
     pub(super) fn register(&self, registry: &mut Registry) {
         registry.register("wharf_gateway_request_seconds", "Duration of requests", self.seconds.clone());
-        registry.register("wharf_gateway_route_epoch", "Route epoch that is followed", self.route_epoch.clone());
-        registry.register("wharf_gateway_routes", "Models with a route", self.routes.clone());
     }
 
     /// The histogram of a protocol's requests, to be kept by whoever observes many.
@@ -72,11 +64,8 @@ impl GatewayMetrics {
 #[derive(Debug)]
 pub struct AgentMetrics {
     api_seconds: Family<ByMethod, Histogram, Make>,
-    capacity: Family<ByReplica, Gauge>,
-    overcommit: Family<ByReplica, Gauge>,
-    resident: Family<ByReplica, Gauge>,
     reload_seconds: Family<ByReplica, Histogram, Make>,
-    fetch_seconds: Family<ByReplica, Histogram, Make>,
+    fetch_seconds: Histogram,
     infer: Family<ByModel, Counter>,
     infer_seconds: Family<ByModel, Counter<f64, std::sync::atomic::AtomicU64>>,
     per_model: bool,
@@ -87,11 +76,8 @@ impl AgentMetrics {
     pub(super) fn new(per_model: bool) -> Self {
         Self {
             api_seconds: Family::new_with_constructor(Make(Bucketed::Request)),
-            capacity: Family::default(),
-            overcommit: Family::default(),
-            resident: Family::default(),
             reload_seconds: Family::new_with_constructor(Make(Bucketed::Load)),
-            fetch_seconds: Family::new_with_constructor(Make(Bucketed::Load)),
+            fetch_seconds: buckets(Bucketed::Load),
             infer: Family::default(),
             infer_seconds: Family::default(),
             per_model,
@@ -101,17 +87,6 @@ impl AgentMetrics {
 
     pub(super) fn register(&self, registry: &mut Registry) {
         registry.register("seldon_model_infer_api_seconds", "Duration of requests", self.api_seconds.clone());
-        registry.register(
-            "seldon_server_replica_memory_capacity_bytes_gauge",
-            "Memory of the replica",
-            self.capacity.clone(),
-        );
-        registry.register(
-            "seldon_server_replica_memory_capacity_overcommit_bytes_gauge",
-            "Memory of the replica with what may be registered beyond it",
-            self.overcommit.clone(),
-        );
-        registry.register("wharf_resident_bytes", "Memory of resident copies", self.resident.clone());
         registry.register("wharf_reload_seconds", "Duration of reloads on demand", self.reload_seconds.clone());
         registry.register("wharf_artifact_fetch_seconds", "Duration of downloads", self.fetch_seconds.clone());
         if self.per_model {
@@ -146,19 +121,6 @@ impl AgentMetrics {
         }
     }
 
-    /// Sets the memory of `replica`: its own, with overcommit, and what resident copies take, on the primary
-    /// device.
-    pub fn memory(&self, replica: &ReplicaId, capacity: Bytes, overcommit_percent: u32, resident: Bytes) {
-        let labels = ByReplica { server: replica.server.to_string(), server_replica: replica.index };
-        for (family, bytes) in [
-            (&self.capacity, capacity),
-            (&self.overcommit, capacity.plus_percent(overcommit_percent)),
-            (&self.resident, resident),
-        ] {
-            family.get_or_create(&labels).set(i64::try_from(bytes.0).unwrap_or(i64::MAX));
-        }
-    }
-
     /// Counts a reload on demand.
     pub fn reload(&self, replica: &ReplicaId, duration: Duration) {
         let labels = ByReplica { server: replica.server.to_string(), server_replica: replica.index };
@@ -166,9 +128,8 @@ impl AgentMetrics {
     }
 
     /// Counts a download.
-    pub fn fetch(&self, replica: &ReplicaId, duration: Duration) {
-        let labels = ByReplica { server: replica.server.to_string(), server_replica: replica.index };
-        self.fetch_seconds.get_or_create(&labels).observe(duration.as_secs_f64());
+    pub fn fetch(&self, duration: Duration) {
+        self.fetch_seconds.observe(duration.as_secs_f64());
     }
 
     /// The model's labels, while there are series left.

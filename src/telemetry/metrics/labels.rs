@@ -136,12 +136,6 @@ impl<T: EncodeLabelValue> EncodeLabelSet for ByOutcome<T> {
     }
 }
 
-/// `state`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub(super) struct ByState {
-    pub(super) state: Name,
-}
-
 /// `actor`, `event`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByActor {

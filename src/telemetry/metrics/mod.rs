@@ -172,7 +172,6 @@ mod tests {
 
     use super::*;
     use crate::domain::{
-        memory::Bytes,
         names::{ModelName, ReplicaId, ServerName},
         version::Version,
     };
@@ -207,8 +206,6 @@ mod tests {
         let metrics = Metrics::new(&[Role::Scheduler], false);
         metrics.scheduler.commit(Commit::Committed, 7, Duration::from_millis(4));
         metrics.scheduler.commit(Commit::Failed, 9, Duration::from_millis(4));
-        metrics.scheduler.models(Name("Available"), 3);
-        metrics.scheduler.memory(Bytes(5), Bytes(u64::MAX));
         metrics.scheduler.actor(Name("model"), ActorEvent::Panicked);
         metrics.agent.reload(&replica(0), Duration::from_millis(1));
         let lines = lines(&metrics);
@@ -218,8 +215,6 @@ mod tests {
             "wharf_journal_commits_total{outcome=\"unknown\"} 0",
             "wharf_submissions_total{outcome=\"refused\"} 0",
             "wharf_journal_rows_total 7",
-            "wharf_models{state=\"Available\"} 3",
-            "wharf_registered_bytes 5",
             "wharf_actor_events_total{actor=\"model\",event=\"panicked\"} 1",
         ] {
             assert!(lines.iter().any(|found| found == line), "{line} in {lines:#?}");
@@ -234,7 +229,6 @@ mod tests {
         for index in 0..2 {
             let spent = Duration::from_millis(2);
             metrics.agent.infer(&replica(index), &model, Version(2), Protocol::Rest, Code::new(200), spent);
-            metrics.agent.memory(&replica(index), Bytes(100), 10, Bytes(60));
         }
         metrics.gateway.request_seconds(Protocol::Grpc).observe(0.1);
         let lines = lines(&metrics);
@@ -244,8 +238,6 @@ mod tests {
             format!(
                 "seldon_model_infer_total{{{of_one},model=\"iris\",model_internal=\"iris_2\",method_type=\"rest\",code=\"200\"}} 1"
             ),
-            format!("seldon_server_replica_memory_capacity_overcommit_bytes_gauge{{{of_one}}} 110"),
-            format!("wharf_resident_bytes{{{of_one}}} 60"),
             format!("seldon_model_infer_api_seconds_count{{{of_one},method=\"rest\",code=\"200\"}} 1"),
         ] {
             assert!(lines.contains(&line), "{line} in {lines:#?}");

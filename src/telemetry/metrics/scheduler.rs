@@ -9,9 +9,8 @@ use prometheus_client::{
 
 use super::{
     Bucketed, buckets,
-    labels::{ActorEvent, ByActor, ByOutcome, ByState, Commit, Name, Placement, Submission},
+    labels::{ActorEvent, ByActor, ByOutcome, Commit, Name, Placement, Submission},
 };
-use crate::domain::memory::Bytes;
 
 /// A scheduler's metrics. Each is there from the start, at zero.
 #[derive(Debug)]
@@ -23,22 +22,13 @@ pub struct SchedulerMetrics {
     placements: Family<ByOutcome<Placement>, Counter>,
     placement_seconds: Histogram,
     available_seconds: Histogram,
-    models: Family<ByState, Gauge>,
-    copies: Family<ByState, Gauge>,
-    replicas: Family<ByState, Gauge>,
-    registered: Gauge,
-    capacity: Gauge,
     actor_events: Family<ByActor, Counter>,
-    /// Replicas with more registered or resident than they may have.
-    pub over_limit: Gauge,
     /// The newest route epoch.
     pub route_epoch: Gauge,
     /// The oldest epoch that a gateway with a lease has acknowledged.
     pub acknowledged_epoch: Gauge,
     /// Gateways with a lease.
     pub gateways: Gauge,
-    /// Agents with a session.
-    pub agents: Gauge,
     /// Ledgers that were not what their parts add up to.
     pub inconsistencies: Counter,
 }
@@ -53,17 +43,10 @@ impl SchedulerMetrics {
             placements: Family::default(),
             placement_seconds: buckets(Bucketed::Decision),
             available_seconds: buckets(Bucketed::Load),
-            models: Family::default(),
-            copies: Family::default(),
-            replicas: Family::default(),
-            registered: Gauge::default(),
-            capacity: Gauge::default(),
             actor_events: Family::default(),
-            over_limit: Gauge::default(),
             route_epoch: Gauge::default(),
             acknowledged_epoch: Gauge::default(),
             gateways: Gauge::default(),
-            agents: Gauge::default(),
             inconsistencies: Counter::default(),
         };
         for outcome in Submission::ALL {
@@ -90,16 +73,6 @@ impl SchedulerMetrics {
             "Time from a submission to its first available copy",
             self.available_seconds.clone(),
         );
-        registry.register("wharf_models", "Models by state", self.models.clone());
-        registry.register("wharf_copies", "Copies by state", self.copies.clone());
-        registry.register("wharf_replicas", "Replicas by state", self.replicas.clone());
-        registry.register("wharf_registered_bytes", "Memory that placed copies need", self.registered.clone());
-        registry.register("wharf_capacity_bytes", "Memory of available replicas", self.capacity.clone());
-        registry.register(
-            "wharf_over_limit_replicas",
-            "Replicas with more than they may have",
-            self.over_limit.clone(),
-        );
         registry.register("wharf_route_epoch", "Newest route epoch", self.route_epoch.clone());
         registry.register(
             "wharf_route_acknowledged_epoch",
@@ -107,7 +80,6 @@ impl SchedulerMetrics {
             self.acknowledged_epoch.clone(),
         );
         registry.register("wharf_gateways", "Gateways with a lease", self.gateways.clone());
-        registry.register("wharf_agents", "Agents with a session", self.agents.clone());
         registry.register("wharf_actor_events", "What happened to actors", self.actor_events.clone());
         registry.register("wharf_inconsistencies", "Ledgers that did not add up", self.inconsistencies.clone());
     }
@@ -137,33 +109,8 @@ impl SchedulerMetrics {
         self.available_seconds.observe(duration.as_secs_f64());
     }
 
-    /// Sets how many models are in a state.
-    pub fn models(&self, state: Name, count: usize) {
-        set(&self.models, state, count);
-    }
-
-    /// Sets how many copies are in a state.
-    pub fn copies(&self, state: Name, count: usize) {
-        set(&self.copies, state, count);
-    }
-
-    /// Sets how many replicas are in a state.
-    pub fn replicas(&self, state: Name, count: usize) {
-        set(&self.replicas, state, count);
-    }
-
-    /// Sets the memory that is registered, and that there is, on primary devices.
-    pub fn memory(&self, registered: Bytes, capacity: Bytes) {
-        self.registered.set(i64::try_from(registered.0).unwrap_or(i64::MAX));
-        self.capacity.set(i64::try_from(capacity.0).unwrap_or(i64::MAX));
-    }
-
     /// Counts what happened to an actor.
     pub fn actor(&self, actor: Name, event: ActorEvent) {
         self.actor_events.get_or_create(&ByActor { actor, event }).inc();
     }
-}
-
-fn set(family: &Family<ByState, Gauge>, state: Name, count: usize) {
-    family.get_or_create(&ByState { state }).set(i64::try_from(count).unwrap_or(i64::MAX));
 }
