@@ -6,11 +6,15 @@
 use std::sync::Arc;
 
 use actix::{Actor, ActorFutureExt as _, AsyncContext as _, Context, Handler, Recipient, WrapFuture as _};
+use serde_json::json;
 
 use super::{life::Life, links::Links};
 use crate::{
     domain::{record::Write, time::Instant},
-    messages::journal::{Commit, Committed},
+    messages::{
+        journal::{Commit, Committed},
+        supervisor::Observe,
+    },
     ports::{CommitError, Store},
     telemetry::metrics::Commit as Outcome,
 };
@@ -117,5 +121,13 @@ impl Handler<Commit> for Journal {
     fn handle(&mut self, commit: Commit, ctx: &mut Self::Context) {
         self.waiting.push(commit);
         self.commit(ctx);
+    }
+}
+
+impl Handler<Observe> for Journal {
+    type Result = ();
+
+    fn handle(&mut self, round: Observe, _: &mut Self::Context) {
+        round.answer("journal", json!({ "waiting": self.waiting.len(), "committing": self.committing }));
     }
 }

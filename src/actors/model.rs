@@ -3,6 +3,7 @@
 use std::{collections::VecDeque, mem, sync::Arc};
 
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, SpawnHandle};
+use serde_json::json;
 
 use super::{life::Life, links::Links};
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
         placement::{Leave, Place, Release, Restore},
         router::Publish,
         server::{Enquire, SetOrder},
-        supervisor::{Terminated, Who},
+        supervisor::{Observe, Terminated, Who},
     },
     telemetry::metrics::Submission,
 };
@@ -299,5 +300,24 @@ impl Handler<Committed> for ModelActor {
                 });
             }
         }
+    }
+}
+
+impl Handler<Observe> for ModelActor {
+    type Result = ();
+
+    fn handle(&mut self, round: Observe, _: &mut Self::Context) {
+        let standing = self.model.standing();
+        let state = json!({
+            "uid": self.model.uid.0,
+            "state": standing.state.name(),
+            "versions": self.model.versions.len(),
+            "serving": self.model.serving.map(|version| version.0),
+            "copies": self.model.copies.iter().map(|copy| copy.state.name()).collect::<Vec<_>>(),
+            "revision": self.model.revision,
+            "committing": self.committing.is_some(),
+            "waiting": self.waiting.len(),
+        });
+        round.answer(&format!("model/{}", self.model.name), state);
     }
 }

@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use actix::{Actor, AsyncContext as _, Context, Handler};
+use serde_json::json;
 
 use super::{life::Life, links::Links};
 use crate::{
@@ -18,6 +19,7 @@ use crate::{
         Ask, Registered,
         model::{Announce, Happened},
         placement::{Explain, Explanation, Leave, Place, Release, ReplicaChanged, Restore},
+        supervisor::Observe,
     },
     telemetry::metrics::Placement as Outcome,
 };
@@ -224,8 +226,29 @@ impl Handler<Explain> for PlacementActor {
             let copy = copies().find(|copy| copy.state.replica().is_none()).or_else(|| copies().last())?;
             let Some(crate::domain::model::Effect::Place(wanted)) = model.place(copy) else { return None };
             let report = self.placement.explain(&self.request(&Place { model: question.clone(), wanted }), now);
-            Some(Explanation { text: report.to_string(), data: serde_json::to_value(&report).unwrap_or_default() })
+            let stands = match copy.state.replica() {
+                Some(on) => {
+                    format!("{question} version {latest} is {} on {on}. Were its copy placed now:\n", copy.state.name())
+                }
+                None => format!("{question} version {latest} has a copy without a place:\n"),
+            };
+            let data = serde_json::to_value(&report).unwrap_or_default();
+            Some(Explanation { text: format!("{stands}{report}"), data })
         });
         drop(reply.send(explanation));
+    }
+}
+
+impl Handler<Observe> for PlacementActor {
+    type Result = ();
+
+    fn handle(&mut self, round: Observe, _: &mut Self::Context) {
+        let ledger = self.placement.ledger();
+        let state = json!({
+            "replicas": ledger.replicas().count(),
+            "copies": ledger.copy_count(),
+            "waiting": self.placement.waiting_count(),
+        });
+        round.answer("placement", state);
     }
 }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use actix::{Actor, AsyncContext as _, Context, Handler};
+use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::{life::Life, links::Links};
@@ -23,6 +24,7 @@ use crate::{
     messages::{
         model::{Announce, Happened},
         router::{GatewayAcknowledged, GatewayConnected, GatewayGone, Publish, RouteUpdate},
+        supervisor::Observe,
     },
 };
 
@@ -207,5 +209,23 @@ impl Handler<GatewayGone> for RouterActor {
         {
             gateway.updates = None;
         }
+    }
+}
+
+impl Handler<Observe> for RouterActor {
+    type Result = ();
+
+    fn handle(&mut self, round: Observe, _: &mut Self::Context) {
+        let gateway = |(name, gateway): (&String, &Gateway)| {
+            let state = json!({ "acknowledged": gateway.acknowledged.0, "connected": gateway.updates.is_some() });
+            (name.clone(), state)
+        };
+        let state = json!({
+            "epoch": self.epoch.0,
+            "routes": self.routes.len(),
+            "unsettled": self.unsettled.len(),
+            "gateways": self.gateways.iter().map(gateway).collect::<BTreeMap<_, _>>(),
+        });
+        round.answer("router", state);
     }
 }

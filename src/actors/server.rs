@@ -4,10 +4,15 @@
 //! timer; an order that was lost is sent again.
 
 mod replica;
+mod view;
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use actix::{Actor, AsyncContext as _, Context, Handler};
+use serde_json::json;
 
 use self::replica::Replica;
 use super::{life::Life, links::Links};
@@ -15,23 +20,22 @@ use crate::{
     domain::{
         copy::Event as CopyEvent,
         error::{Code, Refusal},
-        memory::Resources,
         model::{Event, Note},
         names::{ModelName, ReplicaId},
         record::{ServerRow, Write},
-        replica::{Event as ReplicaEvent, Patience, ReplicaState, shown, step},
+        replica::{Event as ReplicaEvent, Patience, ReplicaState, step},
         server::Claim,
     },
     messages::{
-        Ask, ReplicaView, Reply, ServerView,
+        Ask, Reply,
         journal::{Commit, Committed},
         model::{Announce, Happened},
-        placement::{ReplicaChanged, ReplicaFacts},
+        placement::ReplicaChanged,
         server::{
             AgentConnected, AgentSpoke, Declaration, Declare, DeclareServer, Down, Enquire, Mark, MarkReplica, SetMark,
             SetOrder, Word,
         },
-        supervisor::Who,
+        supervisor::{Observe, Who},
     },
 };
 
@@ -39,7 +43,7 @@ pub(super) struct ServerActor {
     row: ServerRow,
     declaration: Option<Declaration>,
     removing: bool,
-    replicas: std::collections::BTreeMap<u32, Replica>,
+    replicas: BTreeMap<u32, Replica>,
     links: Arc<Links>,
     /// Rows on their way to the journal, oldest first, with who waits for each.
     committing: std::collections::VecDeque<(ServerRow, Done)>,
@@ -62,7 +66,7 @@ impl ServerActor {
             row,
             declaration,
             removing: false,
-            replicas: std::collections::BTreeMap::new(),
+            replicas: BTreeMap::new(),
             links,
             committing: std::collections::VecDeque::new(),
             _life: life,
@@ -87,88 +91,6 @@ impl ServerActor {
 
     fn note(&self, kind: &'static str, message: String) {
         self.links.note(&Who::Server(self.row.name.clone()), Note { kind, message }, serde_json::Value::Null);
-    }
-
-    /// Memory of a replica: of what is declared and what its agent reports, the smaller counts.
-    fn capacity(&self, replica: &Replica) -> Resources {
-        match (self.declaration.as_ref().and_then(|declaration| declaration.capacity.as_ref()), &replica.hello) {
-            (Some(declared), Some(hello)) => declared.min(&hello.capacity),
-            (Some(declared), None) => declared.clone(),
-            (None, Some(hello)) => hello.capacity.clone(),
-            (None, None) => Resources::default(),
-        }
-    }
-
-    fn facts(&self, index: u32, replica: &Replica) -> ReplicaFacts {
-        let declared = self.declaration.as_ref();
-        ReplicaFacts {
-            state: shown(replica.state, self.row.leaves(index)),
-            closed: self.removing || self.row.closed(index),
-            capacity: self.capacity(replica),
-            overcommit_percent: declared
-                .and_then(|declaration| declaration.overcommit_percent)
-                .or_else(|| replica.hello.as_ref().map(|hello| hello.overcommit_percent))
-                .unwrap_or(0),
-            // What the agent can do counts; what the owner says is what is expected of it.
-            capabilities: match &replica.hello {
-                Some(hello) => hello.capabilities.clone(),
-                None => declared.and_then(|declaration| declaration.capabilities.clone()).unwrap_or_default(),
-            },
-        }
-    }
-
-    /// Tells everyone how the server is now.
-    fn publish(&self) {
-        for (index, replica) in &self.replicas {
-            let facts = Some(self.facts(*index, replica));
-            self.links.placement.tell(ReplicaChanged { replica: self.id(*index), facts });
-        }
-        self.show();
-    }
-
-    /// Shows readers how the server is now.
-    fn show(&self) {
-        let mut conditions = Vec::new();
-        let replicas = self
-            .replicas
-            .iter()
-            .map(|(index, replica)| {
-                let facts = self.facts(*index, replica);
-                if let Some(difference) = self.difference(*index, replica) {
-                    conditions.push(difference);
-                }
-                ReplicaView {
-                    index: *index,
-                    state: facts.state,
-                    since: replica.since,
-                    capacity: facts.capacity,
-                    overcommit_percent: facts.overcommit_percent,
-                    resident: replica.resident.clone(),
-                    copies_resident: replica.copies_resident(),
-                    door: replica.hello.as_ref().map(|hello| hello.door.clone()).unwrap_or_default(),
-                }
-            })
-            .collect();
-        let first = self.replicas.values().find_map(|replica| replica.hello.as_ref());
-        let declared = self.declaration.as_ref().and_then(|declaration| declaration.capabilities.clone());
-        self.links.board.put_server(Arc::new(ServerView {
-            row: self.row.clone(),
-            removing: self.removing,
-            replicas,
-            capabilities: first.map(|hello| hello.capabilities.clone()).or(declared).unwrap_or_default(),
-            runtime: first.map(|hello| hello.runtime.clone()).unwrap_or_default(),
-            conditions,
-        }));
-    }
-
-    fn difference(&self, index: u32, replica: &Replica) -> Option<String> {
-        let declared = self.declaration.as_ref()?.capacity.as_ref()?;
-        let reported = &replica.hello.as_ref()?.capacity;
-        (declared != reported).then(|| {
-            let counted = declared.min(reported).primary;
-            let (declared, reported) = (declared.primary, reported.primary);
-            format!("replica {index} reports {reported}, {declared} are declared; {counted} count")
-        })
     }
 
     fn set_state(&mut self, index: u32, event: ReplicaEvent) {
@@ -497,5 +419,21 @@ impl Handler<Committed> for ServerActor {
             Done::Declared(reply) => drop(reply.send(result)),
             Done::Marked(reply, chosen) => drop(reply.send(result.map(|()| chosen))),
         }
+    }
+}
+
+impl Handler<Observe> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, round: Observe, _: &mut Self::Context) {
+        let replicas = self.replicas.iter().map(|(index, replica)| (index.to_string(), replica.observe()));
+        let state = json!({
+            "owner": self.row.owner.name(),
+            "expected": self.row.expected,
+            "removing": self.removing,
+            "committing": self.committing.len(),
+            "replicas": replicas.collect::<BTreeMap<_, _>>(),
+        });
+        round.answer(&format!("server/{}", self.row.name), state);
     }
 }

@@ -39,7 +39,7 @@ use crate::{
         placement::Explain,
         router::{GatewayAcknowledged, GatewayConnected, GatewayGone},
         server::{AgentConnected, AgentSpoke, Declare, DeclareServer, MarkReplica},
-        supervisor::{Action, AskModel, Ended, Inspect, OnModel, Terminated, Who},
+        supervisor::{Action, AskModel, Ended, Inspect, Observe, OnModel, Terminated, Who},
     },
     ports::Store,
     telemetry::metrics::{ActorEvent, Name},
@@ -47,6 +47,8 @@ use crate::{
 
 /// Numbers that one start reserves of each counter: more than one process can use.
 pub(super) const RESERVED: u64 = 1 << 32;
+/// Models whose state one look shows at most.
+const OBSERVED: usize = 1000;
 /// Scans that it takes to reach every model.
 const SCANS: usize = 12;
 
@@ -449,15 +451,28 @@ impl Handler<Inspect> for Supervisor {
     type Result = ();
 
     fn handle(&mut self, Ask { reply, .. }: Inspect, _: &mut Self::Context) {
-        let links = &self.links;
-        let state = json!({
-            "leader_epoch": links.identity.leader_epoch,
-            "lineage": links.identity.lineage,
-            "models": links.models.len(),
-            "servers": links.servers.len(),
-            "restarts": self.restarts,
-            "terminated": self.terminated.len(),
-        });
-        drop(reply.send(state));
+        let (links, round) = (&self.links, Observe::round(reply));
+        round.answer(
+            "supervisor",
+            json!({
+                "leader_epoch": links.identity.leader_epoch,
+                "cluster": links.identity.cluster,
+                "lineage": links.identity.lineage,
+                "models": links.models.len(),
+                "servers": links.servers.len(),
+                "restarts": self.restarts,
+                "terminated": self.terminated.len(),
+                "retiring": self.retiring.len(),
+            }),
+        );
+        links.journal.tell(round.clone());
+        links.placement.tell(round.clone());
+        links.router.tell(round.clone());
+        for server in links.servers.iter() {
+            server.do_send(round.clone());
+        }
+        for model in links.all_models().into_iter().take(OBSERVED) {
+            model.do_send(round.clone());
+        }
     }
 }

@@ -5,11 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, sync::atomic::Ordering::Relaxed};
 use crate::{
     actors::Links,
     agent::Agent,
-    domain::{
-        memory::Bytes,
-        names::ReplicaId,
-        replica::ReplicaState,
-    },
+    domain::{memory::Bytes, names::ReplicaId, replica::ReplicaState},
     gateway::Gateway,
     telemetry::metrics::{Metrics, Protocol, Sample},
 };
@@ -51,9 +47,8 @@ pub fn expose_scheduler(metrics: &Metrics, links: &Arc<Links>) {
             ("wharf_copies", "Copies by state", copies),
             ("wharf_replicas", "Replicas by state", replicas),
         ] {
-            let by_state = counts.into_iter().map(|(state, count)| {
-                gauge(name, help, vec![("state", state.to_owned())], count)
-            });
+            let by_state =
+                counts.into_iter().map(|(state, count)| gauge(name, help, vec![("state", state.to_owned())], count));
             samples.extend(by_state);
         }
         samples.push(gauge("wharf_registered_bytes", "Memory that placed copies need", vec![], registered.0));
@@ -89,7 +84,11 @@ pub fn expose_gateway(metrics: &Metrics, gateway: &Arc<Gateway>) {
             ("wharf_gateway_not_here_total", "Answers of doors that do not hold the copy", &counted.not_here),
             ("wharf_gateway_not_started_total", "Answers of doors before a server could start", &counted.not_started),
             ("wharf_gateway_unreachable_total", "Doors that could not be reached", &counted.unreachable),
-            ("wharf_gateway_deadline_exceeded_total", "Requests that ended at their deadline", &counted.deadline_exceeded),
+            (
+                "wharf_gateway_deadline_exceeded_total",
+                "Requests that ended at their deadline",
+                &counted.deadline_exceeded,
+            ),
             ("wharf_gateway_unknown_model_total", "Requests for a model without a route", &counted.unknown_model),
             ("wharf_gateway_no_endpoint_total", "Requests for a model that nothing answers for", &counted.no_endpoint),
             ("wharf_gateway_epochs_total", "Route epochs applied", &counted.epochs),
@@ -100,7 +99,12 @@ pub fn expose_gateway(metrics: &Metrics, gateway: &Arc<Gateway>) {
         let (epoch, routes) = gateway.table().held_epoch();
         let in_flight = counted.in_flight.load(Relaxed);
         samples.push(gauge("wharf_gateway_in_flight_requests", "Requests in flight", vec![], in_flight));
-        samples.push(gauge("wharf_gateway_route_epoch", "Route epoch that is followed", vec![], epoch.map_or(0, |e| e.0)));
+        samples.push(gauge(
+            "wharf_gateway_route_epoch",
+            "Route epoch that is followed",
+            vec![],
+            epoch.map_or(0, |e| e.0),
+        ));
         samples.push(gauge("wharf_gateway_routes", "Models with a route", vec![], routes as u64));
         samples
     }));

@@ -1,8 +1,13 @@
 //! To the supervisor.
 
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
 use actix::Message;
 
-use super::Ask;
+use super::{Ask, Reply};
 use crate::domain::{
     error::Refusal,
     model::{Event, Submitted},
@@ -73,6 +78,41 @@ pub enum Who {
 
 /// The observable state of every actor, as JSON.
 pub type Inspect = Ask<(), serde_json::Value>;
+
+/// Say how you stand. The answers go together once the last actor has said, or can't any more.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Observe(Arc<Observations>);
+
+/// Answers to [`Observe`]. Dropping the last hold of it sends them.
+#[derive(Debug)]
+struct Observations {
+    actors: Mutex<BTreeMap<String, serde_json::Value>>,
+    reply: Mutex<Option<Reply<serde_json::Value>>>,
+}
+
+impl Observe {
+    /// A round whose answers go to `reply`.
+    #[must_use]
+    pub fn round(reply: Reply<serde_json::Value>) -> Self {
+        Self(Arc::new(Observations { actors: Mutex::default(), reply: Mutex::new(Some(reply)) }))
+    }
+
+    /// An actor's answer.
+    pub fn answer(&self, who: &str, state: serde_json::Value) {
+        self.0.actors.lock().unwrap_or_else(PoisonError::into_inner).insert(who.to_owned(), state);
+    }
+}
+
+impl Drop for Observations {
+    fn drop(&mut self) {
+        let actors = std::mem::take(self.actors.get_mut().unwrap_or_else(PoisonError::into_inner));
+        if let Some(reply) = self.reply.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            // Whoever asked may have given up.
+            drop(reply.send(serde_json::json!(actors)));
+        }
+    }
+}
 
 impl Who {
     /// What kind of actor it is.

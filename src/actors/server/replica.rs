@@ -193,6 +193,18 @@ impl Replica {
         }
     }
 
+    /// What is to be seen of it.
+    pub(super) fn observe(&self) -> serde_json::Value {
+        serde_json::json!({
+            "state": self.state.name(),
+            "session": self.session,
+            "connected": self.link.is_some(),
+            "wanted": self.wanted.len(),
+            "reported": self.reported.len(),
+            "asked": self.asked.len(),
+        })
+    }
+
     pub(super) fn tell(&mut self, word: Down) {
         if self.link.as_ref().is_some_and(|link| link.try_send(word).is_err()) {
             self.link = None;

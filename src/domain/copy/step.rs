@@ -204,3 +204,185 @@ fn failed(copy: &mut Copy, on: Option<ReplicaId>, failure: Failure, event: Event
         ) => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::FailureClass, *};
+    use crate::domain::{
+        copy::{Progress, Residency},
+        memory::{Bytes, Resources},
+        names::ServerName,
+        placement::report::Unplaced,
+        version::{Generation, Uid, Version},
+    };
+
+    /// The shapes that a copy can have, by one letter each: Pending, Scheduled, Downloading, Loading, Available, Draining
+    /// while it Leaves the routes and while it is Unloaded, Failed with its memory reserved and Freed, Unloaded, Unknown
+    /// while no gateway knows it, while some do, and while it is to leave.
+    const SHAPES: &str = "P S D L A l u F f U ? ! x";
+
+    /// Where each event leads from each shape, in the order of [`SHAPES`]; `-` is illegal.
+    const TABLE: [(&str, &str); 15] = [
+        ("Placed", "S - - - - - - - - - - - -"),
+        ("Unplaced", "P - - - - - - - - - - - -"),
+        ("Reported(Scheduled)", "- S S S S l u F - - S S l"),
+        ("Reported(Downloading)", "- D D D D l u F - - D D l"),
+        ("Reported(Loading)", "- L L L L l u F - - L L l"),
+        ("Reported(Available)", "- A A A A l u F - - A A l"),
+        ("Reported(Draining)", "- S S S S l u F - - S S l"),
+        ("Reported(Unloaded)", "- S S S S U U f - - S S U"),
+        ("Reported(Failed), reserved", "- F F F F l u F - - F F l"),
+        ("Reported(Failed), freed", "- f f f f U U f - - f f U"),
+        ("Missing", "- S S S S U U f - - S S U"),
+        ("Drain", "U u u u l - - u U - x x -"),
+        ("RoutesSettled", "- - - - - u - - - - - - x"),
+        ("AgentLost", "- ? ? ? ! x x F - - ? ! x"),
+        ("ReplicaLost", "- U U U U U U f - - U U U"),
+    ];
+
+    fn on() -> ReplicaId {
+        ReplicaId::new(ServerName::new("mlserver").unwrap(), 0)
+    }
+
+    fn failure() -> Failure {
+        Failure { class: FailureClass::Runtime, message: "it broke".to_owned() }
+    }
+
+    fn copy(shape: &str) -> Copy {
+        let on = on();
+        let (state, draining, routed) = match shape {
+            "P" => (State::Pending { reason: None }, false, false),
+            "S" => (State::Scheduled { on }, false, false),
+            "D" => (State::Downloading { on, progress: Progress::default() }, false, false),
+            "L" => (State::Loading { on }, false, false),
+            "A" => (State::Available { on, residency: Residency::Resident }, false, true),
+            "l" => (State::Draining { on, phase: Drain::Leaving }, true, false),
+            "u" => (State::Draining { on, phase: Drain::Unloading }, true, false),
+            "F" => (State::Failed { on: Some(on), failure: failure() }, false, false),
+            "f" => (State::Failed { on: None, failure: failure() }, false, false),
+            "U" => (State::Unloaded, false, false),
+            "?" => (State::Unknown { on }, false, false),
+            "!" => (State::Unknown { on }, false, true),
+            "x" => (State::Unknown { on }, true, false),
+            other => panic!("no shape {other}"),
+        };
+        Copy {
+            generation: Generation { uid: Uid(1), version: Version(1), number: 0 },
+            state,
+            since: Instant::from_micros(1),
+            need: Resources::primary(Bytes(1)),
+            attempts: 0,
+            avoid: Vec::new(),
+            left: 0,
+            draining,
+            routed,
+        }
+    }
+
+    fn shape(copy: &Copy) -> &'static str {
+        match (&copy.state, copy.draining, copy.routed) {
+            (State::Pending { .. }, false, false) => "P",
+            (State::Scheduled { .. }, false, false) => "S",
+            (State::Downloading { .. }, false, false) => "D",
+            (State::Loading { .. }, false, false) => "L",
+            (State::Available { .. }, false, true) => "A",
+            (State::Draining { phase: Drain::Leaving, .. }, true, false) => "l",
+            (State::Draining { phase: Drain::Unloading, .. }, true, false) => "u",
+            (State::Failed { on: Some(_), .. }, false, false) => "F",
+            (State::Failed { on: None, .. }, false, false) => "f",
+            (State::Unloaded, _, false) => "U",
+            (State::Unknown { .. }, false, false) => "?",
+            (State::Unknown { .. }, false, true) => "!",
+            (State::Unknown { .. }, true, false) => "x",
+            _ => panic!("no copy may be like this: {copy:?}"),
+        }
+    }
+
+    fn event(name: &str) -> Event {
+        let reported = Event::Reported;
+        match name {
+            "Placed" => Event::Placed { on: on() },
+            "Unplaced" => Event::Unplaced { reason: Unplaced::default() },
+            "Reported(Scheduled)" => reported(Report::Scheduled),
+            "Reported(Downloading)" => reported(Report::Downloading(Progress { done: 1, total: None })),
+            "Reported(Loading)" => reported(Report::Loading),
+            "Reported(Available)" => reported(Report::Available { residency: Residency::Evicted, measured: None }),
+            "Reported(Draining)" => reported(Report::Draining { holds: 1 }),
+            "Reported(Unloaded)" => reported(Report::Unloaded),
+            "Reported(Failed), reserved" => reported(Report::Failed { failure: failure(), freed: false }),
+            "Reported(Failed), freed" => reported(Report::Failed { failure: failure(), freed: true }),
+            "Missing" => Event::Missing,
+            "Drain" => Event::Drain,
+            "RoutesSettled" => Event::RoutesSettled,
+            "AgentLost" => Event::AgentLost,
+            "ReplicaLost" => Event::ReplicaLost,
+            other => panic!("no event {other}"),
+        }
+    }
+
+    #[test]
+    fn every_event_leads_where_the_table_says() {
+        let shapes: Vec<&str> = SHAPES.split(' ').collect();
+        for (name, row) in TABLE {
+            let row: Vec<&str> = row.split(' ').collect();
+            assert_eq!(row.len(), shapes.len(), "{name}");
+            for (from, to) in shapes.iter().zip(row) {
+                let (before, mut after) = (copy(from), copy(from));
+                match step(&mut after, event(name), Instant::from_micros(2)) {
+                    Ok(_) => assert_eq!(shape(&after), to, "{from} {name}"),
+                    Err(illegal) => {
+                        assert_eq!(to, "-", "{from} {name}: {illegal}");
+                        assert_eq!(after, before, "an illegal event changed {from}");
+                        assert_eq!((illegal.state, illegal.event), (before.state.name(), event(name).name()));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_copy_keeps_its_memory_until_it_is_said_to_be_free_and_frees_it_once() {
+        for from in SHAPES.split(' ') {
+            for (name, _) in TABLE {
+                let (before, mut after) = (copy(from), copy(from));
+                let Ok(effects) = step(&mut after, event(name), Instant::from_micros(2)) else { continue };
+                let freed = before.state.replica().is_some() && after.state.replica().is_none();
+                assert_eq!(effects.contains(&Effect::Release), freed, "{from} {name}: {effects:?}");
+                assert_eq!(effects.contains(&Effect::Forget), freed, "{from} {name}: {effects:?}");
+                let said = matches!(
+                    event(name),
+                    Event::Missing
+                        | Event::ReplicaLost
+                        | Event::Reported(Report::Unloaded | Report::Failed { freed: true, .. })
+                );
+                assert!(!freed || said, "{from} {name} frees memory that nobody said is free");
+            }
+        }
+    }
+
+    #[test]
+    fn what_gateways_know_changes_only_with_a_new_route_and_an_unload_waits_for_it() {
+        for from in SHAPES.split(' ') {
+            for (name, _) in TABLE {
+                let (before, mut after) = (copy(from), copy(from));
+                let Ok(effects) = step(&mut after, event(name), Instant::from_micros(2)) else { continue };
+                if before.routed != after.routed {
+                    assert!(effects.contains(&Effect::Route), "{from} {name}: {effects:?}");
+                }
+                if effects.contains(&Effect::Unregister) {
+                    assert!(!before.routed && !after.routed, "{from} {name} orders an unload of a routed copy");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_time_is_noted_when_the_state_becomes_another() {
+        let later = Instant::from_micros(2);
+        let mut copy = copy("S");
+        step(&mut copy, event("Reported(Scheduled)"), later).unwrap();
+        assert_eq!(copy.since, Instant::from_micros(1), "it is Scheduled as before");
+        step(&mut copy, event("Reported(Loading)"), later).unwrap();
+        assert_eq!(copy.since, later);
+    }
+}
