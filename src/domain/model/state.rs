@@ -148,7 +148,8 @@ pub fn standing<'a>(copies: impl Iterator<Item = &'a Copy>, wanted: u32, least: 
     } else if let Some(unplaced) = unplaced {
         (ModelState::ScheduleFailed, Reason::Unplaced(unplaced.summary()))
     } else {
-        (ModelState::Progressing, Reason::Waiting(held_up()))
+        let text = Some(held_up()).filter(|text| !text.is_empty());
+        (ModelState::Progressing, Reason::Waiting(text.unwrap_or_else(|| "no copy of it is there yet".to_owned())))
     };
     Standing { state, reason, available, unavailable }
 }
