@@ -35,9 +35,13 @@ pub(super) struct Life {
 }
 
 impl Life {
-    /// Begins here.
-    pub(super) fn begin(who: Who, supervisor: Recipient<Ended>) -> Self {
-        tracing::debug!(target: "wharf::supervision", event = "actor_started", actor = %who, "actor started");
+    /// Begins here. The many of a restart are told in one line of their own.
+    pub(super) fn begin(who: Who, supervisor: Recipient<Ended>, one_of_many: bool) -> Self {
+        if one_of_many {
+            tracing::debug!(target: "wharf::supervision", event = "actor_started", actor = %who, "actor started");
+        } else {
+            tracing::info!(target: "wharf::supervision", event = "actor_started", actor = %who, "actor started");
+        }
         Self { who, supervisor }
     }
 }

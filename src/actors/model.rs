@@ -4,6 +4,7 @@ use std::{collections::VecDeque, mem, sync::Arc};
 
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, SpawnHandle};
 use serde_json::json;
+use tracing::Span;
 
 use super::{life::Life, links::Links};
 use crate::{
@@ -14,6 +15,7 @@ use crate::{
         order::Order,
         record::Write,
         time::Instant,
+        version::Version,
     },
     messages::{
         Reply,
@@ -41,6 +43,8 @@ pub(super) struct ModelActor {
     committing: Option<Tentative>,
     waiting: VecDeque<Pending>,
     wake: Option<(Instant, SpawnHandle)>,
+    /// The way of the newest version from its submission to its first available copy.
+    submission: Option<(Version, Span)>,
     _life: Life,
 }
 
@@ -59,7 +63,15 @@ struct Tentative {
 
 impl ModelActor {
     pub(super) fn new(model: Model, links: Arc<Links>, life: Life) -> Self {
-        Self { model: Arc::new(model), links, committing: None, waiting: VecDeque::new(), wake: None, _life: life }
+        Self {
+            model: Arc::new(model),
+            links,
+            committing: None,
+            waiting: VecDeque::new(),
+            wake: None,
+            submission: None,
+            _life: life,
+        }
     }
 
     fn take(&mut self, pending: Pending, ctx: &mut Context<Self>) {
@@ -101,8 +113,9 @@ impl ModelActor {
     }
 
     fn install(&mut self, tentative: Tentative, ctx: &mut Context<Self>) {
+        let span = self.follow_submission(&tentative.model);
+        let _within = span.enter();
         if *self.model != tentative.model {
-            self.count_available(&tentative.model);
             self.model = Arc::new(tentative.model);
             if self.model.is_born() {
                 self.links.board.put_model(Arc::clone(&self.model));
@@ -119,17 +132,33 @@ impl ModelActor {
         }
     }
 
-    /// Measures the way of a version from its submission to its first available copy.
-    fn count_available(&self, next: &Model) {
-        let Some(latest) = next.latest() else { return };
+    /// Follows the newest version from its submission to its first available copy; gives the span of that way.
+    fn follow_submission(&mut self, next: &Model) -> Span {
+        let Some(latest) = next.latest() else { return Span::none() };
+        if self.submission.as_ref().is_none_or(|(version, _)| *version != latest.version) {
+            let span = tracing::info_span!(
+                target: "wharf::submission",
+                "submission",
+                model = %next.name,
+                version = latest.version.0,
+                uid = latest.uid.0
+            );
+            self.submission = Some((latest.version, span));
+        }
         let answers = |model: &Model| {
             let available = |copy: &Copy| matches!(copy.state, State::Available { .. });
             model.copies.iter().any(|copy| copy.generation.version == latest.version && available(copy))
         };
         let known = self.model.latest().is_some_and(|entry| entry.version == latest.version && entry.uid == latest.uid);
-        if known && !answers(&self.model) && answers(next) {
-            self.links.metrics.scheduler.available(self.links.clock.now().since(latest.created));
+        let span = self.submission.as_ref().map_or_else(Span::none, |(_, span)| span.clone());
+        if answers(next) {
+            if known && !answers(&self.model) {
+                self.links.metrics.scheduler.available(self.links.clock.now().since(latest.created));
+            }
+            // It has arrived: what happens to it from here on is no part of that way.
+            self.submission = Some((latest.version, Span::none()));
         }
+        span
     }
 
     fn perform(&mut self, effect: Effect, ctx: &mut Context<Self>) {

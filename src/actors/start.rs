@@ -130,6 +130,7 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
             terminated: VecDeque::new(),
             retiring: BTreeSet::new(),
             unheard: Unheard.start().recipient(),
+            restoring: false,
             scanned: None,
         })
     };

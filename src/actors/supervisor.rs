@@ -70,6 +70,8 @@ pub(super) struct Supervisor {
     /// Models whose actors were asked to end.
     pub(super) retiring: BTreeSet<ModelName>,
     pub(super) unheard: Recipient<Committed>,
+    /// Whether the journal's models are being started, all at once.
+    pub(super) restoring: bool,
     /// The last model that a scan reached.
     pub(super) scanned: Option<ModelName>,
 }
@@ -77,7 +79,7 @@ pub(super) struct Supervisor {
 impl Supervisor {
     fn life(&self, who: Who, ctx: &Context<Self>) -> Life {
         self.count(&who, ActorEvent::Started);
-        Life::begin(who, ctx.address().recipient())
+        Life::begin(who, ctx.address().recipient(), self.restoring)
     }
 
     fn count(&self, who: &Who, event: ActorEvent) {
@@ -131,6 +133,7 @@ impl Supervisor {
     /// Starts an actor for everything that the journal holds.
     fn restore(&mut self, contents: Contents, ctx: &Context<Self>) {
         let now = self.links.clock.now();
+        self.restoring = true;
         for row in contents.servers {
             self.start_server(row, ctx);
         }
@@ -143,6 +146,7 @@ impl Supervisor {
             self.restore_model(row, versions, copies, now, ctx);
             count += 1;
         }
+        self.restoring = false;
         self.terminated.make_contiguous().sort_unstable();
         tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader_epoch, "the journal is read");
     }
@@ -317,7 +321,7 @@ impl Handler<Ended> for Supervisor {
             }
             None => {
                 self.count(&ended.who, ActorEvent::Stopped);
-                tracing::debug!(target: "wharf::supervision", event = "actor_stopped", actor = %ended.who, "actor stopped");
+                tracing::info!(target: "wharf::supervision", event = "actor_stopped", actor = %ended.who, "actor stopped");
                 if let Who::Model(name) = &ended.who {
                     self.retired(name);
                 }

@@ -43,8 +43,12 @@ pub(crate) enum Command {
     Agent(Role),
     /// Run one gateway.
     Gateway(Role),
-    /// Run everything with example models, to look around.
-    Demo(Role),
+    /// Play the life of a model with sample models, and check what is promised.
+    Demo {
+        /// The folder with the sample models.
+        #[arg(long, value_name = "DIR", default_value = "tests/models")]
+        models: PathBuf,
+    },
     /// Submit every manifest of a file, a folder or standard input.
     Load(Load),
     /// Delete every model that a file, a folder or standard input names.
@@ -88,12 +92,32 @@ pub(crate) struct Role {
     /// A setting by its dotted name; wins over the file and the environment.
     #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
     set: Vec<(String, String)>,
+    /// How to log: text for people, json for machines; short for --set log.format=...
+    #[arg(long, value_name = "FORMAT")]
+    log: Option<String>,
+    /// Where to keep data: the journal, artifacts; short for --set scheduler.data_dir=... and agent.data_dir=...
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// The server registry; short for --set scheduler.servers=...
+    #[arg(long, value_name = "FILE")]
+    servers: Option<PathBuf>,
 }
 
 impl Role {
     pub(crate) fn resolve(self, context: &Context, verbose: u8) -> RoleArgs {
         let from_environment = || (context.variable)("WHARF_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
-        RoleArgs { config: self.config.or_else(from_environment), set: self.set, verbose }
+        let short = |name: &str, value: String| (name.to_owned(), value);
+        let mut set = Vec::new();
+        set.extend(self.log.map(|format| short("log.format", format)));
+        if let Some(data) = self.data_dir {
+            let below = |name: &str| data.join(name).display().to_string();
+            set.push(short("scheduler.data_dir", below("scheduler")));
+            set.push(short("agent.data_dir", below("agent")));
+        }
+        set.extend(self.servers.map(|path| short("scheduler.servers", path.display().to_string())));
+        // What is said in full wins over what is said in short.
+        set.extend(self.set);
+        RoleArgs { config: self.config.or_else(from_environment), set, verbose }
     }
 }
 

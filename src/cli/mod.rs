@@ -7,6 +7,7 @@
 
 mod args;
 mod commands;
+mod demo;
 mod failure;
 mod json;
 mod output;
@@ -14,7 +15,15 @@ mod roles;
 mod table;
 mod wait;
 
-use std::{ffi::OsString, fmt, io::Read, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    ffi::OsString,
+    fmt,
+    io::Read,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::Parser as _;
 
@@ -79,6 +88,8 @@ pub struct RoleArgs {
     pub set: Vec<(String, String)>,
     /// How often `-v` was given.
     pub verbose: u8,
+    /// The process that this one is to end with: it stops when that is no longer its parent.
+    pub parent: Option<u32>,
 }
 
 /// Starts the roles. Each runs until it is told to stop (interrupt or termination signal) or can't go on, and
@@ -92,8 +103,8 @@ pub trait Roles {
     fn agent(&self, args: &RoleArgs, output: &Output) -> impl Future<Output = anyhow::Result<()>>;
     /// One gateway alone.
     fn gateway(&self, args: &RoleArgs, output: &Output) -> impl Future<Output = anyhow::Result<()>>;
-    /// A cluster with example models, for looking around.
-    fn demo(&self, args: &RoleArgs, output: &Output) -> impl Future<Output = anyhow::Result<()>>;
+    /// The life of a model, played with the sample models in the folder `models`.
+    fn demo(&self, models: &Path, output: &Output) -> impl Future<Output = anyhow::Result<()>>;
 }
 
 /// Runs the command that `args` name, the program's name first, and returns its exit code: 0 done, 1 failed,
@@ -112,7 +123,7 @@ pub async fn run(args: impl IntoIterator<Item = OsString>, environment: Environm
         Command::Scheduler(a) => role(roles.scheduler(&a.resolve(&context, args.verbose), &output).await),
         Command::Agent(a) => role(roles.agent(&a.resolve(&context, args.verbose), &output).await),
         Command::Gateway(a) => role(roles.gateway(&a.resolve(&context, args.verbose), &output).await),
-        Command::Demo(a) => role(roles.demo(&a.resolve(&context, args.verbose), &output).await),
+        Command::Demo { models } => role(roles.demo(&models, &output).await),
         command => {
             let endless = command.is_endless();
             let work = commands::run(command, &context, stdin);
@@ -174,6 +185,6 @@ impl Context {
 }
 
 fn role(ended: anyhow::Result<()>) -> Result<(), Failure> {
-    // The whole chain of causes in one sentence.
-    ended.map_err(|error| Failure::Failed(format!("{error:#}")))
+    // The whole chain of causes in one sentence, unless it is one already.
+    ended.map_err(|error| error.downcast().unwrap_or_else(|error| Failure::Failed(format!("{error:#}"))))
 }

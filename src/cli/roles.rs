@@ -1,6 +1,10 @@
 //! The roles on this machine: settings, logging, signals, and what a person is told while they run.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, anyhow};
 use tokio_util::sync::CancellationToken;
@@ -17,6 +21,9 @@ use crate::{
     },
 };
 
+/// How often it is looked whether the parent is still there.
+const PARENT_LOOK: Duration = Duration::from_millis(200);
+
 /// Runs roles in this process.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ThisProcess;
@@ -26,6 +33,7 @@ struct Begun {
     settings: Settings,
     shutdown: CancellationToken,
     fatal: tokio::sync::mpsc::UnboundedReceiver<String>,
+    parent: Option<u32>,
     process: Process,
     _log: LogGuard,
 }
@@ -56,16 +64,25 @@ fn begin(args: &RoleArgs, output: &Output, roles: &[Role]) -> anyhow::Result<Beg
     let (send, fatal) = tokio::sync::mpsc::unbounded_channel();
     let end = move |why: String| drop(send.send(why));
     let process = Process::new(settings.clone(), roles, shutdown.clone(), Arc::new(end));
-    Ok(Begun { settings, shutdown, fatal, process, _log: log })
+    Ok(Begun { settings, shutdown, fatal, parent: args.parent, process, _log: log })
+}
+
+/// Comes back when `parent` is no longer this process's parent; never when there is none to end with.
+async fn orphaned(parent: Option<u32>) {
+    let Some(parent) = parent else { return std::future::pending().await };
+    while std::os::unix::process::parent_id() == parent {
+        tokio::time::sleep(PARENT_LOOK).await;
+    }
 }
 
 /// Waits for the signal to stop, or for what the process can't go on with.
-async fn until_stopped(fatal: &mut tokio::sync::mpsc::UnboundedReceiver<String>) -> anyhow::Result<()> {
+async fn until_stopped(begun: &mut Begun) -> anyhow::Result<()> {
     let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {
         signal = tokio::signal::ctrl_c() => Ok(signal?),
         _ = terminated.recv() => Ok(()),
-        Some(why) = fatal.recv() => Err(anyhow!(why)),
+        () = orphaned(begun.parent) => Ok(()),
+        Some(why) = begun.fatal.recv() => Err(anyhow!(why)),
     }
 }
 
@@ -87,7 +104,7 @@ impl Roles for ThisProcess {
         let mut begun = begin(args, output, &[Role::Scheduler, Role::Gateway, Role::Agent])?;
         let (places, running) = up(&mut begun.process).await?;
         tell(&places, output);
-        let ended = until_stopped(&mut begun.fatal).await;
+        let ended = until_stopped(&mut begun).await;
         if ended.is_ok() {
             begun.shutdown.cancel();
             begun.process.stopped().await;
@@ -104,7 +121,7 @@ impl Roles for ThisProcess {
         let page = begun.process.page(begun.settings.scheduler.http.as_str(), "scheduler.http", checks).await?;
         let places = Places { api: Some(running.api.clone()), gateway: None, pages: vec![("scheduler", page)] };
         tell(&places, output);
-        let ended = until_stopped(&mut begun.fatal).await;
+        let ended = until_stopped(&mut begun).await;
         if ended.is_ok() {
             begun.shutdown.cancel();
             begun.process.stopped().await;
@@ -120,7 +137,7 @@ impl Roles for ThisProcess {
         let page = begun.process.page(begun.settings.agent.http.as_str(), "agent.http", checks).await?;
         output.note(&format!("door           {door}"));
         tell(&Places { api: None, gateway: None, pages: vec![("agent", page)] }, output);
-        let ended = until_stopped(&mut begun.fatal).await;
+        let ended = until_stopped(&mut begun).await;
         begun.shutdown.cancel();
         begun.process.stopped().await;
         ended
@@ -133,13 +150,13 @@ impl Roles for ThisProcess {
         let checks = Arc::new(move || vec![routes_check(&gateway)]);
         let page = begun.process.page(begun.settings.gateway.http.as_str(), "gateway.http", checks).await?;
         tell(&Places { api: None, gateway: Some(address), pages: vec![("gateway", page)] }, output);
-        let ended = until_stopped(&mut begun.fatal).await;
+        let ended = until_stopped(&mut begun).await;
         begun.shutdown.cancel();
         begun.process.stopped().await;
         ended
     }
 
-    async fn demo(&self, _: &RoleArgs, _: &Output) -> anyhow::Result<()> {
-        Err(anyhow!("the demo is not part of this build"))
+    async fn demo(&self, models: &Path, output: &Output) -> anyhow::Result<()> {
+        super::demo::run(models, output).await
     }
 }

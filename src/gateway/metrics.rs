@@ -8,10 +8,7 @@ use std::sync::{
 use http::StatusCode;
 use prometheus_client::metrics::histogram::Histogram;
 
-use crate::{
-    domain::time::Instant,
-    ports::Clock,
-};
+use crate::{domain::time::Instant, ports::Clock};
 
 /// Counters of one gateway, for whoever exports them.
 #[derive(Debug, Default)]

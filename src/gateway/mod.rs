@@ -21,10 +21,11 @@ use std::{
 };
 
 use futures::{FutureExt as _, future::BoxFuture};
-use http::{Method, StatusCode};
+use http::{HeaderValue, Method, StatusCode};
 use prost::Message as _;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 pub use self::{
     epochs::{Epochs, Guard, Turn},
@@ -46,6 +47,7 @@ use crate::{
     },
     ports::{Clock, Listen},
     rpc::proto::inference::{ServerLiveResponse, ServerMetadataResponse, ServerReadyResponse},
+    telemetry::trace::{TRACEPARENT, TraceContext, request_span},
 };
 
 /// As many routes as [`Gateway::inspect`] lists.
@@ -174,6 +176,17 @@ impl Gateway {
         })
     }
 
+    /// Begins a trace where the client has not.
+    fn traced(&self, mut request: Request) -> Request {
+        if !request.headers().contains_key(TRACEPARENT) {
+            let context = TraceContext::root(&mut || self.random.next(), false);
+            if let Ok(value) = HeaderValue::try_from(context.to_string()) {
+                request.headers_mut().insert(TRACEPARENT, value);
+            }
+        }
+        request
+    }
+
     async fn answer(&self, request: Request) -> Response {
         let grpc = grpc::is_grpc(request.headers());
         let Some(mut admitted) = Admitted::enter(&self.metrics, grpc, self.options.in_flight, &self.clock) else {
@@ -238,7 +251,9 @@ impl Gateway {
 
 impl Upstream for Gateway {
     fn call(&self, request: Request) -> BoxFuture<'_, Result<Response, UpstreamError>> {
-        async move { Ok(self.answer(request).await) }.boxed()
+        let request = self.traced(request);
+        let span = request_span("gateway", request.headers());
+        async move { Ok(self.answer(request).await) }.instrument(span).boxed()
     }
 }
 

@@ -43,7 +43,6 @@ const INTERNAL_MODEL: HeaderName = HeaderName::from_static("seldon-internal-mode
 /// Which version answered; a client may send it back to get the same one again.
 const SELDON_ROUTE: HeaderName = HeaderName::from_static("x-seldon-route");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// When to ask again where nothing better is known.
 const SOON: Duration = Duration::from_secs(1);
@@ -151,9 +150,6 @@ impl Gateway {
     fn prepare(&self, headers: &mut HeaderMap) -> HeaderValue {
         strip_hop_by_hop(headers);
         strip_internal(headers);
-        if !headers.contains_key(TRACEPARENT) {
-            headers.insert(TRACEPARENT, self.traceparent());
-        }
         if let Some(id) = headers.get(REQUEST_ID) {
             return id.clone();
         }
@@ -161,14 +157,6 @@ impl Gateway {
         let id = HeaderValue::from_maybe_shared(bytes::Bytes::from(id)).unwrap_or(HeaderValue::from_static(""));
         headers.insert(REQUEST_ID, id.clone());
         id
-    }
-
-    fn traceparent(&self) -> HeaderValue {
-        // An id of zeros is not valid, and one in 2^64 would be.
-        let trace = hex(&[self.random.next() | 1, self.random.next()]);
-        let span = hex(&[self.random.next() | 1]);
-        let text = [b"00-".as_slice(), &trace, b"-", &span, b"-00"].concat();
-        HeaderValue::from_maybe_shared(bytes::Bytes::from(text)).unwrap_or(HeaderValue::from_static(""))
     }
 
     async fn attempts(&self, kept: &Kept, call: Call<'_>) -> Result<Answer, Refused> {

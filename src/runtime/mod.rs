@@ -24,6 +24,7 @@ use futures::{FutureExt as _, future::BoxFuture};
 use http::header::CONTENT_TYPE;
 use tonic::codec::CompressionEncoding;
 use tower::Service as _;
+use tracing::Instrument as _;
 
 pub use self::{execute::Execution, serve::serve};
 use self::{
@@ -37,6 +38,7 @@ use crate::{
     domain::memory,
     forward::{Body, Request, Response, Upstream, UpstreamError},
     rpc::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer,
+    telemetry::trace::request_span,
 };
 
 /// The name that the server tells clients.
@@ -118,15 +120,17 @@ impl Runtime {
 impl Upstream for Runtime {
     /// Never fails: every refusal is a response.
     fn call(&self, request: Request) -> BoxFuture<'_, Result<Response, UpstreamError>> {
+        let span = request_span("runtime", request.headers());
         if is_grpc(&request) {
             let mut grpc = self.grpc.clone();
             return async move {
                 let response = grpc.call(request).await.unwrap_or_else(|never| match never {});
                 Ok(response.map(Body::new))
             }
+            .instrument(span)
             .boxed();
         }
-        rest::answer(&self.engine, request).map(Ok).boxed()
+        rest::answer(&self.engine, request).map(Ok).instrument(span).boxed()
     }
 }
 

@@ -55,6 +55,30 @@ fn span_id(random: &mut dyn FnMut() -> u64) -> [u8; 8] {
     random().max(1).to_be_bytes()
 }
 
+/// The span of a request at one hop, with the trace that its headers name. Spans are made at debug level:
+/// a process that does not log them pays nothing.
+#[must_use]
+pub fn request_span(hop: &'static str, headers: &http::HeaderMap) -> tracing::Span {
+    let span = tracing::debug_span!(
+        target: "wharf::request",
+        "request",
+        hop,
+        trace_id = tracing::field::Empty,
+        parent_span = tracing::field::Empty
+    );
+    if !span.is_disabled()
+        && let Some(context) = headers.get(TRACEPARENT).and_then(|value| TraceContext::parse(value.to_str().ok()?))
+    {
+        span.record("trace_id", hex(&context.trace_id).as_str());
+        span.record("parent_span", hex(&context.span_id).as_str());
+    }
+    span
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 impl fmt::Display for TraceContext {
     /// As the header has it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -13,6 +13,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use futures::{FutureExt as _, future::BoxFuture};
 use http::{HeaderName, HeaderValue, StatusCode, header::RETRY_AFTER};
 use tokio::time::timeout;
+use tracing::Instrument as _;
 
 use super::{
     cache::{Acquired, Entry, Hold},
@@ -21,8 +22,11 @@ use super::{
 };
 use crate::{
     domain::version::{Generation, Version},
-    telemetry::metrics::{Code, Protocol},
     forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY, Request, Response, Upstream, UpstreamError, rename},
+    telemetry::{
+        metrics::{Code, Protocol},
+        trace::request_span,
+    },
 };
 use answer::{Dialect, Kind, answer};
 use held::HeldBody;
@@ -43,7 +47,8 @@ impl fmt::Debug for Door {
 
 impl Upstream for Door {
     fn call(&self, request: Request) -> BoxFuture<'_, Result<Response, UpstreamError>> {
-        async move { Ok(self.serve(request).await) }.boxed()
+        let span = request_span("door", request.headers());
+        async move { Ok(self.serve(request).await) }.instrument(span).boxed()
     }
 }
 

@@ -5,7 +5,7 @@ mod load;
 mod misc;
 mod model;
 mod server;
-mod tensors;
+pub(super) mod tensors;
 pub(super) mod view;
 
 use std::{io::Read, path::PathBuf, time::Duration};
@@ -52,7 +52,7 @@ pub(super) async fn run(command: Command, context: &Context, stdin: Box<dyn Read
             Ok(())
         }
         // Roles never come here: they own the process, and are started above.
-        Command::Up(_) | Command::Scheduler(_) | Command::Agent(_) | Command::Gateway(_) | Command::Demo(_) => Ok(()),
+        Command::Up(_) | Command::Scheduler(_) | Command::Agent(_) | Command::Gateway(_) | Command::Demo { .. } => Ok(()),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::{
 ///
 /// # Errors
 /// One clause that says what does not fit.
-pub(super) fn request(model: &str, text: &str) -> Result<ModelInferRequest, String> {
+pub(in crate::cli) fn request(model: &str, text: &str) -> Result<ModelInferRequest, String> {
     let mut json: Value = serde_json::from_str(text).map_err(|error| format!("it is not JSON: {error}"))?;
     let body = json.as_object_mut().ok_or("it is not a JSON object")?;
     parameters(body);

@@ -1,0 +1,52 @@
+//! `wharf demo`: the life of a model, played for real on this machine.
+//!
+//! The rule of this module: what is told was measured in this run, and the demo succeeds only if all that it
+//! promises came true. It leaves no process and no file behind.
+
+mod ask;
+mod child;
+mod cluster;
+mod samples;
+mod scenes;
+mod story;
+mod traffic;
+
+use std::path::Path;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use self::{child::Wharf, samples::Samples, scenes::Demo, story::{Promise, Story}};
+use super::{Output, failure::Failure};
+
+/// Plays the demo with the sample models in `models`.
+///
+/// # Errors
+/// When a promise was not kept, the demo can't run here, or it was interrupted.
+pub(super) async fn run(models: &Path, output: &Output) -> anyhow::Result<()> {
+    let mut terminated = signal(SignalKind::terminate())?;
+    let samples = Samples::open(models)?;
+    let wharf = Wharf::new(&scenes::registry())?;
+    let mut demo = Demo::new(Story::new(output), samples, wharf);
+    let played = tokio::select! {
+        played = demo.play() => Some(played),
+        interrupted = tokio::signal::ctrl_c() => {
+            interrupted?;
+            None
+        }
+        _ = terminated.recv() => None,
+    };
+    let killed = demo.wharf.kill().await;
+    let Some(played) = played else { return Err(Failure::Interrupted.into()) };
+    if let Err(error) = &played {
+        demo.story.complain(&format!("{error:#}"));
+    }
+    let broken = demo.story.end();
+    if broken > 0 {
+        output.note("");
+        output.note("the last lines of wharf up:");
+        demo.wharf.log().iter().for_each(|line| output.note(line));
+        let all = Promise::ALL.len();
+        return Err(Failure::Failed(format!("{broken} of {all} promises were not kept")).into());
+    }
+    killed
+}

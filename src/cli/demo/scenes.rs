@@ -1,0 +1,522 @@
+//! The life of a model, scene by scene. Every number that is told was measured in this run.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, anyhow, bail};
+use futures::{StreamExt as _, stream};
+
+use super::{
+    ask::{Asker, Outcome, Target, grpc, grpc_request},
+    child::Wharf,
+    cluster::{Cluster, SERVER, Views, answering, serves},
+    samples::{Case, Samples},
+    story::{Promise, Story, brief, median},
+    traffic::{Account, Traffic},
+};
+use crate::{
+    cli::output::counted,
+    domain::{memory::Bytes, time::Instant},
+};
+
+/// What each model is said to need.
+const NEED: Bytes = Bytes(1 << 20);
+/// Models that a replica's memory holds.
+const HELD: u64 = 4;
+/// Replicas of the server.
+const REPLICAS: u32 = 2;
+/// How much more than its memory may be registered on a replica: enough for all models on one, when the other is
+/// drained.
+const OVERCOMMIT: u32 = 200;
+/// The model that is rolled out, drained and recovered.
+const IRIS: &str = "iris";
+/// The bigger one that gets traffic too.
+const NETWORK: &str = "mlp";
+/// The models by name, and the samples that they are.
+const MODELS: [(&str, &str); 12] = [
+    (IRIS, "iris-1"),
+    (NETWORK, "mlp"),
+    ("iris-mlp", "iris-mlp"),
+    ("add", "add"),
+    ("concat", "concat"),
+    ("external", "external"),
+    ("pick", "pick"),
+    ("identity-fp32", "identity-fp32"),
+    ("identity-fp64", "identity-fp64"),
+    ("identity-int64", "identity-int64"),
+    ("identity-bool", "identity-bool"),
+    ("identity-bytes", "identity-bytes"),
+];
+/// The second version of [`IRIS`], which answers differently.
+const SECOND: &str = "iris-2";
+/// A model that is submitted right before the process is killed.
+const LATE: (&str, &str) = ("late", "identity-int32");
+/// Requests for a median.
+const ASKED: usize = 200;
+/// Right answers that traffic gives before and after anything happens to it.
+const STEADY: usize = 200;
+/// How often every model is asked when memory is short.
+const ROUNDS: u32 = 3;
+/// How long traffic may take to flow.
+const FLOW: Duration = Duration::from_secs(30);
+/// How long the process may take to be ready.
+const READY: Duration = Duration::from_secs(30);
+/// The pause between two looks.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// The server registry of the demo.
+pub(super) fn registry() -> String {
+    format!(
+        "[[server]]\nname = \"{SERVER}\"\nruntime = \"builtin\"\nreplicas = {REPLICAS}\nmemory = \"{}\"\n\
+         overcommit_percent = {OVERCOMMIT}\n",
+        NEED.0 * HELD
+    )
+}
+
+/// Everything on the stage.
+#[derive(Debug)]
+pub(super) struct Demo {
+    pub(super) story: Story,
+    samples: Samples,
+    pub(super) wharf: Wharf,
+    asker: Asker,
+    targets: BTreeMap<String, Target>,
+}
+
+impl Demo {
+    pub(super) fn new(story: Story, samples: Samples, wharf: Wharf) -> Self {
+        let asker = Asker::new(&wharf.addresses().gateway);
+        Self { story, samples, wharf, asker, targets: BTreeMap::new() }
+    }
+
+    /// All scenes, in order.
+    ///
+    /// # Errors
+    /// The first thing after which it can't go on. What is merely not as promised is in the table instead.
+    pub(super) async fn play(&mut self) -> anyhow::Result<()> {
+        let cluster = self.start().await?;
+        self.load(&cluster).await?;
+        self.infer().await?;
+        self.pack(&cluster).await?;
+        self.rollout(&cluster).await?;
+        self.drain(&cluster).await?;
+        let killed = self.kill(cluster).await?;
+        self.unload(&killed).await
+    }
+
+    async fn start(&mut self) -> anyhow::Result<Cluster> {
+        self.story.chapter("Start everything in one process");
+        let began = self.story.now();
+        let id = self.wharf.start()?;
+        self.story.tell(&format!("wharf up is process {id}, in {}", self.wharf.folder().display()));
+        self.until_ready().await?;
+        let at = self.wharf.addresses().clone();
+        let cluster = Cluster::connect(&at.api, &at.page, self.asker.clone()).await?;
+        let server = self.available(&cluster).await?;
+        let took = brief(self.story.since(began));
+        self.story.tell(&format!("scheduler API {}, inference http://{} (REST and gRPC)", at.api, at.gateway));
+        let memory: u64 = server.replicas.iter().map(|replica| replica.capacity).sum();
+        let replicas = server.replicas.len();
+        self.story.tell(&format!("ready after {took}: {replicas} replicas with {} for models", Bytes(memory)));
+        self.story.show(Promise::Start, format!("ready after {took}, {replicas} replicas"), true);
+        Ok(cluster)
+    }
+
+    /// Waits until the process says that it is ready, and as long as it is there.
+    async fn until_ready(&mut self) -> anyhow::Result<()> {
+        let page = self.wharf.addresses().page.clone();
+        let began = self.story.now();
+        while !Cluster::ready(&self.asker, &page).await {
+            if let Some(status) = self.wharf.ended() {
+                bail!("wharf up ended: {status}");
+            }
+            if self.story.since(began) > READY {
+                bail!("wharf up is not ready after {} s", READY.as_secs());
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    async fn available(&self, cluster: &Cluster) -> anyhow::Result<crate::rpc::proto::wharf::ServerView> {
+        let all = usize::try_from(REPLICAS)?;
+        let met = |server: &crate::rpc::proto::wharf::ServerView| {
+            server.replicas.iter().filter(|replica| replica.state == "Available").count() == all
+        };
+        cluster.server_until("all replicas", met).await
+    }
+
+    /// Submits a sample under a name. Returns the version, and when it was submitted.
+    async fn submit(&mut self, cluster: &Cluster, name: &str, sample: &str) -> anyhow::Result<(u32, Instant)> {
+        let (folder, case) = self.samples.get(sample)?;
+        let began = self.story.now();
+        let version = cluster.submit(name, &folder, NEED.0).await?.version;
+        self.expect(name, version, case);
+        Ok((version, began))
+    }
+
+    fn expect(&mut self, name: &str, version: u32, case: Arc<Case>) {
+        match self.targets.get_mut(name) {
+            Some(target) => drop(target.versions.insert(version, case)),
+            None => drop(self.targets.insert(name.to_owned(), Target::new(name, version, case))),
+        }
+    }
+
+    fn target(&self, name: &str) -> anyhow::Result<&Target> {
+        self.targets.get(name).ok_or_else(|| anyhow!("{name} was not submitted"))
+    }
+
+    async fn load(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
+        self.story.chapter("Load models");
+        let (mut seen, mut kept) = (String::new(), true);
+        for (name, sample) in &MODELS[..2] {
+            let (version, began) = self.submit(cluster, name, sample).await?;
+            let views = cluster.until(name, |views| serves(views, name, version)).await?;
+            let took = brief(self.story.since(began));
+            let outcome = self.asker.rest(self.target(name)?).await;
+            let answered = brief(self.story.since(began));
+            let places = places(&views, name);
+            self.story.tell(&format!("{name} version {version}: Available on {places} {took} after it was submitted"));
+            kept &= self.right(&outcome);
+            if seen.is_empty() {
+                seen = format!("{name} {version} on {places}, answer after {answered}");
+            }
+        }
+        self.story.show(Promise::Load, seen, kept);
+        Ok(())
+    }
+
+    /// Whether the outcome is the right answer; it is told if not.
+    fn right(&self, outcome: &Outcome) -> bool {
+        match outcome {
+            Outcome::Right(_) => {}
+            Outcome::Wrong(wrong) => self.story.complain(&format!("a wrong answer: {wrong}")),
+            Outcome::Failed(kind) => self.story.complain(&format!("a failed request: {kind}")),
+        }
+        outcome.is_right()
+    }
+
+    async fn infer(&mut self) -> anyhow::Result<()> {
+        self.story.chapter("Ask by REST and by gRPC");
+        let connection = self.asker.connect().await?;
+        for promise in [Promise::Rest, Promise::Grpc] {
+            let protocol = if promise == Promise::Rest { "REST" } else { "gRPC" };
+            let (mut took, mut wrong) = (Vec::new(), 0);
+            for name in [IRIS, NETWORK] {
+                let target = self.target(name)?;
+                let request = grpc_request(target)?;
+                let mut own = Vec::new();
+                for _ in 0..ASKED / 2 {
+                    let began = self.story.now();
+                    let outcome = match promise {
+                        Promise::Rest => self.asker.rest(target).await,
+                        _ => grpc(&connection, target, request.clone()).await,
+                    };
+                    own.push(self.story.since(began));
+                    wrong += usize::from(!self.right(&outcome));
+                }
+                let middle = median(own.clone()).map_or_else(String::new, brief);
+                self.story.tell(&format!("{protocol}: {} requests to {name}, median {middle}", own.len()));
+                took.extend(own);
+            }
+            let (all, middle) = (took.len(), median(took).map_or_else(String::new, brief));
+            self.story.show(promise, format!("{} of {all} right, median {middle}", all - wrong), wrong == 0);
+        }
+        Ok(())
+    }
+
+    async fn pack(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
+        let holds = HELD * u64::from(REPLICAS);
+        self.story.chapter(&format!("{} models where memory holds {holds}", MODELS.len()));
+        let began = self.story.now();
+        let mut submitted = BTreeMap::new();
+        for (name, sample) in &MODELS[2..] {
+            submitted.insert(*name, self.submit(cluster, name, sample).await?.0);
+        }
+        cluster.until("all models", |views| submitted.iter().all(|(name, v)| serves(views, name, *v))).await?;
+        self.story.tell(&format!(
+            "{} more models: Available {} after the first was submitted",
+            submitted.len(),
+            brief(self.story.since(began))
+        ));
+        let (misses, evictions) = counters(cluster).await?;
+        let (mut resident, mut reloaded, mut wrong, mut before) = (Vec::new(), Vec::new(), 0, misses);
+        for _ in 0..ROUNDS {
+            for (name, _) in MODELS {
+                let target = self.target(name)?;
+                let began = self.story.now();
+                let outcome = self.asker.rest(target).await;
+                let took = self.story.since(began);
+                wrong += usize::from(!self.right(&outcome));
+                let (after, _) = counters(cluster).await?;
+                if after > before { reloaded.push(took) } else { resident.push(took) }
+                before = after;
+            }
+        }
+        let asked = resident.len() + reloaded.len();
+        let (misses, evictions) = {
+            let after = counters(cluster).await?;
+            (after.0 - misses, after.1 - evictions)
+        };
+        let copies = u32::try_from(MODELS.len())?;
+        let held = u32::try_from(holds)?;
+        let met = |server: &crate::rpc::proto::wharf::ServerView| {
+            let sum = |of: fn(&crate::rpc::proto::wharf::ReplicaView) -> u32| server.replicas.iter().map(of).sum::<u32>();
+            sum(|replica| replica.copies) == copies && sum(|replica| replica.copies_resident) == held
+        };
+        let server = cluster.server_until(&format!("{held} of {copies} copies in memory"), met).await?;
+        let within = server.replicas.iter().all(|replica| replica.resident <= replica.capacity);
+        for replica in &server.replicas {
+            self.story.tell(&format!(
+                "{SERVER}-{}: {} placed, {} in memory: {} of {}",
+                replica.index,
+                counted(replica.copies, "model", "models"),
+                replica.copies_resident,
+                Bytes(replica.resident),
+                Bytes(replica.capacity)
+            ));
+        }
+        let seen = format!("{} of {asked} right; {held} in memory, {} on disk", asked - wrong, copies - held);
+        self.story.show(Promise::Packed, seen, wrong == 0 && within);
+        let slow = median(reloaded).map_or_else(String::new, brief);
+        let fast = median(resident).map_or_else(|| "none".to_owned(), brief);
+        self.story.tell(&format!("{asked} requests, each model in turn: {misses} brought a model back, {evictions} evictions"));
+        self.story.tell(&format!("median of those that brought one back {slow}, of the others {fast}"));
+        let seen = format!("{misses} reloads, {evictions} evictions, median {slow}");
+        self.story.show(Promise::Reload, seen, misses > 0 && evictions > 0 && wrong == 0);
+        Ok(())
+    }
+
+    /// Traffic to the models that something happens to.
+    async fn traffic(&self) -> anyhow::Result<Traffic> {
+        let targets = [self.target(IRIS)?.clone(), self.target(NETWORK)?.clone()];
+        let traffic = Traffic::start(&self.asker, &self.story.clock(), &targets).await?;
+        self.flow(&traffic, self.story.now()).await?;
+        Ok(traffic)
+    }
+
+    /// Waits until traffic has flowed for a while since `then`, without a failure after it.
+    async fn flow(&self, traffic: &Traffic, then: Instant) -> anyhow::Result<()> {
+        let began = self.story.now();
+        while traffic.right_since(then.max(traffic.last_failure().unwrap_or(then))) < STEADY {
+            if self.story.since(began) > FLOW {
+                bail!("traffic does not flow: fewer than {STEADY} right answers without a failure in {} s", FLOW.as_secs());
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Tells what became of traffic.
+    fn account(&self, account: &Account) {
+        let (sent, failed) = (account.sent(), account.failed());
+        let by_version = |model: &str| {
+            let versions = account.versions(model);
+            let each = versions.iter().map(|(version, count)| format!("version {version} gave {count}"));
+            each.collect::<Vec<_>>().join(", ")
+        };
+        self.story.tell(&format!("{sent} requests by REST and gRPC, {failed} failed; slowest {}", brief(account.slowest())));
+        self.story.tell(&format!("answers of {IRIS}: {}", by_version(IRIS)));
+        for (kind, count) in account.kinds() {
+            self.story.complain(&format!("{count} x {kind}"));
+        }
+    }
+
+    async fn rollout(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
+        self.story.chapter("Roll out a new version under traffic");
+        // What the clients know before it comes: the second version will answer differently.
+        let (_, case) = self.samples.get(SECOND)?;
+        let old = self.target(IRIS)?.versions.keys().copied().max().unwrap_or_default();
+        self.expect(IRIS, old + 1, case);
+        let traffic = self.traffic().await?;
+        let (version, began) = self.submit(cluster, IRIS, SECOND).await?;
+        self.story.tell(&format!("{IRIS} version {version} is submitted, version {old} answers"));
+        cluster.until("the new version", |views| serves(views, IRIS, version)).await?;
+        let took = brief(self.story.since(began));
+        self.story.tell(&format!("{IRIS} version {version} has taken over after {took}"));
+        let gone = |views: &Views| {
+            views.get(IRIS).is_some_and(|view| {
+                let old = view.versions.iter().filter(|v| v.version != version);
+                old.flat_map(|version| &version.copies).all(|copy| copy.state == "Unloaded")
+            })
+        };
+        cluster.until("the old version's end", gone).await?;
+        self.story.tell(&format!("{IRIS} version {old} is unloaded after {}", brief(self.story.since(began))));
+        self.flow(&traffic, self.story.now()).await?;
+        let account = traffic.stop().await?;
+        self.account(&account);
+        let versions = account.versions(IRIS);
+        let both = versions.contains_key(&old) && versions.contains_key(&version) && versions.len() == 2;
+        let seen = format!("{} of {} failed; {old} -> {version} in {took}", account.failed(), account.sent());
+        self.story.show(Promise::Rollout, seen, account.failed() == 0 && both);
+        Ok(())
+    }
+
+    async fn drain(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
+        self.story.chapter("Drain a replica under traffic");
+        let views = cluster.until("a place", |views| views.contains_key(IRIS)).await?;
+        let from = views.get(IRIS).and_then(|view| answering(view).next()).map(|copy| copy.replica);
+        let from = from.ok_or_else(|| anyhow!("no copy of {IRIS} answers"))?;
+        let traffic = self.traffic().await?;
+        let began = self.story.now();
+        self.story.tell(&format!("draining {SERVER}-{from}, where {IRIS} answers"));
+        let last = cluster.drain(from).await?;
+        let took = brief(self.story.since(began));
+        self.story.tell(&format!(
+            "{} moved in {took}, {} left",
+            counted(last.moved, "copy", "copies"),
+            counted(last.left, "copy", "copies")
+        ));
+        for stuck in &last.stuck {
+            self.story.complain(stuck);
+        }
+        let empty = |server: &crate::rpc::proto::wharf::ServerView| {
+            server.replicas.iter().any(|replica| replica.index == from && replica.copies == 0 && replica.registered == 0)
+        };
+        cluster.server_until("an empty replica", empty).await?;
+        self.flow(&traffic, self.story.now()).await?;
+        let account = traffic.stop().await?;
+        self.account(&account);
+        let views = cluster.until("all models", |views| MODELS.iter().all(|(name, _)| views.contains_key(*name))).await?;
+        let elsewhere = MODELS.iter().filter(|(name, _)| {
+            let copies = views.get(*name).into_iter().flat_map(answering);
+            copies.filter(|copy| copy.replica != from).count() == 1
+        });
+        let elsewhere = elsewhere.count();
+        self.story.tell(&format!("{elsewhere} of {} models answer on the other replica", MODELS.len()));
+        cluster.uncordon(from).await?;
+        let kept = account.failed() == 0 && last.moved > 0 && last.left == 0 && elsewhere == MODELS.len();
+        let moved = counted(last.moved, "copy", "copies");
+        let seen = format!("{} of {} failed; {moved} in {took}", account.failed(), account.sent());
+        self.story.show(Promise::Drain, seen, kept);
+        Ok(())
+    }
+
+    async fn kill(&mut self, cluster: Cluster) -> anyhow::Result<Cluster> {
+        self.story.chapter("kill -9, and recovery");
+        let old = self.target(IRIS)?.versions.keys().copied().max().unwrap_or_default();
+        let (_, first) = self.samples.get(MODELS[0].1)?;
+        self.expect(IRIS, old + 1, first);
+        let before = cluster.until("all models", |views| MODELS.iter().all(|(name, _)| views.contains_key(*name))).await?;
+        let traffic = self.traffic().await?;
+        let mut acknowledged: BTreeMap<String, (u64, u32)> = BTreeMap::new();
+        for (name, _) in MODELS {
+            let view = before.get(name).ok_or_else(|| anyhow!("{name} is gone"))?;
+            acknowledged.insert(name.to_owned(), (view.uid, view.serving.unwrap_or_default()));
+        }
+        let ((iris, _), (late, case)) = (self.samples.get(MODELS[0].1)?, self.samples.get(LATE.1)?);
+        let answers =
+            [cluster.submit(IRIS, &iris, NEED.0).await?, cluster.submit(LATE.0, &late, NEED.0).await?];
+        let accepted = self.story.now();
+        self.wharf.kill().await?;
+        let killed = self.story.now();
+        let [new, added] = answers;
+        self.story.tell(&format!(
+            "{IRIS} version {} and {} version {} are acknowledged; killed {} later",
+            new.version,
+            LATE.0,
+            added.version,
+            brief(killed.since(accepted))
+        ));
+        acknowledged.insert(IRIS.to_owned(), (new.uid, new.version));
+        acknowledged.insert(LATE.0.to_owned(), (added.uid, added.version));
+        self.expect(LATE.0, added.version, case);
+        drop(cluster);
+
+        let id = self.wharf.start()?;
+        self.story.tell(&format!("wharf up again, as process {id}, on the same folder and ports"));
+        self.until_ready().await?;
+        let at = self.wharf.addresses().clone();
+        let cluster = Cluster::connect(&at.api, &at.page, self.asker.clone()).await?;
+        let all = |views: &Views| {
+            acknowledged.iter().all(|(name, (uid, version))| {
+                serves(views, name, *version) && views.get(name).is_some_and(|view| view.uid == *uid)
+            })
+        };
+        let back = cluster.until("everything that was acknowledged", all).await;
+        if back.is_ok() {
+            self.story.tell(&format!(
+                "all {} models are Available {} after the kill",
+                acknowledged.len(),
+                brief(self.story.since(killed))
+            ));
+        }
+        self.flow(&traffic, self.story.now()).await?;
+        let account = traffic.stop().await?;
+        self.recovered(&account, killed);
+        back?;
+        let right = self.ask_all(acknowledged.keys()).await?;
+        self.story.tell(&format!("{right} of {} models give their right answer", acknowledged.len()));
+        let seen = format!("{right} of {} models back, {IRIS} {} too", acknowledged.len(), new.version);
+        self.story.show(Promise::Durable, seen, right == acknowledged.len());
+        Ok(cluster)
+    }
+
+    /// What became of traffic over a kill: requests fail while nobody is there, and none afterwards.
+    fn recovered(&mut self, account: &Account, killed: Instant) {
+        self.account(account);
+        let answers = account.records.iter().filter(|record| record.outcome.is_right() && record.began >= killed);
+        let Some(first) = answers.map(|record| record.ended).min() else {
+            self.story.show(Promise::Recovered, "no answer".to_owned(), false);
+            return;
+        };
+        let gap = brief(first.since(killed));
+        let bad = || account.records.iter().filter(|record| !record.outcome.is_right());
+        let later = bad().filter(|record| record.began > first).count();
+        let wrong = bad().filter(|record| matches!(record.outcome, Outcome::Wrong(_))).count();
+        let without = account.failed() - later;
+        self.story.tell(&format!("first answer {gap} after the kill; {without} requests failed until then, {later} after"));
+        let seen = format!("after {gap}; {without} failed in the gap, {later} later");
+        self.story.show(Promise::Recovered, seen, later == 0 && wrong == 0);
+    }
+
+    /// Asks every model once, and returns how many answered rightly.
+    async fn ask_all(&self, names: impl Iterator<Item = &String>) -> anyhow::Result<usize> {
+        let mut right = 0;
+        for name in names {
+            right += usize::from(self.right(&self.asker.rest(self.target(name)?).await));
+        }
+        Ok(right)
+    }
+
+    async fn unload(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
+        self.story.chapter("Unload everything");
+        let names: Vec<String> = self.targets.keys().cloned().collect();
+        let began = self.story.now();
+        for name in &names {
+            cluster.unload(name).await?;
+        }
+        let ended = |views: &Views| {
+            names.iter().all(|name| views.get(name).is_some_and(|view| view.deleted && view.state.ends_with("Terminated")))
+        };
+        cluster.until("the end of all models", ended).await?;
+        self.story.tell(&format!("{} models are terminated after {}", names.len(), brief(self.story.since(began))));
+        let empty = |server: &crate::rpc::proto::wharf::ServerView| {
+            server.replicas.iter().all(|replica| (replica.copies, replica.registered, replica.resident) == (0, 0, 0))
+        };
+        let server = cluster.server_until("free memory", empty).await?;
+        let resident: u64 = server.replicas.iter().map(|replica| replica.resident).sum();
+        let left: u32 = server.replicas.iter().map(|replica| replica.copies).sum();
+        let (asker, targets) = (&self.asker, &self.targets);
+        let unknown = stream::iter(&names).filter(|name| async move {
+            let Some(target) = targets.get(*name) else { return false };
+            asker.rest(target).await == Outcome::Failed("REST 404".to_owned())
+        });
+        let unknown = unknown.count().await;
+        let copies = counted(left, "copy", "copies");
+        self.story.tell(&format!("{copies} left, {} in use; {unknown} of {} names answer 404", Bytes(resident), names.len()));
+        let seen = format!("{copies}, {} left of {} models", Bytes(resident), names.len());
+        self.story.show(Promise::Unload, seen, unknown == names.len() && left == 0 && resident == 0);
+        Ok(())
+    }
+}
+
+/// How often a request found its copy evicted, and how often a copy was evicted.
+async fn counters(cluster: &Cluster) -> anyhow::Result<(u64, u64)> {
+    let misses = cluster.counter("seldon_cache_miss_count").await.context("counting reloads")?;
+    Ok((misses, cluster.counter("seldon_cache_evict_count").await.context("counting evictions")?))
+}
+
+fn places(views: &Views, name: &str) -> String {
+    let copies = views.get(name).into_iter().flat_map(answering);
+    copies.map(|copy| format!("{}-{}", copy.server, copy.replica)).collect::<Vec<_>>().join(", ")
+}
