@@ -75,8 +75,8 @@ impl Roles for Started {
     async fn gateway(&self, _: &RoleArgs, _: &Output) -> anyhow::Result<()> {
         Err(anyhow::anyhow!("address in use").context("can't listen on 127.0.0.1:9000"))
     }
-    async fn demo(&self, args: &RoleArgs, _: &Output) -> anyhow::Result<()> {
-        self.note("demo", args)
+    async fn demo(&self, models: &Path, _: &Output) -> anyhow::Result<()> {
+        self.note("demo", &RoleArgs { config: Some(models.to_owned()), ..RoleArgs::default() })
     }
 }
 
@@ -486,7 +486,7 @@ async fn roles_are_started_with_what_was_asked_for() {
     let started = cli.roles.0.lock().unwrap();
     assert_eq!(started[0], ("up", RoleArgs { config: Some("from-env.toml".into()), ..RoleArgs::default() }));
     let set = vec![("a.b".to_owned(), "1".to_owned()), ("c".to_owned(), "d=e".to_owned())];
-    assert_eq!(started[1], ("scheduler", RoleArgs { config: Some("wharf.toml".into()), set, verbose: 2 }));
+    assert_eq!(started[1], ("scheduler", RoleArgs { config: Some("wharf.toml".into()), set, verbose: 2, parent: None }));
 }
 
 #[tokio::test]

@@ -101,6 +101,9 @@ pub(crate) struct Role {
     /// The server registry; short for --set scheduler.servers=...
     #[arg(long, value_name = "FILE")]
     servers: Option<PathBuf>,
+    /// Stop when the process of this number is no longer the parent.
+    #[arg(long, value_name = "PROCESS", hide = true)]
+    with_parent: Option<u32>,
 }
 
 impl Role {
@@ -117,7 +120,7 @@ impl Role {
         set.extend(self.servers.map(|path| short("scheduler.servers", path.display().to_string())));
         // What is said in full wins over what is said in short.
         set.extend(self.set);
-        RoleArgs { config: self.config.or_else(from_environment), set, verbose }
+        RoleArgs { config: self.config.or_else(from_environment), set, verbose, parent: self.with_parent }
     }
 }
 

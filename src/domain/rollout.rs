@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::{
     copy::{Copy, Event, Failure, State},
     model::{Decision, Model, Policy},
@@ -122,7 +124,7 @@ fn give_up(model: &mut Model, latest: Version, policy: &Policy, decision: &mut D
     let failure: Option<Failure> =
         model.copies.iter().filter(|copy| copy.generation.version == latest).find_map(hopeless);
     if let (Some(failure), Some(entry)) = (failure, model.entry_mut(latest)) {
-        decision.note("RolloutFailed", format!("version {latest} is given up: {}", failure.message));
+        decision.note("RolloutFailed", format!("version {latest} is given up: {}", failure.message), json!(failure));
         entry.failed = Some(failure);
         decision.writes.extend(model.version_row(latest));
     }
@@ -149,7 +151,7 @@ fn shed(
             } else {
                 0
             };
-            must_leave(model, copy) || live(model, version) > limit
+            must_leave(model, copy) || staying(model, version) > limit
         };
         let replaced = replaced(model);
         let may_go = |copy: &Copy| match copy.state {
@@ -210,7 +212,11 @@ fn drain_where(model: &mut Model, now: Instant, decision: &mut Decision, which: 
 
 fn serve(model: &mut Model, version: Version, decision: &mut Decision) {
     if model.serving != Some(version) {
-        decision.note("Serving", format!("version {version} is the one that clients are kept on"));
+        decision.note(
+            "Serving",
+            format!("version {version} is the one that clients are kept on"),
+            json!({ "from": model.serving }),
+        );
         model.serving = Some(version);
         decision.writes.push(model.row());
     }
@@ -222,10 +228,6 @@ fn is_live(copy: &Copy) -> bool {
 
 fn count(model: &Model, which: impl Fn(&Copy) -> bool) -> u32 {
     u32::try_from(model.copies.iter().filter(|copy| is_live(copy) && which(copy)).count()).unwrap_or(u32::MAX)
-}
-
-fn live(model: &Model, version: Version) -> u32 {
-    count(model, |copy| copy.generation.version == version)
 }
 
 /// Live copies of the version that need not leave their replica.

@@ -11,7 +11,7 @@ use crate::rpc::{
     proto::{
         scheduler::{DeploymentSpec, MetaData, Model, ModelReference, ModelSpec, UnloadModelRequest},
         wharf::{
-            CordonReplicaRequest, CopyView, DrainProgress, DrainReplicaRequest, ListModelsRequest, ListServersRequest,
+            CopyView, CordonReplicaRequest, DrainProgress, DrainReplicaRequest, ListModelsRequest, ListServersRequest,
             ModelView, ServerView, SubmitModelRequest, SubmitModelResponse,
         },
     },
@@ -119,7 +119,11 @@ impl Cluster {
     ///
     /// # Errors
     /// When it takes too long; what the last look saw.
-    pub(super) async fn server_until(&self, what: &str, met: impl Fn(&ServerView) -> bool) -> anyhow::Result<ServerView> {
+    pub(super) async fn server_until(
+        &self,
+        what: &str,
+        met: impl Fn(&ServerView) -> bool,
+    ) -> anyhow::Result<ServerView> {
         let mut last = String::from("nothing was seen");
         let look = async {
             loop {

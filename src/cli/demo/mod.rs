@@ -6,6 +6,7 @@
 mod ask;
 mod child;
 mod cluster;
+mod endings;
 mod samples;
 mod scenes;
 mod story;
@@ -15,7 +16,12 @@ use std::path::Path;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::{child::Wharf, samples::Samples, scenes::Demo, story::{Promise, Story}};
+use self::{
+    child::Wharf,
+    samples::Samples,
+    scenes::Demo,
+    story::{Promise, Story},
+};
 use super::{Output, failure::Failure};
 
 /// Plays the demo with the sample models in `models`.

@@ -2,9 +2,6 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, anyhow, bail};
-use futures::{StreamExt as _, stream};
-
 use super::{
     ask::{Asker, Outcome, Target, grpc, grpc_request},
     child::Wharf,
@@ -16,10 +13,12 @@ use super::{
 use crate::{
     cli::output::counted,
     domain::{memory::Bytes, time::Instant},
+    rpc::proto::wharf::{ReplicaView, ServerView},
 };
+use anyhow::{Context as _, anyhow, bail};
 
 /// What each model is said to need.
-const NEED: Bytes = Bytes(1 << 20);
+pub(super) const NEED: Bytes = Bytes(1 << 20);
 /// Models that a replica's memory holds.
 const HELD: u64 = 4;
 /// Replicas of the server.
@@ -28,11 +27,11 @@ const REPLICAS: u32 = 2;
 /// drained.
 const OVERCOMMIT: u32 = 200;
 /// The model that is rolled out, drained and recovered.
-const IRIS: &str = "iris";
+pub(super) const IRIS: &str = "iris";
 /// The bigger one that gets traffic too.
 const NETWORK: &str = "mlp";
 /// The models by name, and the samples that they are.
-const MODELS: [(&str, &str); 12] = [
+pub(super) const MODELS: [(&str, &str); 12] = [
     (IRIS, "iris-1"),
     (NETWORK, "mlp"),
     ("iris-mlp", "iris-mlp"),
@@ -49,7 +48,7 @@ const MODELS: [(&str, &str); 12] = [
 /// The second version of [`IRIS`], which answers differently.
 const SECOND: &str = "iris-2";
 /// A model that is submitted right before the process is killed.
-const LATE: (&str, &str) = ("late", "identity-int32");
+pub(super) const LATE: (&str, &str) = ("late", "identity-int32");
 /// Requests for a median.
 const ASKED: usize = 200;
 /// Right answers that traffic gives before and after anything happens to it.
@@ -76,10 +75,10 @@ pub(super) fn registry() -> String {
 #[derive(Debug)]
 pub(super) struct Demo {
     pub(super) story: Story,
-    samples: Samples,
+    pub(super) samples: Samples,
     pub(super) wharf: Wharf,
-    asker: Asker,
-    targets: BTreeMap<String, Target>,
+    pub(super) asker: Asker,
+    pub(super) targets: BTreeMap<String, Target>,
 }
 
 impl Demo {
@@ -122,7 +121,7 @@ impl Demo {
     }
 
     /// Waits until the process says that it is ready, and as long as it is there.
-    async fn until_ready(&mut self) -> anyhow::Result<()> {
+    pub(super) async fn until_ready(&mut self) -> anyhow::Result<()> {
         let page = self.wharf.addresses().page.clone();
         let began = self.story.now();
         while !Cluster::ready(&self.asker, &page).await {
@@ -137,11 +136,10 @@ impl Demo {
         Ok(())
     }
 
-    async fn available(&self, cluster: &Cluster) -> anyhow::Result<crate::rpc::proto::wharf::ServerView> {
+    async fn available(&self, cluster: &Cluster) -> anyhow::Result<ServerView> {
         let all = usize::try_from(REPLICAS)?;
-        let met = |server: &crate::rpc::proto::wharf::ServerView| {
-            server.replicas.iter().filter(|replica| replica.state == "Available").count() == all
-        };
+        let met =
+            |server: &ServerView| server.replicas.iter().filter(|replica| replica.state == "Available").count() == all;
         cluster.server_until("all replicas", met).await
     }
 
@@ -154,14 +152,14 @@ impl Demo {
         Ok((version, began))
     }
 
-    fn expect(&mut self, name: &str, version: u32, case: Arc<Case>) {
+    pub(super) fn expect(&mut self, name: &str, version: u32, case: Arc<Case>) {
         match self.targets.get_mut(name) {
             Some(target) => drop(target.versions.insert(version, case)),
             None => drop(self.targets.insert(name.to_owned(), Target::new(name, version, case))),
         }
     }
 
-    fn target(&self, name: &str) -> anyhow::Result<&Target> {
+    pub(super) fn target(&self, name: &str) -> anyhow::Result<&Target> {
         self.targets.get(name).ok_or_else(|| anyhow!("{name} was not submitted"))
     }
 
@@ -186,7 +184,7 @@ impl Demo {
     }
 
     /// Whether the outcome is the right answer; it is told if not.
-    fn right(&self, outcome: &Outcome) -> bool {
+    pub(super) fn right(&self, outcome: &Outcome) -> bool {
         match outcome {
             Outcome::Right(_) => {}
             Outcome::Wrong(wrong) => self.story.complain(&format!("a wrong answer: {wrong}")),
@@ -248,7 +246,11 @@ impl Demo {
                 let took = self.story.since(began);
                 wrong += usize::from(!self.right(&outcome));
                 let (after, _) = counters(cluster).await?;
-                if after > before { reloaded.push(took) } else { resident.push(took) }
+                if after > before {
+                    reloaded.push(took)
+                } else {
+                    resident.push(took)
+                }
                 before = after;
             }
         }
@@ -259,8 +261,8 @@ impl Demo {
         };
         let copies = u32::try_from(MODELS.len())?;
         let held = u32::try_from(holds)?;
-        let met = |server: &crate::rpc::proto::wharf::ServerView| {
-            let sum = |of: fn(&crate::rpc::proto::wharf::ReplicaView) -> u32| server.replicas.iter().map(of).sum::<u32>();
+        let met = |server: &ServerView| {
+            let sum = |of: fn(&ReplicaView) -> u32| server.replicas.iter().map(of).sum::<u32>();
             sum(|replica| replica.copies) == copies && sum(|replica| replica.copies_resident) == held
         };
         let server = cluster.server_until(&format!("{held} of {copies} copies in memory"), met).await?;
@@ -279,7 +281,9 @@ impl Demo {
         self.story.show(Promise::Packed, seen, wrong == 0 && within);
         let slow = median(reloaded).map_or_else(String::new, brief);
         let fast = median(resident).map_or_else(|| "none".to_owned(), brief);
-        self.story.tell(&format!("{asked} requests, each model in turn: {misses} brought a model back, {evictions} evictions"));
+        self.story.tell(&format!(
+            "{asked} requests, each model in turn: {misses} brought a model back, {evictions} evictions"
+        ));
         self.story.tell(&format!("median of those that brought one back {slow}, of the others {fast}"));
         let seen = format!("{misses} reloads, {evictions} evictions, median {slow}");
         self.story.show(Promise::Reload, seen, misses > 0 && evictions > 0 && wrong == 0);
@@ -287,7 +291,7 @@ impl Demo {
     }
 
     /// Traffic to the models that something happens to.
-    async fn traffic(&self) -> anyhow::Result<Traffic> {
+    pub(super) async fn traffic(&self) -> anyhow::Result<Traffic> {
         let targets = [self.target(IRIS)?.clone(), self.target(NETWORK)?.clone()];
         let traffic = Traffic::start(&self.asker, &self.story.clock(), &targets).await?;
         self.flow(&traffic, self.story.now()).await?;
@@ -295,11 +299,14 @@ impl Demo {
     }
 
     /// Waits until traffic has flowed for a while since `then`, without a failure after it.
-    async fn flow(&self, traffic: &Traffic, then: Instant) -> anyhow::Result<()> {
+    pub(super) async fn flow(&self, traffic: &Traffic, then: Instant) -> anyhow::Result<()> {
         let began = self.story.now();
         while traffic.right_since(then.max(traffic.last_failure().unwrap_or(then))) < STEADY {
             if self.story.since(began) > FLOW {
-                bail!("traffic does not flow: fewer than {STEADY} right answers without a failure in {} s", FLOW.as_secs());
+                bail!(
+                    "traffic does not flow: fewer than {STEADY} right answers without a failure in {} s",
+                    FLOW.as_secs()
+                );
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -307,14 +314,15 @@ impl Demo {
     }
 
     /// Tells what became of traffic.
-    fn account(&self, account: &Account) {
+    pub(super) fn account(&self, account: &Account) {
         let (sent, failed) = (account.sent(), account.failed());
         let by_version = |model: &str| {
             let versions = account.versions(model);
             let each = versions.iter().map(|(version, count)| format!("version {version} gave {count}"));
             each.collect::<Vec<_>>().join(", ")
         };
-        self.story.tell(&format!("{sent} requests by REST and gRPC, {failed} failed; slowest {}", brief(account.slowest())));
+        self.story
+            .tell(&format!("{sent} requests by REST and gRPC, {failed} failed; slowest {}", brief(account.slowest())));
         self.story.tell(&format!("answers of {IRIS}: {}", by_version(IRIS)));
         for (kind, count) in account.kinds() {
             self.story.complain(&format!("{count} x {kind}"));
@@ -369,14 +377,18 @@ impl Demo {
         for stuck in &last.stuck {
             self.story.complain(stuck);
         }
-        let empty = |server: &crate::rpc::proto::wharf::ServerView| {
-            server.replicas.iter().any(|replica| replica.index == from && replica.copies == 0 && replica.registered == 0)
+        let empty = |server: &ServerView| {
+            server
+                .replicas
+                .iter()
+                .any(|replica| replica.index == from && replica.copies == 0 && replica.registered == 0)
         };
         cluster.server_until("an empty replica", empty).await?;
         self.flow(&traffic, self.story.now()).await?;
         let account = traffic.stop().await?;
         self.account(&account);
-        let views = cluster.until("all models", |views| MODELS.iter().all(|(name, _)| views.contains_key(*name))).await?;
+        let views =
+            cluster.until("all models", |views| MODELS.iter().all(|(name, _)| views.contains_key(*name))).await?;
         let elsewhere = MODELS.iter().filter(|(name, _)| {
             let copies = views.get(*name).into_iter().flat_map(answering);
             copies.filter(|copy| copy.replica != from).count() == 1
@@ -388,124 +400,6 @@ impl Demo {
         let moved = counted(last.moved, "copy", "copies");
         let seen = format!("{} of {} failed; {moved} in {took}", account.failed(), account.sent());
         self.story.show(Promise::Drain, seen, kept);
-        Ok(())
-    }
-
-    async fn kill(&mut self, cluster: Cluster) -> anyhow::Result<Cluster> {
-        self.story.chapter("kill -9, and recovery");
-        let old = self.target(IRIS)?.versions.keys().copied().max().unwrap_or_default();
-        let (_, first) = self.samples.get(MODELS[0].1)?;
-        self.expect(IRIS, old + 1, first);
-        let before = cluster.until("all models", |views| MODELS.iter().all(|(name, _)| views.contains_key(*name))).await?;
-        let traffic = self.traffic().await?;
-        let mut acknowledged: BTreeMap<String, (u64, u32)> = BTreeMap::new();
-        for (name, _) in MODELS {
-            let view = before.get(name).ok_or_else(|| anyhow!("{name} is gone"))?;
-            acknowledged.insert(name.to_owned(), (view.uid, view.serving.unwrap_or_default()));
-        }
-        let ((iris, _), (late, case)) = (self.samples.get(MODELS[0].1)?, self.samples.get(LATE.1)?);
-        let answers =
-            [cluster.submit(IRIS, &iris, NEED.0).await?, cluster.submit(LATE.0, &late, NEED.0).await?];
-        let accepted = self.story.now();
-        self.wharf.kill().await?;
-        let killed = self.story.now();
-        let [new, added] = answers;
-        self.story.tell(&format!(
-            "{IRIS} version {} and {} version {} are acknowledged; killed {} later",
-            new.version,
-            LATE.0,
-            added.version,
-            brief(killed.since(accepted))
-        ));
-        acknowledged.insert(IRIS.to_owned(), (new.uid, new.version));
-        acknowledged.insert(LATE.0.to_owned(), (added.uid, added.version));
-        self.expect(LATE.0, added.version, case);
-        drop(cluster);
-
-        let id = self.wharf.start()?;
-        self.story.tell(&format!("wharf up again, as process {id}, on the same folder and ports"));
-        self.until_ready().await?;
-        let at = self.wharf.addresses().clone();
-        let cluster = Cluster::connect(&at.api, &at.page, self.asker.clone()).await?;
-        let all = |views: &Views| {
-            acknowledged.iter().all(|(name, (uid, version))| {
-                serves(views, name, *version) && views.get(name).is_some_and(|view| view.uid == *uid)
-            })
-        };
-        let back = cluster.until("everything that was acknowledged", all).await;
-        if back.is_ok() {
-            self.story.tell(&format!(
-                "all {} models are Available {} after the kill",
-                acknowledged.len(),
-                brief(self.story.since(killed))
-            ));
-        }
-        self.flow(&traffic, self.story.now()).await?;
-        let account = traffic.stop().await?;
-        self.recovered(&account, killed);
-        back?;
-        let right = self.ask_all(acknowledged.keys()).await?;
-        self.story.tell(&format!("{right} of {} models give their right answer", acknowledged.len()));
-        let seen = format!("{right} of {} models back, {IRIS} {} too", acknowledged.len(), new.version);
-        self.story.show(Promise::Durable, seen, right == acknowledged.len());
-        Ok(cluster)
-    }
-
-    /// What became of traffic over a kill: requests fail while nobody is there, and none afterwards.
-    fn recovered(&mut self, account: &Account, killed: Instant) {
-        self.account(account);
-        let answers = account.records.iter().filter(|record| record.outcome.is_right() && record.began >= killed);
-        let Some(first) = answers.map(|record| record.ended).min() else {
-            self.story.show(Promise::Recovered, "no answer".to_owned(), false);
-            return;
-        };
-        let gap = brief(first.since(killed));
-        let bad = || account.records.iter().filter(|record| !record.outcome.is_right());
-        let later = bad().filter(|record| record.began > first).count();
-        let wrong = bad().filter(|record| matches!(record.outcome, Outcome::Wrong(_))).count();
-        let without = account.failed() - later;
-        self.story.tell(&format!("first answer {gap} after the kill; {without} requests failed until then, {later} after"));
-        let seen = format!("after {gap}; {without} failed in the gap, {later} later");
-        self.story.show(Promise::Recovered, seen, later == 0 && wrong == 0);
-    }
-
-    /// Asks every model once, and returns how many answered rightly.
-    async fn ask_all(&self, names: impl Iterator<Item = &String>) -> anyhow::Result<usize> {
-        let mut right = 0;
-        for name in names {
-            right += usize::from(self.right(&self.asker.rest(self.target(name)?).await));
-        }
-        Ok(right)
-    }
-
-    async fn unload(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
-        self.story.chapter("Unload everything");
-        let names: Vec<String> = self.targets.keys().cloned().collect();
-        let began = self.story.now();
-        for name in &names {
-            cluster.unload(name).await?;
-        }
-        let ended = |views: &Views| {
-            names.iter().all(|name| views.get(name).is_some_and(|view| view.deleted && view.state.ends_with("Terminated")))
-        };
-        cluster.until("the end of all models", ended).await?;
-        self.story.tell(&format!("{} models are terminated after {}", names.len(), brief(self.story.since(began))));
-        let empty = |server: &crate::rpc::proto::wharf::ServerView| {
-            server.replicas.iter().all(|replica| (replica.copies, replica.registered, replica.resident) == (0, 0, 0))
-        };
-        let server = cluster.server_until("free memory", empty).await?;
-        let resident: u64 = server.replicas.iter().map(|replica| replica.resident).sum();
-        let left: u32 = server.replicas.iter().map(|replica| replica.copies).sum();
-        let (asker, targets) = (&self.asker, &self.targets);
-        let unknown = stream::iter(&names).filter(|name| async move {
-            let Some(target) = targets.get(*name) else { return false };
-            asker.rest(target).await == Outcome::Failed("REST 404".to_owned())
-        });
-        let unknown = unknown.count().await;
-        let copies = counted(left, "copy", "copies");
-        self.story.tell(&format!("{copies} left, {} in use; {unknown} of {} names answer 404", Bytes(resident), names.len()));
-        let seen = format!("{copies}, {} left of {} models", Bytes(resident), names.len());
-        self.story.show(Promise::Unload, seen, unknown == names.len() && left == 0 && resident == 0);
         Ok(())
     }
 }

@@ -124,7 +124,8 @@ impl Story {
         let mut broken = 0;
         for promise in Promise::ALL {
             let shown = self.shown.iter().find(|(of, ..)| *of == promise);
-            let (seen, kept) = shown.map_or(("nothing: the demo did not get there", false), |(_, seen, kept)| (seen, *kept));
+            let (seen, kept) =
+                shown.map_or(("nothing: the demo did not get there", false), |(_, seen, kept)| (seen, *kept));
             broken += usize::from(!kept);
             let result = if kept { Cell::toned("ok", Tone::Good) } else { Cell::toned("NOT OK", Tone::Bad) };
             table.row([Cell::from(promise.text()), Cell::from(seen), result]);
@@ -174,6 +175,9 @@ mod tests {
             ["0.00 ms", "1.23 ms", "12.3 ms", "123 ms", "1.23 s", "12.3 s"]
         );
         assert_eq!(median(vec![]), None);
-        assert_eq!(median(vec![Duration::from_secs(3), Duration::ZERO, Duration::from_secs(1)]), Some(Duration::from_secs(1)));
+        assert_eq!(
+            median(vec![Duration::from_secs(3), Duration::ZERO, Duration::from_secs(1)]),
+            Some(Duration::from_secs(1))
+        );
     }
 }

@@ -11,11 +11,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::ask::{Asker, Outcome, Target, grpc, grpc_request};
-use crate::{
-    domain::time::Instant,
-    ports::Clock,
-    rpc::client::Connection,
-};
+use crate::{domain::time::Instant, ports::Clock, rpc::client::Connection};
 
 /// The pause of a client between an answer and its next request.
 const PAUSE: Duration = Duration::from_millis(4);
@@ -81,7 +77,12 @@ impl Traffic {
     /// How many right answers came since `then`.
     pub(super) fn right_since(&self, then: Instant) -> usize {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
-        records.iter().rev().take_while(|record| record.ended >= then).filter(|record| record.outcome.is_right()).count()
+        records
+            .iter()
+            .rev()
+            .take_while(|record| record.ended >= then)
+            .filter(|record| record.outcome.is_right())
+            .count()
     }
 
     /// The moment from which on nothing has failed; none when nothing failed at all.

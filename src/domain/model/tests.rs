@@ -13,9 +13,10 @@ use super::*;
 use crate::domain::{
     copy::{Drain, Event as CopyEvent, FailureClass, Report, Residency},
     placement::{Capabilities, Placement, PlacementRequest, Prefer, ReplicaFacts},
+    names::ServerName,
     record::{CopyRow, ModelRow, VersionRow},
     replica::ReplicaState,
-    spec::{DeploymentPatch, Replicas, Strategy as Rollout},
+    spec::{Definition, DeploymentPatch, Replicas, Strategy as Rollout},
 };
 
 const REPLICAS: u32 = 3;
@@ -539,4 +540,30 @@ fn resubmitting_the_same_spec_changes_nothing_and_another_number_of_copies_is_no
     world.calm();
     assert_eq!(world.model.versions.len(), 1);
     assert_eq!(world.model.standing().available, 2);
+}
+
+#[test]
+fn a_drain_asks_for_one_new_copy_and_keeps_it() {
+    let mut world = World::new();
+    world.take(Act::Submit { spec: 0, replicas: 1, rollout: Rollout::default() });
+    world.calm();
+    let from = world.model.copies[0].state.replica().expect("placed").index;
+    let given = world.model.next_number;
+    world.take(Act::Drain(from));
+    for _ in 0..20 {
+        // Whatever happens in between, and however often.
+        world.take(Act::Pass(1));
+        (0..REPLICAS).for_each(|index| world.inventory(index));
+        assert!(!world.route.is_empty(), "a copy answers all the time");
+        (0..REPLICAS).for_each(|index| world.work(index, false));
+        world.deliver();
+        world.check();
+    }
+    while !world.mail.is_empty() {
+        world.deliver();
+    }
+    assert_eq!(world.model.next_number, given + 1, "one new copy, and not one per event");
+    let [copy] = world.model.copies.as_slice() else { panic!("{:?}", world.model.copies) };
+    assert!(matches!(copy.state, State::Available { .. }) && copy.routed, "{copy:?}");
+    assert_ne!(copy.state.replica().expect("placed").index, from);
 }
