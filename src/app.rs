@@ -3,6 +3,7 @@
 //! The rule of this module: it decides nothing. It takes the network, the clock, the store and the place where
 //! actors run as arguments, so that a whole cluster runs inside one test, on one thread, in virtual time.
 
+mod fleet;
 pub mod metrics;
 pub mod page;
 pub mod process;

@@ -57,6 +57,7 @@ fn copy(state: State, draining: bool, routed: bool) -> Copy {
         attempts: 0,
         avoid: Vec::new(),
         left: 0,
+        awaited: None,
         draining,
         routed,
     }

@@ -136,6 +136,13 @@ impl Links {
         models.into_iter().map(|(_, addr)| addr).collect()
     }
 
+    /// Every server that has an actor.
+    pub(super) fn all_servers(&self) -> Vec<Addr<ServerActor>> {
+        let mut servers: Vec<_> = self.servers.iter().map(|entry| (entry.key().clone(), entry.clone())).collect();
+        servers.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        servers.into_iter().map(|(_, addr)| addr).collect()
+    }
+
     /// When the first unload may be ordered: until then a gateway may still send by a table of the scheduler
     /// before this one.
     pub(super) fn unloads_from(&self) -> Instant {
@@ -143,9 +150,9 @@ impl Links {
     }
 
     /// Records something for people.
-    pub(super) fn note(&self, who: &Who, note: Note, data: serde_json::Value) {
+    pub(super) fn note(&self, who: &Who, note: Note) {
         tracing::info!(target: "wharf::events", subject = %who, kind = note.kind, "{}", note.message);
-        self.events.publish(self.clock.now(), who.to_string(), note.kind, note.message, data);
+        self.events.publish(self.clock.now(), who.to_string(), note.kind, note.message, note.data);
     }
 }
 

@@ -41,6 +41,8 @@ pub(super) struct ModelActor {
     links: Arc<Links>,
     /// What becomes true once the journal has it.
     committing: Option<Tentative>,
+    /// Whether the journal has just refused: nothing is decided until it is tried again, so that events keep their order.
+    refused: bool,
     waiting: VecDeque<Pending>,
     wake: Option<(Instant, SpawnHandle)>,
     /// The way of the newest version from its submission to its first available copy.
@@ -67,6 +69,7 @@ impl ModelActor {
             model: Arc::new(model),
             links,
             committing: None,
+            refused: false,
             waiting: VecDeque::new(),
             wake: None,
             submission: None,
@@ -85,7 +88,7 @@ impl ModelActor {
     }
 
     fn decide(&mut self, ctx: &mut Context<Self>) {
-        while self.committing.is_none() && !self.waiting.is_empty() {
+        while self.committing.is_none() && !self.refused && !self.waiting.is_empty() {
             let now = self.links.clock.now();
             let mut model = self.model.as_ref().clone();
             let mut writes: Vec<Write> = Vec::new();
@@ -180,7 +183,7 @@ impl ModelActor {
             Effect::Leave(generation) => links.placement.tell(Leave { model: name.clone(), generation }),
             Effect::Publish(revision) => self.publish(revision),
             Effect::Wake(at) => self.wake_at(at, ctx),
-            Effect::Note(note) => links.note(&Who::Model(name.clone()), note, serde_json::Value::Null),
+            Effect::Note(note) => links.note(&Who::Model(name.clone()), note),
             Effect::Terminated => links.supervisor.tell(Terminated(name.clone())),
         }
     }
@@ -320,11 +323,12 @@ impl Handler<Committed> for ModelActor {
                     let text = format!("the journal could not be written ({problem}); nothing was changed");
                     drop(reply.send(Err(Refusal::new(Code::Unavailable, text))));
                 }
-                let happened = mem::take(&mut tentative.happened);
-                ctx.run_later(REFUSED, move |actor, ctx| {
-                    for event in happened.into_iter().rev() {
-                        actor.waiting.push_front(Pending { event, reply: None });
-                    }
+                for event in mem::take(&mut tentative.happened).into_iter().rev() {
+                    self.waiting.push_front(Pending { event, reply: None });
+                }
+                self.refused = true;
+                ctx.run_later(REFUSED, |actor, ctx| {
+                    actor.refused = false;
                     actor.decide(ctx);
                 });
             }

@@ -92,7 +92,7 @@ impl Actor for PlacementActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        for server in self.links.servers.iter().map(|server| server.clone()).collect::<Vec<_>>() {
+        for server in self.links.all_servers() {
             server.do_send(Announce::ToPlacement);
         }
         for model in self.links.all_models() {
@@ -193,7 +193,14 @@ impl Handler<ReplicaChanged> for PlacementActor {
     fn handle(&mut self, changed: ReplicaChanged, ctx: &mut Self::Context) {
         let id = changed.replica;
         match changed.facts {
-            None => drop(self.placement.remove_replica(&id)),
+            None => {
+                for (model, ..) in self.placement.remove_replica(&id) {
+                    // Placed while the replica was already going: it is wanted elsewhere.
+                    let lost = Event::Replica(id.clone(), copy::Event::ReplicaLost);
+                    self.links.tell_model(&model, Happened(lost));
+                }
+                self.links.board.remove_registered(&id);
+            }
             Some(facts) => {
                 let capacity = (!facts.capacity.is_zero()).then_some(facts.capacity);
                 let known = ReplicaFacts {

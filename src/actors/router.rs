@@ -36,10 +36,15 @@ pub(super) struct RouterActor {
     /// Changed since the last epoch, with the models' own revisions.
     changed: BTreeMap<ModelName, u64>,
     /// Published and not yet acknowledged by all, oldest first.
-    unsettled: VecDeque<(Epoch, Vec<(ModelName, u64)>)>,
+    unreached: VecDeque<Published>,
+    /// Acknowledged by all that are known, while gateways of an earlier scheduler may still come.
+    unsettled: VecDeque<Published>,
     flushing: bool,
     _life: Life,
 }
+
+/// An epoch with the models that changed in it, each with its own revision.
+type Published = (Epoch, Vec<(ModelName, u64)>);
 
 struct Gateway {
     session: u64,
@@ -56,6 +61,7 @@ impl RouterActor {
             routes: BTreeMap::new(),
             gateways: BTreeMap::new(),
             changed: BTreeMap::new(),
+            unreached: VecDeque::new(),
             unsettled: VecDeque::new(),
             flushing: false,
             _life: life,
@@ -73,7 +79,7 @@ impl RouterActor {
         let routes = changed.keys().filter_map(|name| self.routes.get(name).cloned()).collect();
         let removed = changed.keys().filter(|name| !self.routes.contains_key(*name)).cloned().collect();
         self.send(&RouteUpdate::Changes(self.epoch, Arc::new((routes, removed))));
-        self.unsettled.push_back((self.epoch, changed.into_iter().collect()));
+        self.unreached.push_back((self.epoch, changed.into_iter().collect()));
         self.settle();
     }
 
@@ -90,9 +96,6 @@ impl RouterActor {
 
     fn settle(&mut self) {
         let now = self.links.clock.now();
-        if now < self.links.unloads_from() {
-            return;
-        }
         let lease = self.links.timing.gateway_lease;
         self.gateways.retain(|name, gateway| {
             let alive = now.since(gateway.heard) <= lease;
@@ -101,20 +104,34 @@ impl RouterActor {
             }
             alive
         });
-        let counted = &self.links.metrics.scheduler;
-        counted.gateways.set(i64::try_from(self.gateways.len()).unwrap_or(i64::MAX));
-        counted.route_epoch.set(i64::try_from(self.epoch.0).unwrap_or(i64::MAX));
-        let everywhere = self.gateways.values().map(|gateway| gateway.acknowledged).min();
-        let acknowledged = everywhere.unwrap_or(self.epoch).0;
-        counted.acknowledged_epoch.set(i64::try_from(acknowledged).unwrap_or(i64::MAX));
-        while let Some((epoch, _)) = self.unsettled.front() {
-            if everywhere.is_some_and(|acknowledged| acknowledged < *epoch) {
-                return;
+        let acknowledged = self.gateways.values().map(|gateway| gateway.acknowledged).min().unwrap_or(self.epoch);
+        self.count(acknowledged);
+        let alone = now >= self.links.unloads_from();
+        while let Some(published) = self.unreached.pop_front_if(|(epoch, _)| *epoch <= acknowledged) {
+            if !alone {
+                self.tell(&published, Event::RoutesReached);
             }
-            for (model, revision) in self.unsettled.pop_front().into_iter().flat_map(|(_, models)| models) {
-                self.links.tell_model(&model, Happened(Event::RoutesSettled(revision)));
+            self.unsettled.push_back(published);
+        }
+        if alone {
+            while let Some(published) = self.unsettled.pop_front_if(|(epoch, _)| *epoch <= acknowledged) {
+                self.tell(&published, Event::RoutesSettled);
             }
         }
+    }
+
+    fn tell(&self, (_, models): &Published, event: impl Fn(u64) -> Event) {
+        for (model, revision) in models {
+            self.links.tell_model(model, Happened(event(*revision)));
+        }
+    }
+
+    fn count(&self, acknowledged: Epoch) {
+        let counted = &self.links.metrics.scheduler;
+        let gauge = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        counted.gateways.set(gauge(self.gateways.len() as u64));
+        counted.route_epoch.set(gauge(self.epoch.0));
+        counted.acknowledged_epoch.set(gauge(acknowledged.0));
     }
 }
 
@@ -223,6 +240,7 @@ impl Handler<Observe> for RouterActor {
         let state = json!({
             "epoch": self.epoch.0,
             "routes": self.routes.len(),
+            "unreached": self.unreached.len(),
             "unsettled": self.unsettled.len(),
             "gateways": self.gateways.iter().map(gateway).collect::<BTreeMap<_, _>>(),
         });

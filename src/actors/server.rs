@@ -3,6 +3,7 @@
 //! Orders are a set of what is wanted, compared with what is reported on every word of the agent and on a
 //! timer; an order that was lost is sent again.
 
+mod leave;
 mod replica;
 mod view;
 
@@ -21,7 +22,7 @@ use crate::{
         copy::Event as CopyEvent,
         error::{Code, Refusal},
         model::{Event, Note},
-        names::{ModelName, ReplicaId},
+        names::ReplicaId,
         record::{ServerRow, Write},
         replica::{Event as ReplicaEvent, Patience, ReplicaState, step},
         server::Claim,
@@ -30,7 +31,6 @@ use crate::{
         Ask, Reply,
         journal::{Commit, Committed},
         model::{Announce, Happened},
-        placement::ReplicaChanged,
         server::{
             AgentConnected, AgentSpoke, Declaration, Declare, DeclareServer, Down, Enquire, Mark, MarkReplica, SetMark,
             SetOrder, Word,
@@ -55,13 +55,11 @@ enum Done {
     Declared(Reply<Result<(), Refusal>>),
     Marked(Reply<Result<BTreeSet<u32>, Refusal>>, BTreeSet<u32>),
     Seen,
+    Removed,
 }
 
 impl ServerActor {
     pub(super) fn new(row: ServerRow, declaration: Option<Declaration>, links: Arc<Links>, life: Life) -> Self {
-        for (index, door) in &row.doors {
-            links.doors.insert(ReplicaId::new(row.name.clone(), *index), door.clone());
-        }
         let mut actor = Self {
             row,
             declaration,
@@ -78,11 +76,10 @@ impl ServerActor {
     /// Makes room for every replica that is expected.
     fn expect(&mut self) {
         let now = self.links.clock.now();
-        for index in 0..self.row.expected.unwrap_or(0) {
+        let expected = if self.removing { 0 } else { self.row.expected.unwrap_or(0) };
+        for index in 0..expected {
             self.replicas.entry(index).or_insert_with(|| Replica::new(ReplicaState::Pending, now));
         }
-        let expected = self.row.expected.unwrap_or(u32::MAX);
-        self.replicas.retain(|index, replica| *index < expected || !replica.is_idle());
     }
 
     fn id(&self, index: u32) -> ReplicaId {
@@ -90,7 +87,8 @@ impl ServerActor {
     }
 
     fn note(&self, kind: &'static str, message: String) {
-        self.links.note(&Who::Server(self.row.name.clone()), Note { kind, message }, serde_json::Value::Null);
+        let data = json!({ "owner": self.row.owner.name(), "expected": self.row.expected });
+        self.links.note(&Who::Server(self.row.name.clone()), Note { kind, message, data });
     }
 
     fn set_state(&mut self, index: u32, event: ReplicaEvent) {
@@ -125,7 +123,7 @@ impl ServerActor {
         self.publish();
     }
 
-    fn tick(&mut self) {
+    fn tick(&mut self, ctx: &Context<Self>) {
         let now = self.links.clock.now();
         let indexes: Vec<u32> = self.replicas.keys().copied().collect();
         for index in indexes {
@@ -135,26 +133,8 @@ impl ServerActor {
                 replica.repeat(now, &self.links);
             }
         }
-        self.expect();
-        if self.removing && self.replicas.values().all(Replica::is_idle) {
-            for index in std::mem::take(&mut self.replicas).into_keys() {
-                self.links.placement.tell(ReplicaChanged { replica: self.id(index), facts: None });
-            }
-        }
+        self.forget_empty(ctx);
         self.show();
-    }
-
-    /// Tells every model with a copy here which replicas their copies are to leave.
-    fn tell_leaving(&self, models: &BTreeSet<ModelName>) {
-        let leaving: BTreeSet<u32> =
-            self.replicas.keys().copied().filter(|index| self.removing || self.row.leaves(*index)).collect();
-        for model in models {
-            self.links.tell_model(model, Happened(Event::Leaving(self.row.name.clone(), leaving.clone())));
-        }
-    }
-
-    fn all_models(&self) -> BTreeSet<ModelName> {
-        self.replicas.values().flat_map(Replica::models).collect()
     }
 
     fn commit(&mut self, row: ServerRow, done: Done, ctx: &Context<Self>) {
@@ -189,7 +169,7 @@ impl Actor for ServerActor {
         }
         self.publish();
         let often = (self.links.timing.lease / 4).max(std::time::Duration::from_millis(10));
-        ctx.run_interval(often, |server, _| server.tick());
+        ctx.run_interval(often, |server, ctx| server.tick(ctx));
     }
 }
 
@@ -336,7 +316,7 @@ impl Handler<DeclareServer> for ServerActor {
             self.removing = true;
             self.note("Removing", "its owner took it away; its models move first".to_owned());
             self.publish();
-            self.tell_leaving(&self.all_models());
+            self.tell_leaving(&self.concerned());
             drop(reply.send(Ok(())));
             return;
         };
@@ -350,8 +330,11 @@ impl Handler<DeclareServer> for ServerActor {
             Ok(row) => {
                 self.removing = false;
                 self.declaration = Some(declaration);
-                if row == *self.latest_row() {
+                let goes = self.committing.back().is_some_and(|(_, done)| matches!(done, Done::Removed));
+                if row == *self.latest_row() && !goes {
+                    self.expect();
                     self.publish();
+                    self.tell_leaving(&self.concerned());
                     drop(reply.send(Ok(())));
                 } else {
                     self.commit(row, Done::Declared(reply), ctx);
@@ -400,7 +383,7 @@ impl Handler<MarkReplica> for ServerActor {
 impl Handler<Committed> for ServerActor {
     type Result = ();
 
-    fn handle(&mut self, Committed(result): Committed, _: &mut Self::Context) {
+    fn handle(&mut self, Committed(result): Committed, ctx: &mut Self::Context) {
         let Some((row, done)) = self.committing.pop_front() else { return };
         let result = result.map_err(|problem| {
             Refusal::new(
@@ -408,14 +391,16 @@ impl Handler<Committed> for ServerActor {
                 format!("the journal could not be written ({problem}); nothing was changed"),
             )
         });
-        if result.is_ok() {
+        let durable = result.is_ok();
+        if durable && !matches!(done, Done::Removed) {
             self.row = row;
             self.expect();
             self.publish();
-            self.tell_leaving(&self.all_models());
+            self.tell_leaving(&self.concerned());
         }
         match done {
-            Done::Seen => {}
+            Done::Removed if durable => self.end(ctx),
+            Done::Seen | Done::Removed => {}
             Done::Declared(reply) => drop(reply.send(result)),
             Done::Marked(reply, chosen) => drop(reply.send(result.map(|()| chosen))),
         }

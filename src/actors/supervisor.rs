@@ -26,7 +26,7 @@ use crate::{
     domain::{
         error::{Code, Refusal},
         model::{Event, Model, restore},
-        names::{ModelName, ServerName},
+        names::{ModelName, ReplicaId, ServerName},
         record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow, Write},
         routes::Epoch,
         time::Instant,
@@ -112,6 +112,10 @@ impl Supervisor {
         let declaration = self.declared.get(&row.name).and_then(|declare| declare.declaration.clone());
         let (links, life) = (Arc::clone(&self.links), self.life(Who::Server(row.name.clone()), ctx));
         let name = row.name.clone();
+        // Before any model asks for them: a route without its doors would be a route to nowhere.
+        for (index, door) in &row.doors {
+            self.links.doors.insert(ReplicaId::new(name.clone(), *index), door.clone());
+        }
         let addr = self.links.spawner.start(Work::Servers, move || ServerActor::new(row, declaration, links, life));
         self.links.servers.insert(name, addr.clone());
         addr
@@ -322,8 +326,10 @@ impl Handler<Ended> for Supervisor {
             None => {
                 self.count(&ended.who, ActorEvent::Stopped);
                 tracing::info!(target: "wharf::supervision", event = "actor_stopped", actor = %ended.who, "actor stopped");
-                if let Who::Model(name) = &ended.who {
-                    self.retired(name);
+                match &ended.who {
+                    Who::Model(name) => self.retired(name),
+                    Who::Server(name) if !self.links.servers.contains_key(name) => drop(self.declared.remove(name)),
+                    Who::Server(_) | Who::Journal | Who::Placement | Who::Router => {}
                 }
             }
         }

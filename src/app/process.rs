@@ -1,18 +1,13 @@
 //! A process on a real machine: the roles that it has, on real ports and real disks.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     World,
+    fleet::Fleet,
     metrics::{expose_agent, expose_gateway, expose_scheduler},
     page::Page,
     replica::{self, DoorAt},
@@ -28,19 +23,14 @@ use crate::{
         memory::Resources,
         model::Policy,
         names::{ReplicaId, ServerName},
-        record::Owner,
     },
     forward::{self, ClientOptions, Connections, HttpUpstream, Limits, TcpNetwork, Upstream},
     gateway::{self, Gateway},
-    messages::{
-        Gate,
-        server::{Declaration, Declare},
-    },
     ports::{ArtifactSource, Clock, Identity, Network, SystemClock},
     runtime::{self, Execution, Runtime},
     settings::{
         Settings,
-        registry::{Location, Registry, RegistryChange, RegistryWatch, ServerDecl},
+        registry::{Registry, RegistryWatch},
     },
     store::{EmbeddedStore, OpenOptions},
     telemetry::{
@@ -51,8 +41,6 @@ use crate::{
 
 /// How often the registry file is looked at.
 const LOOK: Duration = Duration::from_millis(500);
-/// How long a declaration may take.
-const DECLARE: Duration = Duration::from_secs(30);
 /// The registry of a process that was given none.
 const DEFAULT_REGISTRY: &str = include_str!("../../config/servers.toml");
 
@@ -192,31 +180,17 @@ impl Process {
             (Some(watch), first)
         };
         let first = first.map_err(|problems| ProcessError::Registry(problems.to_string()))?;
-        let mut fleet = Fleet {
-            declare: Gate::new(handle.servers(), 1024, DECLARE),
-            world: self.world.clone(),
-            settings: self.settings.clone(),
-            connections: Arc::clone(&self.connections),
-            metrics: Arc::clone(&self.metrics),
-            scheduler: here,
-            replicas: BTreeMap::new(),
-            registry: Registry::default(),
-        };
+        let mut fleet = Fleet::new(
+            handle,
+            self.world.clone(),
+            self.settings.agent.clone(),
+            Arc::clone(&self.connections),
+            Arc::clone(&self.metrics),
+            here,
+        );
         fleet.become_as(first).await?;
-        let shutdown = self.shutdown.clone();
-        self.tasks.spawn(async move {
-            if let Some(mut watch) = watch {
-                loop {
-                    tokio::select! {
-                        () = shutdown.cancelled() => break,
-                        edit = watch.next() => fleet.edited(&path, edit).await,
-                    }
-                }
-            } else {
-                shutdown.cancelled().await;
-            }
-            fleet.stop().await;
-        });
+        fleet.take_away_undeclared();
+        self.tasks.spawn(fleet.follow(path, watch, self.shutdown.clone()));
         Ok(())
     }
 
@@ -330,112 +304,7 @@ pub fn routes_check(gateway: &Gateway) -> Check {
     }
 }
 
-/// The servers of the registry, and the replicas of them that run here.
-struct Fleet {
-    declare: Gate<Declare, Result<(), crate::domain::error::Refusal>>,
-    world: World,
-    settings: Settings,
-    connections: Arc<Connections>,
-    metrics: Arc<Metrics>,
-    /// Where agents of this process call; absent when it runs none.
-    scheduler: Option<String>,
-    replicas: BTreeMap<ReplicaId, (CancellationToken, replica::Running)>,
-    registry: Registry,
-}
-
-impl Fleet {
-    async fn edited(&mut self, path: &Path, edit: Result<Registry, crate::settings::registry::RegistryErrors>) {
-        let changed = match edit {
-            Ok(registry) => self.become_as(registry).await.map_err(|error| error.to_string()),
-            Err(problems) => Err(problems.to_string()),
-        };
-        match changed {
-            Ok(()) => {
-                tracing::info!(target: "wharf::registry", path = %path.display(), "the server registry changed, and is obeyed")
-            }
-            Err(problem) => {
-                tracing::error!(target: "wharf::registry", path = %path.display(), problem, "the server registry's edit is refused, and changes nothing")
-            }
-        }
-    }
-
-    async fn become_as(&mut self, registry: Registry) -> Result<(), ProcessError> {
-        for change in Registry::diff(&self.registry, &registry) {
-            match change {
-                RegistryChange::Added(server) | RegistryChange::Resized { server, .. } => self.set(server).await?,
-                RegistryChange::Changed { to, .. } => self.set(to).await?,
-                RegistryChange::Removed(name) => self.declare(name, None).await?,
-            }
-        }
-        self.registry = registry;
-        Ok(())
-    }
-
-    async fn set(&mut self, server: ServerDecl) -> Result<(), ProcessError> {
-        let declaration = Declaration {
-            replicas: server.replicas,
-            bounds: (0, u32::MAX),
-            kubernetes: None,
-            capacity: Some(server.capacity.clone()),
-            overcommit_percent: Some(server.overcommit_percent),
-            capabilities: Some(server.capabilities.clone()),
-        };
-        self.declare(server.name.clone(), Some(declaration)).await?;
-        if let Some(scheduler) = self.scheduler.clone() {
-            for index in 0..server.replicas {
-                let id = ReplicaId::new(server.name.clone(), index);
-                if !self.replicas.contains_key(&id) {
-                    self.start(id, &server, scheduler.clone())?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn declare(&self, server: ServerName, declaration: Option<Declaration>) -> Result<(), ProcessError> {
-        let answer = self.declare.ask(Declare { owner: Owner::File, server, declaration }).await;
-        answer.and_then(|answer| answer).map_err(|refusal| ProcessError::Registry(refusal.to_string()))
-    }
-
-    fn start(&mut self, id: ReplicaId, server: &ServerDecl, scheduler: String) -> Result<(), ProcessError> {
-        let failed = |problem: String| ProcessError::Replica { replica: id.to_string(), problem };
-        let data = self.settings.agent.data_dir.join(id.to_string());
-        let mut options = agent_options(&self.settings.agent, id.clone(), server.capacity.clone(), data);
-        options.capabilities = server.capabilities.clone();
-        options.overcommit_percent = server.overcommit_percent;
-        options.runtime = server.runtime.name().to_owned();
-        let upstream: Arc<dyn Upstream> = match &server.location {
-            Location::Builtin => builtin(&options),
-            Location::Addresses(addresses) => {
-                let Some(address) = addresses.get(id.index as usize) else { return Ok(()) };
-                inference_server(&self.world, &address.http).map_err(failed)?
-            }
-            Location::Command(_) => {
-                return Err(failed(
-                    "wharf does not start inference servers yet; start it, and give its address".to_owned(),
-                ));
-            }
-        };
-        let token = CancellationToken::new();
-        let door = DoorAt::InProcess(&self.connections);
-        let sources = sources().map_err(failed)?;
-        let running = replica::start(&self.world, options, upstream, sources, door, scheduler, &token);
-        expose_agent(&self.metrics, &id, &running.agent);
-        self.replicas.insert(id, (token, running));
-        Ok(())
-    }
-
-    async fn stop(self) {
-        for (token, _) in self.replicas.values() {
-            token.cancel();
-        }
-        for (_, running) in self.replicas.into_values() {
-            running.stopped().await;
-        }
-    }
-}
-
-fn agent_options(
+pub(super) fn agent_options(
     settings: &crate::settings::Agent,
     id: ReplicaId,
     capacity: Resources,
@@ -451,7 +320,7 @@ fn agent_options(
     options
 }
 
-fn builtin(options: &agent::Options) -> Arc<dyn Upstream> {
+pub(super) fn builtin(options: &agent::Options) -> Arc<dyn Upstream> {
     let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     Runtime::new(runtime::Options {
         repository: options.repository.clone(),
@@ -460,14 +329,14 @@ fn builtin(options: &agent::Options) -> Arc<dyn Upstream> {
     })
 }
 
-fn inference_server(world: &World, url: &str) -> Result<Arc<dyn Upstream>, String> {
+pub(super) fn inference_server(world: &World, url: &str) -> Result<Arc<dyn Upstream>, String> {
     let address = url.trim_end_matches('/').strip_prefix("http://").unwrap_or(url);
     let upstream =
         HttpUpstream::new(address, Arc::clone(&world.network), Arc::clone(&world.clock), ClientOptions::default());
     upstream.map(|upstream| Arc::new(upstream) as Arc<dyn Upstream>).map_err(|error| error.to_string())
 }
 
-fn sources() -> Result<Vec<Arc<dyn ArtifactSource>>, String> {
+pub(super) fn sources() -> Result<Vec<Arc<dyn ArtifactSource>>, String> {
     let http = HttpSource::new().map_err(|failure| failure.message)?;
     Ok(vec![Arc::new(LocalSource::new(None, Blocking::Pool)), Arc::new(http)])
 }

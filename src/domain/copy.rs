@@ -26,6 +26,9 @@ pub struct Copy {
     pub avoid: Vec<ReplicaId>,
     /// The revision of the model's route that it left with.
     pub left: u64,
+    /// The revision of the model's route that it joined with, until every gateway has that. Until then a
+    /// client may still be told that nothing answers, so it does not count as available.
+    pub awaited: Option<u64>,
     /// Whether it is to leave: set once, never taken back.
     pub draining: bool,
     /// Whether the routes hold it.

@@ -48,8 +48,18 @@ impl Fields {
 
     /// The text of `name`, which must be there.
     pub(crate) fn required_text(&mut self, name: &'static str) -> Result<(String, u64), Problem> {
-        let line = self.line;
-        self.text(name)?.ok_or_else(|| Problem::at(line, format!("{}: it is missing", self.path(name))))
+        if let Some(found) = self.text(name)? {
+            return Ok(found);
+        }
+        // A name that is nearly this one is the mistake, not that this one is missing.
+        let meant = self.left.iter().find(|(key, _)| nearest(&key.name, std::iter::once(name)).is_some());
+        Err(match meant {
+            Some((key, _)) => {
+                let text = format!("{}: no such field; did you mean {name}?", self.path(&key.name));
+                Problem::at(key.line, text)
+            }
+            None => Problem::at(self.line, format!("{}: it is missing", self.path(name))),
+        })
     }
 
     /// The texts in the list `name`.

@@ -127,7 +127,11 @@ fn a_typo_names_its_line_and_the_nearest_field() {
     assert!(problem("storageuri: x").contains("did you mean storageUri?"));
     assert!(problem("qqqqqqqq: x").contains("known here are artifactVersion, dataflow, dedicated, explainer"));
     assert!(problem("logger: {procent: 5}").contains("spec.logger.procent: no such field; did you mean percent?"));
-    assert!(problem("parameters: [{name: a, valeu: b}]").contains("spec.parameters[0].value: it is missing"));
+    assert!(problem("parameters: [{name: a, valeu: b}]").contains("[0].valeu: no such field; did you mean value?"));
+    assert!(problem("parameters: [{name: a}]").contains("spec.parameters[0].value: it is missing"));
+    let misspelt = "apiVersion: mlops.seldon.io/v1alpha1\nkind: Model\nmetadata: {name: a}\nspec:\n  storagUri: x";
+    let problem = parse("m.yaml", misspelt).unwrap_err().to_string();
+    assert_eq!(problem, "m.yaml:5: document 1: spec.storagUri: no such field; did you mean storageUri?");
 }
 
 #[test]

@@ -137,6 +137,11 @@ impl Board {
         self.registered.insert(replica, registered);
     }
 
+    /// Forgets a replica that is gone.
+    pub fn remove_registered(&self, replica: &ReplicaId) {
+        self.registered.remove(replica);
+    }
+
     /// What is registered on a replica.
     #[must_use]
     pub fn registered(&self, replica: &ReplicaId) -> Registered {

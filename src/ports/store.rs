@@ -83,8 +83,8 @@ pub enum OpenError {
     },
     /// It does not hold what a journal holds.
     #[error(
-        "the journal {path} is damaged ({problem}); restore a backup, or move the file away to start anew: agents that \
-         are running will be asked what they hold, and it will be adopted"
+        "the journal {path} is damaged ({problem}); restore a backup, or move the file away to start anew and submit the \
+         models again: what agents hold of before is then unloaded"
     )]
     Damaged {
         /// The file.

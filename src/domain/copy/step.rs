@@ -274,6 +274,7 @@ mod tests {
             attempts: 0,
             avoid: Vec::new(),
             left: 0,
+            awaited: None,
             draining,
             routed,
         }

@@ -10,23 +10,26 @@ mod submit;
 #[cfg(test)]
 mod tests;
 mod view;
+mod words;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use serde::Serialize;
+use serde_json::{Value, json};
+
 
 pub use restore::restore;
 pub use state::{ModelState, Reason, Standing, standing};
 pub use submit::{Outcome, Submitted};
+pub use words::{Decision, Effect, Event, Note, Wanted};
 
 use super::{
     copy::{self, Copy, Effect as CopyEffect, Failure, Illegal, State},
     error::Refusal,
     memory::{Bytes, Resources},
-    names::{ModelName, ReplicaId, ServerName},
+    names::{ModelName, ReplicaId},
     record::Write,
     rollout,
-    spec::{Definition, Deployment, KubernetesMeta, ModelSpec, Passthrough, RuntimeInfo, Spread},
+    spec::{Deployment, KubernetesMeta, ModelSpec, Passthrough, RuntimeInfo},
     time::Instant,
     version::{Generation, Uid, Version},
 };
@@ -110,111 +113,6 @@ impl Default for Policy {
     }
 }
 
-/// What happens to a model.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// A user submits it. The uid is used if this creates it.
-    Submit(Box<Definition>, Uid),
-    /// A user wants an older version's spec again; the one before the present when none is named.
-    Rollback(Option<Version>),
-    /// A user, or whoever acts for one, wants another number of copies.
-    Scale(u32),
-    /// A user deletes it.
-    Delete(Option<KubernetesMeta>),
-    /// The placement answers.
-    Copy(Generation, copy::Event),
-    /// The agent of a replica reports on a copy; without a report, it was found to hold none such.
-    Reported(ReplicaId, Generation, Option<copy::Report>),
-    /// Something happens to every copy on a replica.
-    Replica(ReplicaId, copy::Event),
-    /// Copies are to leave these replicas of the server, and no others of it.
-    Leaving(ServerName, BTreeSet<u32>),
-    /// Every gateway with a lease has acknowledged the route at this revision.
-    RoutesSettled(u64),
-    /// Time has passed, or something may have been missed.
-    Reconcile,
-}
-
-/// What an event leads to. Nothing of it may leave the process before `writes` are durable.
-#[derive(Debug, Default)]
-pub struct Decision {
-    /// To be committed together.
-    pub writes: Vec<Write>,
-    /// To be done after that, in this order.
-    pub effects: Vec<Effect>,
-    /// The answer to whoever asked.
-    pub submitted: Option<Submitted>,
-}
-
-/// Something for the world to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Effect {
-    /// Find a replica.
-    Place(Box<Wanted>),
-    /// Stop looking for one.
-    Withdraw(Generation),
-    /// The agent of `on` is to hold the copy.
-    Register {
-        /// The replica.
-        on: ReplicaId,
-        /// Which copy.
-        generation: Generation,
-        /// What to load.
-        spec: Arc<ModelSpec>,
-        /// Memory reserved.
-        need: Resources,
-        /// How many were tried before it.
-        attempt: u32,
-    },
-    /// The agent of `on` is to let the copy go.
-    Unregister {
-        /// The replica.
-        on: ReplicaId,
-        /// Which copy.
-        generation: Generation,
-    },
-    /// The memory reserved for the copy is free.
-    Release(Generation),
-    /// The copy is to leave: it keeps its memory, and no other copy near it.
-    Leave(Generation),
-    /// The route changed: publish [`Model::route`] as this revision.
-    Publish(u64),
-    /// Send [`Event::Reconcile`] at this time.
-    Wake(Instant),
-    /// Something that a user may want to know of.
-    Note(Note),
-    /// Nothing is left of the model but its retention.
-    Terminated,
-}
-
-/// A copy that wants a place.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    /// Which copy.
-    pub generation: Generation,
-    /// What it is.
-    pub spec: Arc<ModelSpec>,
-    /// Memory that it needs.
-    pub need: Resources,
-    /// Where copies of the same version may be.
-    pub spread: Spread,
-    /// Who is placed first.
-    pub priority: i32,
-    /// Replicas to be tried last.
-    pub avoid: Vec<ReplicaId>,
-    /// Copies of the version that may look for a place about now, this one included.
-    pub together: u32,
-}
-
-/// An event for people.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Note {
-    /// One word for what happened.
-    pub kind: &'static str,
-    /// One sentence.
-    pub message: String,
-}
-
 impl Model {
     /// Takes one event. On an error nothing has changed.
     ///
@@ -251,7 +149,9 @@ impl Model {
                 next.leaving.retain(|replica| replica.server != server);
                 next.leaving.extend(replicas.into_iter().map(|index| ReplicaId::new(server.clone(), index)));
             }
+            Event::RoutesReached(revision) => next.reached(revision),
             Event::RoutesSettled(revision) => {
+                next.reached(revision);
                 for index in 0..next.copies.len() {
                     if next.copies[index].draining && next.copies[index].left <= revision {
                         drop(next.step(index, copy::Event::RoutesSettled, now, &mut decision));
@@ -269,7 +169,8 @@ impl Model {
                 // What a client is told while nothing answers has changed.
                 next.publish(&mut decision);
             }
-            decision.note(standing.state.name(), standing.sentence());
+            let counts = json!({ "available": standing.available, "unavailable": standing.unavailable });
+            decision.note(standing.state.name(), standing.sentence(), counts);
         }
         *self = next;
         Ok(decision)
@@ -291,7 +192,7 @@ impl Model {
         // Where it was counts for what has to be undone there.
         let on = copy.state.replica().or_else(|| before.replica()).cloned();
         if copy.state.name() != before.name() {
-            decision.note(copy.state.name(), describe(copy, on.as_ref()));
+            decision.note(copy.state.name(), describe(copy, on.as_ref()), details(copy, on.as_ref()));
         }
         if leaves {
             decision.effects.push(Effect::Leave(generation));
@@ -310,12 +211,21 @@ impl Model {
                 }
                 (CopyEffect::Route, _) => {
                     self.publish(decision);
-                    self.copies[index].left = self.revision;
+                    let revision = self.revision;
+                    let copy = &mut self.copies[index];
+                    copy.left = revision;
+                    copy.awaited = copy.routed.then_some(revision);
                 }
                 (CopyEffect::Save | CopyEffect::Register | CopyEffect::Unregister, None) => {}
             }
         }
         Ok(())
+    }
+
+    fn reached(&mut self, revision: u64) {
+        for copy in self.copies.iter_mut().filter(|copy| copy.awaited.is_some_and(|joined| joined <= revision)) {
+            copy.awaited = None;
+        }
     }
 
     fn reported(
@@ -373,6 +283,7 @@ impl Model {
             attempts,
             avoid,
             left: 0,
+            awaited: None,
             draining: false,
             routed: false,
         };
@@ -456,12 +367,6 @@ impl Model {
     }
 }
 
-impl Decision {
-    pub(super) fn note(&mut self, kind: &'static str, message: String) {
-        self.effects.push(Effect::Note(Note { kind, message }));
-    }
-}
-
 /// Memory that a version needs: what is declared, times the instances that the runtime is known to make.
 fn need(spec: &ModelSpec, policy: &Policy) -> Resources {
     let declared = spec.memory.filter(|bytes| *bytes != Bytes::ZERO).unwrap_or(policy.default_memory);
@@ -471,6 +376,25 @@ fn need(spec: &ModelSpec, policy: &Policy) -> Resources {
         None => 1,
     };
     Resources::primary(Bytes(declared.0.saturating_mul(instances)))
+}
+
+/// What a copy's change was decided on.
+fn details(copy: &Copy, on: Option<&ReplicaId>) -> Value {
+    let mut data = json!({
+        "uid": copy.generation.uid.0,
+        "version": copy.generation.version.0,
+        "copy": copy.generation.number,
+        "replica": on.map(ToString::to_string),
+        "need": copy.need.primary.0,
+        "attempts": copy.attempts,
+    });
+    if let State::Pending { reason: Some(reason) } = &copy.state {
+        data["rejections"] = json!(reason);
+    }
+    if let State::Failed { failure, .. } = &copy.state {
+        data["class"] = json!(failure.class.name());
+    }
+    data
 }
 
 fn describe(copy: &Copy, on: Option<&ReplicaId>) -> String {

@@ -34,6 +34,7 @@ pub fn restore(row: ModelRow, versions: Vec<VersionRow>, copies: Vec<CopyRow>, n
             attempts: 0,
             avoid: Vec::new(),
             left: 0,
+            awaited: None,
             draining: row.draining,
             routed: row.routed,
         })

@@ -1,6 +1,9 @@
 //! The state of a model, as one total table over its copies.
 
-use super::super::copy::{Copy, Failure, State};
+use super::super::{
+    copy::{Copy, Failure, State},
+    version::Version,
+};
 
 /// A model's, or a version's, state. `docs/states.md` shows Seldon's word beside each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,6 +54,8 @@ pub enum Reason {
     Unplaced(String),
     /// Copies failed.
     Failed(Failure),
+    /// This newest version does not take over, and why; the one before it serves.
+    Held(Version, String),
     /// The newest version was given up, and the one before it serves.
     RolloutFailed(Failure),
 }
@@ -76,6 +81,7 @@ impl Standing {
             Reason::None => String::new(),
             Reason::Partial(text) | Reason::Waiting(text) | Reason::Unplaced(text) => text.clone(),
             Reason::Failed(failure) => format!("{} failure: {}", failure.class.name(), failure.message),
+            Reason::Held(version, why) => format!("version {version} does not take over: {why}"),
             Reason::RolloutFailed(failure) => format!(
                 "rollout given up after {} failure: {}; resubmit to try again",
                 failure.class.name(),
@@ -95,7 +101,7 @@ pub fn standing<'a>(copies: impl Iterator<Item = &'a Copy>, wanted: u32, least: 
     let mut moving = None;
     for copy in copies {
         match &copy.state {
-            State::Available { .. } if !copy.draining => available += 1,
+            State::Available { .. } if !copy.draining && copy.awaited.is_none() => available += 1,
             State::Unloaded => {}
             State::Failed { failure: what, .. } => {
                 unavailable += 1;

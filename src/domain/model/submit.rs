@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde_json::json;
+
 use super::{Decision, Entry, Model};
 use crate::domain::{
     error::{Code, Refusal},
@@ -123,7 +125,7 @@ impl Model {
         self.number_bound = 0;
         self.push_version(first, definition.spec, definition.passthrough, now, decision);
         decision.writes.push(self.row());
-        decision.note("Created", format!("version {first} was submitted"));
+        decision.note("Created", format!("version {first} was submitted"), json!({ "uid": uid.0, "held": held }));
         self.answer(Outcome::Created, decision)
     }
 
@@ -140,7 +142,7 @@ impl Model {
             self.serving = Some(version);
         }
         self.push_version(version, spec, passthrough, now, decision);
-        decision.note("NewVersion", format!("version {version} was submitted"));
+        decision.note("NewVersion", format!("version {version} was submitted"), json!({ "serving": self.serving }));
     }
 
     fn push_version(
@@ -187,7 +189,7 @@ impl Model {
         let (spec, passthrough, from) = (entry.spec.as_ref().clone(), entry.passthrough.clone(), entry.version);
         self.add_version(spec, passthrough, now, decision);
         decision.writes.push(self.row());
-        decision.note("Rollback", format!("version {from}'s spec is wanted again"));
+        decision.note("Rollback", format!("version {from}'s spec is wanted again"), json!({ "from": from }));
         self.answer(Outcome::NewVersion, decision)
     }
 
@@ -213,7 +215,7 @@ impl Model {
         }
         if self.deleted.is_none() {
             self.deleted = Some(now);
-            decision.note("Deleted", "the model was deleted".to_owned());
+            decision.note("Deleted", "the model was deleted".to_owned(), json!({ "uid": self.uid }));
         }
         decision.writes.push(self.row());
     }

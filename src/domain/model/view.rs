@@ -13,7 +13,20 @@ impl Model {
     /// The model's own state, over all its versions.
     #[must_use]
     pub fn standing(&self) -> Standing {
-        standing(self.copies.iter(), self.deployment.replicas, self.deployment.min_replicas, self.deleted.is_some())
+        let deployment = &self.deployment;
+        let over = self.deleted.is_some();
+        let mut standing = standing(self.copies.iter(), deployment.replicas, deployment.min_replicas, over);
+        if (standing.state, &standing.reason) == (ModelState::Available, &Reason::None)
+            && let Some(latest) = self.latest().map(|entry| entry.version)
+            && self.serving != Some(latest)
+        {
+            // It answers, with another version than the one that was asked for last.
+            let newest = self.version_standing(latest);
+            if matches!(newest.state, ModelState::Failed | ModelState::ScheduleFailed) {
+                standing.reason = Reason::Held(latest, newest.sentence());
+            }
+        }
+        standing
     }
 
     /// The state of one version, as Seldon's clients ask for it.

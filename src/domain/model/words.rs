@@ -1,0 +1,132 @@
+//! What happens to a model, and what it asks of the world.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::submit::Submitted;
+use crate::domain::{
+    copy,
+    memory::Resources,
+    names::{ReplicaId, ServerName},
+    record::Write,
+    spec::{Definition, KubernetesMeta, ModelSpec, Spread},
+    time::Instant,
+    version::{Generation, Uid, Version},
+};
+
+/// What happens to a model.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A user submits it. The uid is used if this creates it.
+    Submit(Box<Definition>, Uid),
+    /// A user wants an older version's spec again; the one before the present when none is named.
+    Rollback(Option<Version>),
+    /// A user, or whoever acts for one, wants another number of copies.
+    Scale(u32),
+    /// A user deletes it.
+    Delete(Option<KubernetesMeta>),
+    /// The placement answers.
+    Copy(Generation, copy::Event),
+    /// The agent of a replica reports on a copy; without a report, it was found to hold none such.
+    Reported(ReplicaId, Generation, Option<copy::Report>),
+    /// Something happens to every copy on a replica.
+    Replica(ReplicaId, copy::Event),
+    /// Copies are to leave these replicas of the server, and no others of it.
+    Leaving(ServerName, BTreeSet<u32>),
+    /// Every gateway that is known has the route at this revision.
+    RoutesReached(u64),
+    /// That, and no gateway of an earlier scheduler can have an older one.
+    RoutesSettled(u64),
+    /// Time has passed, or something may have been missed.
+    Reconcile,
+}
+
+/// What an event leads to. Nothing of it may leave the process before `writes` are durable.
+#[derive(Debug, Default)]
+pub struct Decision {
+    /// To be committed together.
+    pub writes: Vec<Write>,
+    /// To be done after that, in this order.
+    pub effects: Vec<Effect>,
+    /// The answer to whoever asked.
+    pub submitted: Option<Submitted>,
+}
+
+/// Something for the world to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Find a replica.
+    Place(Box<Wanted>),
+    /// Stop looking for one.
+    Withdraw(Generation),
+    /// The agent of `on` is to hold the copy.
+    Register {
+        /// The replica.
+        on: ReplicaId,
+        /// Which copy.
+        generation: Generation,
+        /// What to load.
+        spec: Arc<ModelSpec>,
+        /// Memory reserved.
+        need: Resources,
+        /// How many were tried before it.
+        attempt: u32,
+    },
+    /// The agent of `on` is to let the copy go.
+    Unregister {
+        /// The replica.
+        on: ReplicaId,
+        /// Which copy.
+        generation: Generation,
+    },
+    /// The memory reserved for the copy is free.
+    Release(Generation),
+    /// The copy is to leave: it keeps its memory, and no other copy near it.
+    Leave(Generation),
+    /// The route changed: publish [`Model::route`] as this revision.
+    Publish(u64),
+    /// Send [`Event::Reconcile`] at this time.
+    Wake(Instant),
+    /// Something that a user may want to know of.
+    Note(Note),
+    /// Nothing is left of the model but its retention.
+    Terminated,
+}
+
+/// A copy that wants a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Which copy.
+    pub generation: Generation,
+    /// What it is.
+    pub spec: Arc<ModelSpec>,
+    /// Memory that it needs.
+    pub need: Resources,
+    /// Where copies of the same version may be.
+    pub spread: Spread,
+    /// Who is placed first.
+    pub priority: i32,
+    /// Replicas to be tried last.
+    pub avoid: Vec<ReplicaId>,
+    /// Copies of the version that may look for a place about now, this one included.
+    pub together: u32,
+}
+
+/// An event for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Note {
+    /// One word for what happened.
+    pub kind: &'static str,
+    /// One sentence.
+    pub message: String,
+    /// What it was decided on.
+    pub data: Value,
+}
+
+impl Decision {
+    pub(in crate::domain) fn note(&mut self, kind: &'static str, message: String, data: Value) {
+        self.effects.push(Effect::Note(Note { kind, message, data }));
+    }
+}
