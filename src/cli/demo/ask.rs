@@ -29,13 +29,17 @@ pub(super) enum Outcome {
     Right(u32),
     /// An answer came that is not that of the version that gave it.
     Wrong(String),
-    /// No answer came, and why: `REST 503`, `gRPC UNAVAILABLE`.
-    Failed(String),
+    /// No answer came: `REST 503`, `gRPC UNAVAILABLE`, and what was said about it.
+    Failed { kind: String, said: String },
 }
 
 impl Outcome {
     pub(super) const fn is_right(&self) -> bool {
         matches!(self, Self::Right(_))
+    }
+
+    fn failed(kind: &str, said: impl Into<String>) -> Self {
+        Self::Failed { kind: kind.to_owned(), said: said.into() }
     }
 }
 
@@ -89,16 +93,18 @@ impl Asker {
 
     /// Asks by REST.
     pub(super) async fn rest(&self, target: &Target) -> Outcome {
-        let Some(case) = target.case() else { return Outcome::Failed("nothing to ask".to_owned()) };
+        let Some(case) = target.case() else { return Outcome::failed("REST", "nothing to ask") };
         let url = format!("http://{}/v2/models/{}/infer", self.gateway, target.model);
         let request = Request::post(url).header(header::CONTENT_TYPE, "application/json").body(Full::new(case.rest()));
         let request = match request {
             Ok(request) => request,
-            Err(error) => return Outcome::Failed(format!("REST {error}")),
+            Err(error) => return Outcome::failed("REST", error.to_string()),
         };
         match self.exchange(request).await {
-            Err(cause) => Outcome::Failed(format!("REST {cause}")),
-            Ok((status, _, _)) if status != StatusCode::OK => Outcome::Failed(format!("REST {}", status.as_u16())),
+            Err(cause) => Outcome::failed(&format!("REST {cause}"), ""),
+            Ok((status, _, body)) if status != StatusCode::OK => {
+                Outcome::failed(&format!("REST {}", status.as_u16()), String::from_utf8_lossy(&body))
+            }
             Ok((_, route, body)) => target.judge(route.as_deref(), |case| case.judge_rest(&body)),
         }
     }
@@ -158,7 +164,10 @@ pub(super) async fn grpc(connection: &Connection, target: &Target, request: Mode
             let answer = answer.into_inner();
             target.judge(route.as_deref(), |case| case.judge_grpc(&answer))
         }
-        Err(ClientError::TimedOut { .. }) => Outcome::Failed("gRPC no answer in time".to_owned()),
-        Err(_) => Outcome::Failed(format!("gRPC {}", code.map_or("lost", crate::rpc::client::code_name))),
+        Err(ClientError::TimedOut { .. }) => Outcome::failed("gRPC no answer in time", ""),
+        Err(error) => {
+            let kind = format!("gRPC {}", code.map_or("lost", crate::rpc::client::code_name));
+            Outcome::failed(&kind, error.to_string())
+        }
     }
 }

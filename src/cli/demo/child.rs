@@ -148,17 +148,26 @@ impl Wharf {
         Some(status.to_string())
     }
 
+    /// `kill -9`: the signal is sent when this returns.
+    ///
+    /// # Errors
+    /// When it can't be sent.
+    pub(super) fn kill(&mut self) -> anyhow::Result<()> {
+        let Some(child) = &mut self.child else { return Ok(()) };
+        match child.start_kill() {
+            // It has ended by itself.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            killed => killed.context("can't kill `wharf up`"),
+        }
+    }
+
     /// `kill -9`, and waits until the process is gone.
     ///
     /// # Errors
     /// When it does not go.
-    pub(super) async fn kill(&mut self) -> anyhow::Result<()> {
+    pub(super) async fn end(&mut self) -> anyhow::Result<()> {
+        self.kill()?;
         let Some(mut child) = self.child.take() else { return Ok(()) };
-        match child.start_kill() {
-            // It has ended by itself.
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
-            killed => killed.context("can't kill `wharf up`")?,
-        }
         let gone = tokio::time::timeout(GONE, child.wait()).await;
         gone.context("`wharf up` does not go")?.context("can't wait for `wharf up`")?;
         Ok(())

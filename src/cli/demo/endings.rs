@@ -34,8 +34,9 @@ impl Demo {
         let ((iris, _), (late, case)) = (self.samples.get(MODELS[0].1)?, self.samples.get(LATE.1)?);
         let answers = [cluster.submit(IRIS, &iris, NEED.0).await?, cluster.submit(LATE.0, &late, NEED.0).await?];
         let accepted = self.story.now();
-        self.wharf.kill().await?;
+        self.wharf.kill()?;
         let killed = self.story.now();
+        self.wharf.end().await?;
         let [new, added] = answers;
         self.story.tell(&format!(
             "{IRIS} version {} and {} version {} are acknowledged; killed {} later",
@@ -129,7 +130,7 @@ impl Demo {
         let mut unknown = 0;
         for name in &names {
             let outcome = self.asker.rest(self.target(name)?).await;
-            unknown += usize::from(outcome == Outcome::Failed("REST 404".to_owned()));
+            unknown += usize::from(matches!(outcome, Outcome::Failed { kind, .. } if kind == "REST 404"));
         }
         let copies = counted(left, "copy", "copies");
         self.story.tell(&format!(

@@ -41,7 +41,7 @@ pub(super) async fn run(models: &Path, output: &Output) -> anyhow::Result<()> {
         }
         _ = terminated.recv() => None,
     };
-    let killed = demo.wharf.kill().await;
+    let killed = demo.wharf.end().await;
     let Some(played) = played else { return Err(Failure::Interrupted.into()) };
     if let Err(error) = &played {
         demo.story.complain(&format!("{error:#}"));

@@ -188,7 +188,7 @@ impl Demo {
         match outcome {
             Outcome::Right(_) => {}
             Outcome::Wrong(wrong) => self.story.complain(&format!("a wrong answer: {wrong}")),
-            Outcome::Failed(kind) => self.story.complain(&format!("a failed request: {kind}")),
+            Outcome::Failed { kind, said } => self.story.complain(&format!("a failed request: {kind} {said}")),
         }
         outcome.is_right()
     }
@@ -279,12 +279,14 @@ impl Demo {
         }
         let seen = format!("{} of {asked} right; {held} in memory, {} on disk", asked - wrong, copies - held);
         self.story.show(Promise::Packed, seen, wrong == 0 && within);
-        let slow = median(reloaded).map_or_else(String::new, brief);
-        let fast = median(resident).map_or_else(|| "none".to_owned(), brief);
         self.story.tell(&format!(
             "{asked} requests, each model in turn: {misses} brought a model back, {evictions} evictions"
         ));
-        self.story.tell(&format!("median of those that brought one back {slow}, of the others {fast}"));
+        let slow = median(reloaded).map_or_else(String::new, brief);
+        self.story.tell(&format!("median of the answers that brought a model back: {slow}"));
+        if let Some(fast) = median(resident) {
+            self.story.tell(&format!("median of the others: {fast}", fast = brief(fast)));
+        }
         let seen = format!("{misses} reloads, {evictions} evictions, median {slow}");
         self.story.show(Promise::Reload, seen, misses > 0 && evictions > 0 && wrong == 0);
         Ok(())
@@ -301,16 +303,18 @@ impl Demo {
     /// Waits until traffic has flowed for a while since `then`, without a failure after it.
     pub(super) async fn flow(&self, traffic: &Traffic, then: Instant) -> anyhow::Result<()> {
         let began = self.story.now();
-        while traffic.right_since(then.max(traffic.last_failure().unwrap_or(then))) < STEADY {
+        loop {
+            let failure = traffic.last_failure();
+            let steady = failure.as_ref().map_or(then, |(at, _)| then.max(*at));
+            if traffic.right_since(steady) >= STEADY {
+                return Ok(());
+            }
             if self.story.since(began) > FLOW {
-                bail!(
-                    "traffic does not flow: fewer than {STEADY} right answers without a failure in {} s",
-                    FLOW.as_secs()
-                );
+                let last = failure.map_or_else(String::new, |(_, outcome)| format!("; the last failure: {outcome:?}"));
+                bail!("no {STEADY} right answers without a failure in {} s{last}", FLOW.as_secs());
             }
             tokio::time::sleep(LOOK).await;
         }
-        Ok(())
     }
 
     /// Tells what became of traffic.

@@ -85,10 +85,11 @@ impl Traffic {
             .count()
     }
 
-    /// The moment from which on nothing has failed; none when nothing failed at all.
-    pub(super) fn last_failure(&self) -> Option<Instant> {
+    /// When a request failed last, and how; none when none did.
+    pub(super) fn last_failure(&self) -> Option<(Instant, Outcome)> {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
-        records.iter().filter(|record| !record.outcome.is_right()).map(|record| record.ended).max()
+        let failed = records.iter().filter(|record| !record.outcome.is_right());
+        failed.max_by_key(|record| record.ended).map(|record| (record.ended, record.outcome.clone()))
     }
 
     /// Lets every client finish its request, and returns the accounts.
@@ -144,7 +145,7 @@ impl Account {
             let kind = match &record.outcome {
                 Outcome::Right(_) => continue,
                 Outcome::Wrong(wrong) => format!("wrong answer ({wrong})"),
-                Outcome::Failed(kind) => kind.clone(),
+                Outcome::Failed { kind, .. } => kind.clone(),
             };
             *kinds.entry(kind).or_default() += 1;
         }
@@ -165,15 +166,16 @@ mod tests {
     #[test]
     fn every_request_is_in_exactly_one_account() {
         let at = Instant::from_micros;
+        let failed = || Outcome::Failed { kind: "REST 503".into(), said: "later".into() };
         let record = |ended, outcome| Record { began: at(0), ended: at(ended), model: "iris".into(), outcome };
         let account = Account {
             records: vec![
                 record(5, Outcome::Right(1)),
                 record(7, Outcome::Right(2)),
-                record(9, Outcome::Failed("REST 503".into())),
+                record(9, failed()),
                 record(6, Outcome::Right(2)),
                 record(9, Outcome::Wrong("label".into())),
-                record(9, Outcome::Failed("REST 503".into())),
+                record(9, failed()),
             ],
         };
         assert_eq!((account.sent(), account.failed(), account.slowest()), (6, 3, Duration::from_micros(7)));

@@ -1,0 +1,37 @@
+# What people type. Everything runs with Rust and make; `make test` makes what else it needs under ~/.cache/wharf.
+# CARGO_TARGET_DIR is respected.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test prove lint fmt clippy doc clients
+
+CARGO ?= cargo
+target := $(or $(CARGO_TARGET_DIR),target)
+
+help: ## list these
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## play the life of a model in one process, and check what is promised
+	$(CARGO) build --bin wharf
+	$(target)/debug/wharf demo
+
+test: clients ## every test, in reduced counts
+	$(CARGO) test --no-fail-fast
+
+prove: clients ## every test in full counts; writes docs/proof.md from scratch
+	rm -f docs/proof.md
+	WHARF_PROVE=1 WHARF_PROOF=$(CURDIR)/docs/proof.md $(CARGO) test --no-fail-fast
+
+lint: fmt clippy doc ## formatting, clippy and documentation, warnings denied
+
+fmt:
+	$(CARGO) fmt --check
+
+clippy:
+	$(CARGO) clippy --all-targets -- -D warnings
+
+doc:
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps
+
+# The clients of others that tests use, in an environment of their own.
+clients:
+	@if [ -x tests/clients/setup.sh ]; then tests/clients/setup.sh; fi
