@@ -188,6 +188,17 @@ impl Handler<AgentConnected> for ServerActor {
             drop(connected.link.try_send(Down::Refused { reason, retry: true }));
             return;
         }
+        if let Some(other) =
+            self.replicas.get(&id.index).and_then(|replica| replica.held_by_another(&connected.hello.door))
+        {
+            let live = now.since(self.replicas[&id.index].heard) <= lease;
+            if live {
+                let reason =
+                    format!("another agent, whose door is {other}, stands beside {id}; give each an index of its own");
+                drop(connected.link.try_send(Down::Refused { reason, retry: true }));
+                return;
+            }
+        }
         drop(connected.link.try_send(Down::Welcome { lease, heartbeat }));
         let door = connected.hello.door.clone();
         let moved = self.links.doors.insert(id.clone(), door.clone()).is_none_or(|before| before != door);

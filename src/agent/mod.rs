@@ -111,6 +111,16 @@ impl Agent {
         self.core.book.emptied().await;
     }
 
+    /// Why there is no session with the scheduler; nothing while there is one.
+    #[must_use]
+    pub fn session_problem(&self) -> Option<String> {
+        let link = self.core.link.lock().unwrap_or_else(PoisonError::into_inner);
+        if link.cluster.is_some() {
+            return None;
+        }
+        Some(link.last_error.clone().unwrap_or_else(|| "the scheduler has not answered yet".to_owned()))
+    }
+
     /// What is counted.
     #[must_use]
     pub fn metrics(&self) -> &Metrics {

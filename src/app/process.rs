@@ -229,7 +229,7 @@ impl Process {
     ///
     /// # Errors
     /// When its port or its inference server can't be had.
-    pub async fn agent(&mut self) -> Result<String, ProcessError> {
+    pub async fn agent(&mut self) -> Result<(String, Arc<agent::Agent>), ProcessError> {
         let settings = self.settings.agent.clone();
         let failed = |problem: String| ProcessError::Replica { replica: settings.server.clone(), problem };
         let server = ServerName::new(&settings.server).map_err(|error| failed(error.to_string()))?;
@@ -251,9 +251,10 @@ impl Process {
         let door = DoorAt::Port(listener);
         let id = options.replica.clone();
         let running = replica::start(&self.world, options, server, sources, door, scheduler, &self.shutdown);
-        expose_agent(&self.metrics, &id, &running.agent);
+        let agent = Arc::clone(&running.agent);
+        expose_agent(&self.metrics, &id, &agent);
         self.tasks.spawn(running.stopped());
-        Ok(address)
+        Ok((address, agent))
     }
 
     /// Serves metrics and health at `address`.
@@ -292,6 +293,15 @@ pub async fn up(process: &mut Process) -> Result<(Places, scheduler::Running), P
     let page = process.page(&page, "scheduler.http", checks).await?;
     let places = Places { api: Some(running.api.clone()), gateway: Some(address), pages: vec![("all roles", page)] };
     Ok((places, running))
+}
+
+/// Whether an agent has a session with its scheduler.
+#[must_use]
+pub fn session_check(agent: &agent::Agent) -> Check {
+    match agent.session_problem() {
+        None => Check::ready("scheduler"),
+        Some(problem) => Check::not_ready("scheduler", problem),
+    }
 }
 
 /// Whether a gateway ever had its routes.

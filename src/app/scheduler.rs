@@ -158,13 +158,15 @@ async fn api(handle: &Handle) -> Routes {
         .add_service(HealthCheckServiceServer::new(scheduler))
         .add_service(WharfServer::new(wharf))
         .add_service(health);
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1();
-    match reflection {
-        Ok(reflection) => routes.add_service(reflection),
-        Err(error) => {
+    // Both forms: many clients know only the older one.
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    match (reflection().build_v1(), reflection().build_v1alpha()) {
+        (Ok(now), Ok(older)) => routes.add_service(now).add_service(older),
+        (Err(error), _) | (_, Err(error)) => {
             tracing::error!(%error, "gRPC reflection is not served");
             routes
         }

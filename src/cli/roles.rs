@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Output, RoleArgs, Roles};
 use crate::{
-    app::process::{Places, Process, routes_check, up},
+    app::process::{Places, Process, routes_check, session_check, up},
     ports::{Clock as _, SystemClock},
     settings::{LogFormat, Settings, SettingsFile},
     telemetry::{
@@ -132,8 +132,8 @@ impl Roles for ThisProcess {
 
     async fn agent(&self, args: &RoleArgs, output: &Output) -> anyhow::Result<()> {
         let mut begun = begin(args, output, &[Role::Agent])?;
-        let door = begun.process.agent().await?;
-        let checks = Arc::new(|| vec![Check::ready("agent")]);
+        let (door, agent) = begun.process.agent().await?;
+        let checks = Arc::new(move || vec![session_check(&agent)]);
         let page = begun.process.page(begun.settings.agent.http.as_str(), "agent.http", checks).await?;
         output.note(&format!("door           {door}"));
         tell(&Places { api: None, gateway: None, pages: vec![("agent", page)] }, output);

@@ -83,6 +83,13 @@ impl Replica {
         u32::try_from(self.reported.values().filter(resident).count()).unwrap_or(u32::MAX)
     }
 
+    /// The door of the agent whose session is open, if it is not the one at `door`.
+    pub(super) fn held_by_another(&self, door: &str) -> Option<&str> {
+        let open = self.link.as_ref().is_some_and(|link| !link.is_closed());
+        let hello = self.hello.as_ref().filter(|_| open)?;
+        (hello.door != door).then_some(hello.door.as_str())
+    }
+
     /// A new session replaces the one before it. Gives back each copy that the agent reports, and those that
     /// it should hold and does not.
     pub(super) fn connect(
