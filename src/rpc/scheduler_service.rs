@@ -55,6 +55,15 @@ impl SchedulerApi {
     }
 }
 
+/// Another's server stays another's: Seldon's operator asks again for ever unless it is told so in the one code
+/// that it takes as final.
+fn as_final(refusal: Refusal) -> Refusal {
+    match refusal.code {
+        Code::PermissionDenied => Refusal { code: Code::FailedPrecondition, ..refusal },
+        _ => refusal,
+    }
+}
+
 type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn pipelines<T>() -> Result<T, Status> {
@@ -91,7 +100,7 @@ impl Scheduler for SchedulerApi {
             declared.push(Declare { owner: Owner::Api, server, declaration: Some(declaration) });
         }
         for declare in declared {
-            self.servers.ask(declare).await.map_err(status)?.map_err(status)?;
+            self.servers.ask(declare).await.map_err(status)?.map_err(|refusal| status(as_final(refusal)))?;
         }
         Ok(Response::new(wire::ServerNotifyResponse {}))
     }
