@@ -274,6 +274,7 @@ struct Crowd {
     unplaced: u32,
     untried: u32,
     moving: u32,
+    joining: u32,
     leaving: u32,
     silent: u32,
     gone: u32,
@@ -284,17 +285,27 @@ struct Crowd {
 
 impl Crowd {
     const fn left(&self) -> u32 {
-        self.available + self.failed + self.unplaced + self.untried + self.moving + self.leaving + self.silent
+        self.available
+            + self.failed
+            + self.unplaced
+            + self.untried
+            + self.moving
+            + self.joining
+            + self.leaving
+            + self.silent
     }
 
     fn copies(&self) -> Vec<Copy> {
         let on = on();
+        let mut joining = copy(State::Available { on: on.clone(), residency: Residency::Resident }, false, true);
+        joining.awaited = Some(1);
         let kinds = [
             (self.available, copy(State::Available { on: on.clone(), residency: Residency::Evicted }, false, true)),
             (self.failed, copy(State::Failed { on: None, failure: failure() }, false, false)),
             (self.unplaced, copy(State::Pending { reason: Some(Unplaced::default()) }, false, false)),
             (self.untried, copy(State::Pending { reason: None }, false, false)),
             (self.moving, copy(State::Loading { on: on.clone() }, false, false)),
+            (self.joining, joining),
             (self.leaving, copy(State::Draining { on: on.clone(), phase: Drain::Leaving }, true, false)),
             (self.silent, copy(State::Unknown { on }, false, true)),
             (self.gone, copy(State::Unloaded, true, false)),
@@ -311,9 +322,9 @@ const RULES: [(&str, When, ModelState, &str); 9] = [
     ("deleted or superseded", |c| c.over, ModelState::Terminating, "how many copies are leaving"),
     ("no copy is wanted, and none is left", |c| c.wanted == 0 && c.left() == 0, ModelState::ScaledDown, ""),
     ("no copy is wanted", |c| c.wanted == 0, ModelState::ScaledDown, "how many copies are leaving"),
-    ("as many copies are Available as are wanted", |c| c.available >= c.wanted, ModelState::Available, ""),
+    ("as many copies answer as are wanted", |c| c.available >= c.wanted, ModelState::Available, ""),
     (
-        "some copies are Available, and no fewer than `minReplicas`",
+        "some copies answer, and no fewer than `minReplicas`",
         |c| c.available > 0 && c.available >= c.least,
         ModelState::Available,
         "`Partial`: how many answer, and what keeps the others",
@@ -331,7 +342,7 @@ fn crowds() -> Vec<Crowd> {
         for wanted in [0, 1, 2, 3] {
             for least in 0..=wanted {
                 for over in [false, true] {
-                    for bits in 0..(1_u32 << 7) {
+                    for bits in 0..(1_u32 << 8) {
                         let bit = |n: u32| few[(bits >> n & 1) as usize];
                         crowds.push(Crowd {
                             available,
@@ -342,6 +353,7 @@ fn crowds() -> Vec<Crowd> {
                             leaving: bit(4),
                             silent: bit(5),
                             gone: bit(6),
+                            joining: bit(7),
                             wanted,
                             least,
                             over,
@@ -376,7 +388,7 @@ fn the_state_of_a_model_is_that_of_the_first_row_that_holds() {
             }
             Reason::Unplaced(_) => "what the filters said",
             Reason::Failed(_) => "the failure's",
-            Reason::RolloutFailed(_) => "never from here",
+            Reason::Held(..) | Reason::RolloutFailed(_) => "never from copies alone",
         };
         assert!(reason.starts_with(kind), "{text}: {crowd:?} is {found:?}");
         assert_eq!((found.available, found.available + found.unavailable), (crowd.available, crowd.left()));
