@@ -92,9 +92,13 @@ impl Journal {
     fn committed(&mut self, result: Result<(), CommitError>, by: &[Recipient<Committed>], ctx: &mut Context<Self>) {
         self.committing = false;
         let result = match result {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.links.journal_problem.store(None);
+                Ok(())
+            }
             Err(CommitError::Failed(problem)) => {
                 tracing::error!(target: "wharf::journal", %problem, "a commit failed; nothing of it was written");
+                self.links.journal_problem.store(Some(Arc::new(problem.clone())));
                 Err(problem)
             }
             Err(CommitError::Unknown(problem)) => {

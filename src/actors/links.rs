@@ -41,6 +41,8 @@ pub struct Links {
     pub metrics: Arc<Metrics>,
     /// Where each replica's door is, as its agent said.
     pub doors: DashMap<ReplicaId, String>,
+    /// Why the journal's last commit failed; nothing once one has succeeded again.
+    pub journal_problem: ArcSwapOption<String>,
     /// Where actors run.
     pub spawner: Spawner,
     pub(super) supervisor: Slot<Supervisor>,

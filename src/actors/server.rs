@@ -78,7 +78,10 @@ impl ServerActor {
         let now = self.links.clock.now();
         let expected = if self.removing { 0 } else { self.row.expected.unwrap_or(0) };
         for index in 0..expected {
-            self.replicas.entry(index).or_insert_with(|| Replica::new(ReplicaState::Pending, now));
+            // One whose agent has called before may hold copies: it is not waited for longer than the grace period.
+            let called = self.row.doors.contains_key(&index);
+            let state = if called { ReplicaState::Unknown { since: now } } else { ReplicaState::Pending };
+            self.replicas.entry(index).or_insert_with(|| Replica::new(state, now));
         }
     }
 
@@ -246,7 +249,10 @@ impl Handler<AgentSpoke> for ServerActor {
                 self.set_state(index, ReplicaEvent::Gone);
             }
             Word::Goodbye => {
-                self.note("Goodbye", format!("replica {index} is about to stop"));
+                replica.stopping = true;
+                self.note("Goodbye", format!("replica {index} is about to stop; its models move first"));
+                self.publish();
+                self.tell_leaving(&self.concerned());
             }
             Word::Heartbeat { sequence, resident } => {
                 replica.heard = now;
@@ -283,7 +289,7 @@ impl Handler<SetOrder> for ServerActor {
             // The agent has said how it stands already, perhaps to an actor that is no more.
             self.links.tell_model(&model, Happened(Event::Reported(order.replica, generation, report)));
         }
-        if self.removing || self.row.leaves(index) {
+        if self.leaves(index) {
             self.tell_leaving(&[model].into());
         }
     }

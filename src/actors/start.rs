@@ -104,6 +104,7 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
         events,
         metrics: scheduler.metrics,
         doors: dashmap::DashMap::new(),
+        journal_problem: arc_swap::ArcSwapOption::empty(),
         spawner: scheduler.spawner,
         supervisor: Slot::empty(),
         journal: Slot::empty(),

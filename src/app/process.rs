@@ -289,10 +289,20 @@ pub async fn up(process: &mut Process) -> Result<(Places, scheduler::Running), P
     process.registry(&running.handle, Some(running.agents.clone())).await?;
     let (address, gateway) = process.gateway(running.agents.clone()).await?;
     let page = process.settings.scheduler.http.as_str().to_owned();
-    let checks: Checks = Arc::new(move || vec![Check::ready("scheduler"), routes_check(&gateway)]);
+    let handle = running.handle.clone();
+    let checks: Checks = Arc::new(move || vec![journal_check(&handle), routes_check(&gateway)]);
     let page = process.page(&page, "scheduler.http", checks).await?;
     let places = Places { api: Some(running.api.clone()), gateway: Some(address), pages: vec![("all roles", page)] };
     Ok((places, running))
+}
+
+/// Whether a scheduler can make things durable.
+#[must_use]
+pub fn journal_check(handle: &Handle) -> Check {
+    match handle.links.journal_problem.load().as_deref() {
+        None => Check::ready("journal"),
+        Some(problem) => Check::not_ready("journal", problem.clone()),
+    }
 }
 
 /// Whether an agent has a session with its scheduler.

@@ -11,11 +11,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Output, RoleArgs, Roles};
 use crate::{
-    app::process::{Places, Process, routes_check, session_check, up},
+    app::process::{Places, Process, journal_check, routes_check, session_check, up},
     ports::{Clock as _, SystemClock},
     settings::{LogFormat, Settings, SettingsFile},
     telemetry::{
-        http::Check,
         log::{Format, LogGuard, LogOptions, init},
         metrics::Role,
     },
@@ -117,7 +116,8 @@ impl Roles for ThisProcess {
         let mut begun = begin(args, output, &[Role::Scheduler])?;
         let running = begun.process.scheduler().await?;
         begun.process.registry(&running.handle, None).await?;
-        let checks = Arc::new(|| vec![Check::ready("scheduler")]);
+        let handle = running.handle.clone();
+        let checks = Arc::new(move || vec![journal_check(&handle)]);
         let page = begun.process.page(begun.settings.scheduler.http.as_str(), "scheduler.http", checks).await?;
         let places = Places { api: Some(running.api.clone()), gateway: None, pages: vec![("scheduler", page)] };
         tell(&places, output);
@@ -133,7 +133,8 @@ impl Roles for ThisProcess {
     async fn agent(&self, args: &RoleArgs, output: &Output) -> anyhow::Result<()> {
         let mut begun = begin(args, output, &[Role::Agent])?;
         let (door, agent) = begun.process.agent().await?;
-        let checks = Arc::new(move || vec![session_check(&agent)]);
+        let checked = Arc::clone(&agent);
+        let checks = Arc::new(move || vec![session_check(&checked)]);
         let page = begun.process.page(begun.settings.agent.http.as_str(), "agent.http", checks).await?;
         output.note(&format!("door           {door}"));
         tell(&Places { api: None, gateway: None, pages: vec![("agent", page)] }, output);

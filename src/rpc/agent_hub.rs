@@ -6,11 +6,12 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use actix::Recipient;
 use futures::{Stream, StreamExt as _};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -23,6 +24,8 @@ use crate::{
     messages::server::{AgentConnected, AgentSpoke, Down, Held, Hello, Word},
 };
 
+/// In which the other side says who it is.
+const HELLO: Duration = Duration::from_secs(10);
 /// Words to an agent that may wait for it to read.
 const BOUND: usize = 1024;
 
@@ -68,7 +71,9 @@ impl AgentHub for AgentSessions {
         request: Request<Streaming<wire::AgentMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let mut words = request.into_inner();
-        let first = words.message().await?.and_then(|word| word.message);
+        let first = timeout(HELLO, words.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("an agent says hello within 10 seconds"))??;
+        let first = first.and_then(|word| word.message);
         let Some(wire::agent_message::Message::Hello(hello)) = first else {
             return Err(Status::invalid_argument("an agent's first message is its hello"));
         };

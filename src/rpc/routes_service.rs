@@ -11,7 +11,7 @@ use std::{
 
 use actix::Recipient;
 use futures::{Stream, StreamExt as _, stream};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -25,6 +25,8 @@ use crate::{
     ports::Clock,
 };
 
+/// In which the other side says who it is.
+const HELLO: Duration = Duration::from_secs(10);
 /// Updates to a gateway that may wait for it to read.
 const BOUND: usize = 1024;
 /// Routes in one piece of a table.
@@ -71,7 +73,9 @@ impl Routes for RouteSessions {
         request: Request<Streaming<wire::GatewayMessage>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let mut words = request.into_inner();
-        let first = words.message().await?.and_then(|word| word.message);
+        let first = timeout(HELLO, words.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("a gateway says hello within 10 seconds"))??;
+        let first = first.and_then(|word| word.message);
         let Some(wire::gateway_message::Message::Hello(hello)) = first else {
             return Err(Status::invalid_argument("a gateway's first message is its hello"));
         };

@@ -216,6 +216,8 @@ section! {
         waiting_requests: u32 = "1000" in "1" to "1000000";
         /// How long a request may wait for an evicted copy to come back.
         wait_deadline: Duration = "30s" in "10ms" to "1h";
+        /// How long an agent that is told to stop waits until its models have moved elsewhere.
+        drain_deadline: Duration = "30s" in "0s" to "24h";
     }
 }
 

@@ -60,10 +60,14 @@ impl ServerActor {
         ctx.stop();
     }
 
+    /// Whether copies are to leave the replica: its owner, an operator, or its agent says so.
+    pub(super) fn leaves(&self, index: u32) -> bool {
+        self.removing || self.row.leaves(index) || self.replicas.get(&index).is_some_and(|replica| replica.stopping)
+    }
+
     /// Tells models which replicas their copies are to leave.
     pub(super) fn tell_leaving(&self, models: &BTreeSet<ModelName>) {
-        let leaving: BTreeSet<u32> =
-            self.replicas.keys().copied().filter(|index| self.removing || self.row.leaves(*index)).collect();
+        let leaving: BTreeSet<u32> = self.replicas.keys().copied().filter(|index| self.leaves(*index)).collect();
         for model in models {
             self.links.tell_model(model, Happened(Event::Leaving(self.row.name.clone(), leaving.clone())));
         }

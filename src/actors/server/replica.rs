@@ -28,6 +28,8 @@ pub(super) struct Replica {
     pub(super) hello: Option<Hello>,
     pub(super) session: u64,
     pub(super) link: Option<mpsc::Sender<Down>>,
+    /// Whether its agent said that it is about to stop.
+    pub(super) stopping: bool,
     pub(super) resident: Resources,
     /// What is wanted of each copy, and when it was last said.
     wanted: BTreeMap<Generation, Wish>,
@@ -51,6 +53,7 @@ impl Replica {
             hello: None,
             session: 0,
             link: None,
+            stopping: false,
             resident: Resources { primary: crate::domain::memory::Bytes::ZERO, others: BTreeMap::new() },
             wanted: BTreeMap::new(),
             asked: BTreeMap::new(),
@@ -98,6 +101,7 @@ impl Replica {
         now: Instant,
     ) -> Vec<(ModelName, Generation, Option<Report>)> {
         self.session = connected.session;
+        self.stopping = false;
         self.link = Some(connected.link);
         self.heard = now;
         self.reported = connected

@@ -25,8 +25,8 @@ impl ServerActor {
     fn facts(&self, index: u32, replica: &Replica) -> ReplicaFacts {
         let declared = self.declaration.as_ref();
         ReplicaFacts {
-            state: shown(replica.state, self.row.leaves(index)),
-            closed: self.removing || self.row.closed(index),
+            state: shown(replica.state, self.leaves(index)),
+            closed: self.leaves(index) || self.row.closed(index),
             capacity: self.capacity(replica),
             overcommit_percent: declared
                 .and_then(|declaration| declaration.overcommit_percent)

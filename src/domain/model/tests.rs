@@ -520,11 +520,14 @@ fn a_rollout_that_fails_leaves_the_old_version_serving_until_it_is_resubmitted()
     assert!(world.model.latest().expect("born").failed.is_some());
     assert_eq!(world.model.serving, Some(Version(1)));
     assert_eq!(world.model.standing().state, ModelState::Available);
+    let told = world.model.standing().sentence();
+    assert!(told.starts_with("version 2 does not take over: rollout given up"), "{told}");
     assert_eq!(world.model.version_standing(Version(2)).state, ModelState::Failed);
     world.take(Act::Submit { spec: 1, replicas: 1, rollout });
     world.calm();
     assert_eq!(world.model.serving, Some(Version(2)));
     assert_eq!(world.model.version_standing(Version(2)).state, ModelState::Available);
+    assert_eq!(world.model.standing().sentence(), "");
 }
 
 #[test]
