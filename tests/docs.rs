@@ -119,27 +119,28 @@ fn free_ports(count: usize) -> Vec<u16> {
     held.iter().map(|listener| listener.local_addr().unwrap().port()).collect()
 }
 
-/// What `wharf up` and `wharf stop` mean to the script: a reader has another terminal for the one and Ctrl-C for the
-/// other.
+/// What a role means to the script: a reader has another terminal for it, and Ctrl-C.
 const PROLOGUE: &str = r#"
-wharf_pid=
+pids=
 stop() {
-  if [ -n "$wharf_pid" ]; then kill "$wharf_pid"; wait "$wharf_pid"; wharf_pid=; fi
+  if [ -n "$pids" ]; then kill $pids 2> /dev/null; wait $pids; pids=; fi
 }
-up() {
-  stop
-  command wharf "$@" > wharf.log 2>&1 &
-  wharf_pid=$!
+# Every role runs on, in a terminal of its own: it is waited for until it is ready. Another scheduler takes the place of
+# all that run.
+role() {
+  case $1 in up | scheduler) stop ;; esac
+  command wharf "$@" > "$1.log" 2>&1 &
+  local pid=$!
   for _ in $(seq 600); do
-    if grep -q 'ready;' wharf.log; then cat wharf.log; return 0; fi
-    if ! kill -0 "$wharf_pid" 2> /dev/null; then cat wharf.log; return 1; fi
+    if grep -q 'ready;' "$1.log"; then pids="$pids $pid"; cat "$1.log"; return 0; fi
+    if ! kill -0 "$pid" 2> /dev/null; then cat "$1.log"; wait "$pid"; return; fi
     sleep 0.05
   done
-  cat wharf.log; return 1
+  kill "$pid"; cat "$1.log"; return 1
 }
 trap 'stop; kill $(jobs -p) 2> /dev/null; wait' EXIT
 trap 'exit 143' TERM
-wharf() { if [ "$1" = up ]; then up "$@"; else command wharf "$@"; fi; }
+wharf() { case $1 in up | scheduler | agent | gateway) role "$@" ;; *) command wharf "$@" ;; esac; }
 "#;
 
 /// Runs the steps of a page in one shell, in a folder that is like the repository, and compares.
@@ -166,7 +167,7 @@ fn run(page: &str, steps: &[Step]) {
     };
     let mut script = PROLOGUE.to_owned();
     if !steps.iter().any(|step| step.command.trim_start().starts_with("wharf up")) {
-        script.push_str("up up > /dev/null\n");
+        script.push_str("wharf up > /dev/null\n");
     }
     for (number, step) in steps.iter().enumerate() {
         fs::write(folder.path().join(format!(".{number}.sh")), here(&step.command)).unwrap();
