@@ -39,7 +39,8 @@ struct Queued<'a>(&'a AtomicU32);
 impl<'a> Queued<'a> {
     fn enter(count: &'a AtomicU32, most: u32) -> Option<Self> {
         let entered = count.fetch_update(SeqCst, SeqCst, |waiting| (waiting < most).then(|| waiting + 1));
-        entered.is_ok().then_some(Self(count))
+        // Made only when it counts: one that is made and dropped would count down what never counted up.
+        entered.is_ok().then(|| Self(count))
     }
 }
 
@@ -178,5 +179,25 @@ impl Core {
         self.report(entry);
         let Ok(_turn) = self.reloads.acquire().await else { return };
         self.load_again(entry).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_turned_away_changes_no_count() {
+        let count = AtomicU32::new(0);
+        let first = Queued::enter(&count, 2);
+        let second = Queued::enter(&count, 2);
+        assert!(first.is_some() && second.is_some());
+        for _ in 0..5 {
+            assert!(Queued::enter(&count, 2).is_none());
+            assert_eq!(count.load(SeqCst), 2);
+        }
+        drop((first, second));
+        assert_eq!(count.load(SeqCst), 0);
+        assert!(Queued::enter(&count, 2).is_some());
     }
 }
