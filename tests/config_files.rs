@@ -105,8 +105,9 @@ fn every_problem_is_told_at_once_with_its_place_and_the_fix() {
             "wharf.toml:9: gateway.max_in_flight: \"9\" came, wanted a whole number from 1 to 1000000",
             "wharf.toml:11: metrics.per_model: \"yes\" came, wanted true or false",
             "environment variable WHARF_AGENT__NONSENSE: agent.nonsense: no such setting; [agent] has listen, http, \
-             scheduler, data_dir, artifact_cache, max_artifact, fetch_deadline, load_deadline, waiting_requests, \
-             wait_deadline",
+             scheduler, server, replica, runtime, capabilities, memory, overcommit_percent, advertise, data_dir, \
+             artifact_cache, max_artifact, fetch_deadline, load_deadline, waiting_requests, wait_deadline, \
+             drain_deadline",
             "environment variable WHARF_AGENT__WAIT_DEADLINE: agent.wait_deadline: \"soon\" came, wanted a duration \
              such as \"5s\" or \"250ms\" from 10ms to 1h",
             "environment variable WHARF_SCHEDULER_LEASE: scheduler.lease: it is set by WHARF_SCHEDULER__LEASE, with \

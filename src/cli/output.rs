@@ -182,7 +182,7 @@ impl Output {
 
     /// One line for a person, beside the data.
     pub fn note(&self, line: &str) {
-        self.error_line(&clean(line));
+        self.error_line(&self.fit("", &clean(line)));
     }
 
     /// A line that is told only with `-v`.
@@ -196,14 +196,15 @@ impl Output {
     /// Something that went not as wished, and did not stop the command.
     pub fn warning(&self, line: &str) {
         let color = self.0.color_err.load(Ordering::Relaxed);
-        self.error_line(&format!("{} {}", paint(color, Tone::Busy, "warning:"), clean(line)));
+        let text = self.fit("warning: ", &clean(line));
+        self.error_line(&format!("{} {text}", paint(color, Tone::Busy, "warning:")));
     }
 
     /// Why the command ended.
     pub(crate) fn failure(&self, failure: &Failure) {
         let color = self.0.color_err.load(Ordering::Relaxed);
         let lead = paint(color, Tone::Bad, "error:");
-        self.error_line(&format!("{lead} {}", clean(&failure.to_string())));
+        self.error_line(&format!("{lead} {}", self.fit("error: ", &clean(&failure.to_string()))));
     }
 
     /// What the arguments' parser has to say: help and version are data, all else is wrong usage.
@@ -228,6 +229,16 @@ impl Output {
     /// A view on standard error that is drawn over itself.
     pub(crate) fn live_progress(&self) -> Live {
         Live { output: self.clone(), drawn: 0, on_err: true }
+    }
+
+    /// `text` broken between words, when a person reads it behind `lead` on a terminal.
+    fn fit(&self, lead: &str, text: &str) -> String {
+        if !self.0.err_is_terminal {
+            return text.to_owned();
+        }
+        // Counted with the lead, which is printed apart.
+        let whole = wrap(&format!("{lead}{text}"), self.0.size.0).join("\n");
+        whole.strip_prefix(lead).unwrap_or(text).to_owned()
     }
 
     fn error_line(&self, line: &str) {
@@ -298,6 +309,23 @@ pub(crate) fn clip(text: &str, width: usize) -> String {
     format!("{}...", kept.trim_end())
 }
 
+/// `text` in lines of at most `width` characters, broken between words where it can be.
+pub(crate) fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let line = lines.last_mut().expect("there is always a line");
+        if line.is_empty() {
+            line.push_str(word);
+        } else if line.chars().count() + 1 + word.chars().count() <= width {
+            line.push(' ');
+            line.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    lines
+}
+
 /// As [`clip`], counting no colour codes; a cut line ends its colour.
 fn clip_styled(text: &str, width: usize) -> String {
     let mut kept = String::new();
@@ -345,6 +373,13 @@ mod tests {
     #[test]
     fn nothing_from_elsewhere_reaches_the_terminal_as_a_command() {
         assert_eq!(clean("a\x1b[2Jb\r\nc\u{9b}d"), "a [2Jb  c d");
+    }
+
+    #[test]
+    fn words_are_kept_whole_and_none_is_lost() {
+        assert_eq!(wrap("one two  three four", 9), ["one two", " three", "four"]);
+        assert_eq!(wrap("a-word-longer-than-a-line b", 9), ["a-word-longer-than-a-line", "b"]);
+        assert_eq!(wrap("", 9), [""]);
     }
 
     #[test]

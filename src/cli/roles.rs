@@ -139,6 +139,17 @@ impl Roles for ThisProcess {
         output.note(&format!("door           {door}"));
         tell(&Places { api: None, gateway: None, pages: vec![("agent", page)] }, output);
         let ended = until_stopped(&mut begun).await;
+        if ended.is_ok() && agent.session_problem().is_none() {
+            let patience = begun.settings.agent.drain_deadline;
+            let seconds = patience.as_secs();
+            output.note(&format!("its models move elsewhere, for at most {seconds} s; interrupt again to stop now"));
+            agent.drain();
+            tokio::select! {
+                // Stopped either way: whether all have moved is seen by whoever looks at the scheduler.
+                _ = tokio::time::timeout(patience, agent.drained()) => {}
+                again = until_stopped(&mut begun) => again?,
+            }
+        }
         begun.shutdown.cancel();
         begun.process.stopped().await;
         ended

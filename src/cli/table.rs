@@ -1,9 +1,11 @@
 //! Tables: aligned on a terminal and off it, cut to the width of the one and never of the other.
 
-use super::output::{Output, Tone, clean, clip};
+use super::output::{Output, Tone, clean, clip, wrap};
 
 /// The least width that a cut column keeps.
 const LEAST: usize = 12;
+/// What stands for an empty value.
+const NOTHING: &str = "-";
 /// What stands between two columns.
 const GAP: &str = "  ";
 
@@ -18,7 +20,7 @@ impl Cell {
     /// `text` in the colour of `tone`. An empty text shows as `-`, so that columns can be counted.
     pub(crate) fn toned(text: &str, tone: Tone) -> Self {
         let text = clean(text);
-        Self { text: if text.trim().is_empty() { "-".to_owned() } else { text }, tone }
+        Self { text: if text.trim().is_empty() { NOTHING.to_owned() } else { text }, tone }
     }
 }
 
@@ -57,10 +59,16 @@ impl Table {
             .collect();
         let last = self.headers.len().saturating_sub(1);
         let before: usize = widths[..last].iter().map(|width| width + GAP.len()).sum();
-        let left = output.width().map(|width| width.saturating_sub(before).max(LEAST));
+        let left = output.width().map(|width| width.saturating_sub(before));
+        // Where the last column has no room beside the others it goes below them, and is left out if it says nothing.
+        let below = left.is_some_and(|left| left < LEAST.min(widths[last]));
+        let left = left.map(|left| left.max(LEAST));
         let line = |cells: &mut dyn Iterator<Item = (String, Tone)>| {
             let mut line = String::new();
             for (column, (text, tone)) in cells.enumerate() {
+                if column == last && below {
+                    break;
+                }
                 if column == last {
                     let text = left.map_or_else(|| text.clone(), |left| clip(&text, left));
                     line.push_str(&output.paint(tone, &text));
@@ -75,7 +83,14 @@ impl Table {
             line.trim_end().to_owned()
         };
         let mut lines = vec![line(&mut self.headers.iter().map(|header| ((*header).to_owned(), Tone::Bold)))];
-        lines.extend(self.rows.iter().map(|row| line(&mut row.iter().map(|cell| (cell.text.clone(), cell.tone)))));
+        for row in &self.rows {
+            lines.push(line(&mut row.iter().map(|cell| (cell.text.clone(), cell.tone))));
+            if let (true, Some(cell)) = (below, row.get(last).filter(|cell| cell.text != NOTHING)) {
+                let width = output.width().unwrap_or(usize::MAX).saturating_sub(GAP.len());
+                let indented = |text: String| format!("{GAP}{}", output.paint(cell.tone, &text));
+                lines.extend(wrap(&cell.text, width).into_iter().map(indented));
+            }
+        }
         lines
     }
 

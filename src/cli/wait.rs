@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use super::{
     Context,
-    commands::view::{copy_progress, newest},
+    commands::view::{copy_progress, newest, next_step},
     failure::{Failure, Peer, seconds},
     output::Live,
 };
@@ -89,7 +89,8 @@ pub(crate) fn judge(goal: &Goal, view: &ModelView) -> Verdict {
     let moving = |copy: &CopyView| !matches!(copy.state.as_str(), "Failed" | "Unloaded" | "Draining");
     if bare(&last.state) == "Failed" && !last.copies.iter().any(moving) {
         let reason = reason().unwrap_or_else(|| "no reason was given".to_owned());
-        return Verdict::Hopeless(format!("version {} failed: {reason}", last.version));
+        let step = next_step(&reason);
+        return Verdict::Hopeless(format!("version {} failed: {reason}; {step}", last.version));
     }
     Verdict::Waiting
 }
@@ -223,10 +224,12 @@ impl<'a> Progress<'a> {
             more => format!(", and {more} more are waited for"),
         };
         let stands = self.seen.get(&first.model).map_or("nothing was heard of it", String::as_str);
-        format!(
-            "{} is not {} after {after}: {stands}{others}; it goes on, so ask again or raise --timeout",
-            first.model, first.state
-        )
+        let step = if stands.contains("ScheduleFailed") {
+            format!("it is placed as soon as a replica can take it; `wharf explain {}` shows each", first.model)
+        } else {
+            "it goes on, so ask again or raise --timeout".to_owned()
+        };
+        format!("{} is not {} after {after}: {stands}{others}; {step}", first.model, first.state)
     }
 }
 
@@ -250,7 +253,9 @@ fn describe(goal: &Goal, view: &ModelView) -> String {
         line.push_str(&format!(", taking over from version {serving}"));
     }
     let reasons = [copy.map(|copy| &copy.reason), Some(&last.reason), Some(&view.reason)];
-    if let Some(reason) = reasons.into_iter().flatten().find(|reason| !reason.is_empty()) {
+    // A model on its way has where its copy is for a reason, which is said already.
+    let said = line.split_once(": ").map_or_else(String::new, |(_, stands)| format!(" is {stands}"));
+    if let Some(reason) = reasons.into_iter().flatten().find(|r| !r.is_empty() && !r.ends_with(&said)) {
         line.push_str(&format!(", {reason}"));
     }
     if let Some((done, Some(total))) = copy_progress(&last.copies) {

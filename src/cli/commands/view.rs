@@ -89,6 +89,18 @@ pub(super) fn arrived(view: &ModelView) -> String {
     format!("{}: {}{version}{on}", view.name, view.state)
 }
 
+/// What to do about a failure, as far as its class tells.
+pub(in crate::cli) fn next_step(reason: &str) -> &'static str {
+    let class = reason.split(" failure:").next().unwrap_or_default();
+    match class.rsplit(' ').next().unwrap_or_default() {
+        "artifact" => "correct storageUri or what is there, and load it again",
+        "authorisation" => "correct secretName or the secret, and load it again",
+        "memory" => "declare the memory that it needs, and load it again",
+        "incompatible" => "correct requirements or the model, and load it again",
+        _ => "put it right and load it again",
+    }
+}
+
 /// Where the copies of a model are, each replica once.
 fn places(view: &ModelView) -> String {
     let mut places: Vec<String> = Vec::new();
@@ -118,7 +130,7 @@ pub(super) fn model(context: &Context, view: &ModelView) -> Vec<String> {
         view.available,
         view.wanted
     );
-    if let Some(serving) = view.serving {
+    if let Some(serving) = view.serving.filter(|_| view.available > 0) {
         head.push_str(&format!(", clients are on version {serving}"));
     }
     let mut lines = vec![head];

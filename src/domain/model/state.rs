@@ -161,6 +161,9 @@ pub fn standing<'a>(copies: impl Iterator<Item = &'a Copy>, wanted: u32, least: 
 }
 
 fn step_of(copy: &Copy) -> String {
+    if let (State::Available { on, .. }, Some(_)) = (&copy.state, copy.awaited) {
+        return format!("version {} answers on {on}, and not every gateway knows yet", copy.generation.version);
+    }
     match copy.state.replica() {
         Some(on) => format!("version {} is {} on {on}", copy.generation.version, copy.state.name()),
         None => format!("version {} is looking for a place", copy.generation.version),

@@ -1,0 +1,33 @@
+//! An agent that obeyed the scheduler of another journal calls: what it holds is taken up.
+//!
+//! The rule of this file: the models' actors know of the copies before the server's actor hears of the agent, so
+//! that none is taken for a stray.
+
+use actix::Context;
+
+use super::supervisor::Supervisor;
+use crate::{
+    domain::model::{Event, Found, Model},
+    messages::{model::Happened, server::Hello},
+};
+
+impl Supervisor {
+    pub(super) fn adopt(&mut self, hello: &Hello, ctx: &Context<Self>) {
+        if hello.lineage.is_empty() || hello.lineage == self.links.identity.lineage {
+            return;
+        }
+        self.links.adopt();
+        let mut count = 0_usize;
+        for held in &hello.inventory {
+            // A number that was given before is never given again.
+            self.next_uid = self.next_uid.max(held.generation.uid.0);
+            let found = held.order.as_ref().and_then(|order| Found::of(&hello.replica, order, &held.report));
+            let Some((name, found)) = found else { continue };
+            let known = self.links.models.get(&name).map(|addr| addr.clone());
+            let addr = known.unwrap_or_else(|| self.start_model(Model::unborn(name, self.links.clock.now()), ctx));
+            addr.do_send(Happened(Event::Adopt(Box::new(found))));
+            count += 1;
+        }
+        tracing::warn!(target: "wharf::supervision", event = "adopted", replica = %hello.replica, lineage = hello.lineage, copies = count, "an agent of another journal called; its copies are kept");
+    }
+}
