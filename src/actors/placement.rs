@@ -92,6 +92,8 @@ impl Actor for PlacementActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
+        // Before anyone is asked: an answer must not find the place empty.
+        self.links.placement.fill(ctx.address());
         for server in self.links.all_servers() {
             server.do_send(Announce::ToPlacement);
         }

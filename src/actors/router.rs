@@ -40,6 +40,8 @@ pub(super) struct RouterActor {
     /// Acknowledged by all that are known, while gateways of an earlier scheduler may still come.
     unsettled: VecDeque<Published>,
     flushing: bool,
+    /// Gateways of the router before this one are to have called again by then, or to have lost their lease.
+    complete_from: Instant,
     _life: Life,
 }
 
@@ -55,6 +57,7 @@ struct Gateway {
 
 impl RouterActor {
     pub(super) fn new(epoch: Epoch, links: Arc<Links>, life: Life) -> Self {
+        let complete_from = links.clock.now() + links.timing.gateway_lease;
         Self {
             links,
             epoch,
@@ -64,6 +67,7 @@ impl RouterActor {
             unreached: VecDeque::new(),
             unsettled: VecDeque::new(),
             flushing: false,
+            complete_from,
             _life: life,
         }
     }
@@ -106,7 +110,7 @@ impl RouterActor {
         });
         let acknowledged = self.gateways.values().map(|gateway| gateway.acknowledged).min().unwrap_or(self.epoch);
         self.count(acknowledged);
-        let alone = now >= self.links.unloads_from();
+        let alone = now >= self.links.unloads_from().max(self.complete_from);
         while let Some(published) = self.unreached.pop_front_if(|(epoch, _)| *epoch <= acknowledged) {
             if !alone {
                 self.tell(&published, Event::RoutesReached);
@@ -139,6 +143,8 @@ impl Actor for RouterActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
+        // Before anyone is asked: an answer must not find the place empty.
+        self.links.router.fill(ctx.address());
         for model in self.links.all_models() {
             model.do_send(Announce::ToRouter);
         }
@@ -190,7 +196,8 @@ impl Handler<GatewayConnected> for RouterActor {
         // It starts from the whole table, whatever it holds: one path to get right.
         let table = RouteUpdate::Table(self.epoch, Arc::new(self.routes.values().cloned().collect()));
         let sent = connected.updates.try_send(table).is_ok();
-        let acknowledged = connected.holds.unwrap_or_default();
+        // What it holds is not what it has acknowledged: something may still be on its way under an older epoch.
+        let acknowledged = Epoch::default();
         tracing::info!(target: "wharf::router", gateway = %connected.gateway, epoch = self.epoch.0, "a gateway follows the routes");
         let gateway = Gateway {
             session: connected.session,

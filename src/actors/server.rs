@@ -22,7 +22,7 @@ use crate::{
         copy::Event as CopyEvent,
         error::{Code, Refusal},
         model::{Event, Note},
-        names::ReplicaId,
+        names::{ModelName, ReplicaId},
         record::{ServerRow, Write},
         replica::{Event as ReplicaEvent, Patience, ReplicaState, step},
         server::Claim,
@@ -43,6 +43,8 @@ pub(super) struct ServerActor {
     row: ServerRow,
     declaration: Option<Declaration>,
     removing: bool,
+    /// Whether new orders are about to be said.
+    saying: bool,
     replicas: BTreeMap<u32, Replica>,
     links: Arc<Links>,
     /// Rows on their way to the journal, oldest first, with who waits for each.
@@ -64,6 +66,7 @@ impl ServerActor {
             row,
             declaration,
             removing: false,
+            saying: false,
             replicas: BTreeMap::new(),
             links,
             committing: std::collections::VecDeque::new(),
@@ -83,6 +86,24 @@ impl ServerActor {
             let state = if called { ReplicaState::Unknown { since: now } } else { ReplicaState::Pending };
             self.replicas.entry(index).or_insert_with(|| Replica::new(state, now));
         }
+    }
+
+    /// The replica on which a model says to have a copy. A lost one has none: then the model is told so.
+    fn spoken_of(&mut self, id: &ReplicaId, model: &ModelName) -> Option<&mut Replica> {
+        let now = self.links.clock.now();
+        let missed = ReplicaState::Unknown { since: now };
+        let replica = self.replicas.entry(id.index).or_insert_with(|| Replica::new(missed, now));
+        match replica.state {
+            ReplicaState::Lost => {
+                let lost = Event::Replica(id.clone(), CopyEvent::ReplicaLost);
+                self.links.tell_model(model, Happened(lost));
+                return None;
+            }
+            // It was given a copy, so its agent has called before.
+            ReplicaState::Pending => (replica.state, replica.since) = (missed, now),
+            ReplicaState::Available | ReplicaState::Draining | ReplicaState::Unknown { .. } => {}
+        }
+        Some(replica)
     }
 
     fn id(&self, index: u32) -> ReplicaId {
@@ -278,14 +299,18 @@ impl Handler<AgentSpoke> for ServerActor {
 impl Handler<SetOrder> for ServerActor {
     type Result = ();
 
-    fn handle(&mut self, order: SetOrder, _: &mut Self::Context) {
-        let now = self.links.clock.now();
+    fn handle(&mut self, order: SetOrder, ctx: &mut Self::Context) {
         let index = order.replica.index;
         let model = order.order.model().clone();
-        let replica =
-            self.replicas.entry(index).or_insert_with(|| Replica::new(ReplicaState::Unknown { since: now }, now));
+        let Some(replica) = self.spoken_of(&order.replica, &model) else { return };
         let generation = order.order.generation();
-        if let Some(report) = replica.set(order.order, now, &self.links) {
+        let known = replica.set(order.order);
+        if !self.saying {
+            // Whatever is in the mailbox by then shares the message.
+            self.saying = true;
+            ctx.notify(Say);
+        }
+        if let Some(report) = known {
             // The agent has said how it stands already, perhaps to an actor that is no more.
             self.links.tell_model(&model, Happened(Event::Reported(order.replica, generation, report)));
         }
@@ -295,17 +320,28 @@ impl Handler<SetOrder> for ServerActor {
     }
 }
 
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+struct Say;
+
+impl Handler<Say> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Say, _: &mut Self::Context) {
+        self.saying = false;
+        let now = self.links.clock.now();
+        for replica in self.replicas.values_mut() {
+            replica.say_new(now, &self.links);
+        }
+    }
+}
+
 impl Handler<Enquire> for ServerActor {
     type Result = ();
 
     fn handle(&mut self, Enquire { replica, model, generation }: Enquire, _: &mut Self::Context) {
-        let now = self.links.clock.now();
-        let asked = self
-            .replicas
-            .entry(replica.index)
-            .or_insert_with(|| Replica::new(ReplicaState::Unknown { since: now }, now))
-            .ask(model.clone(), generation);
-        if let Some(report) = asked {
+        let Some(known) = self.spoken_of(&replica, &model) else { return };
+        if let Some(report) = known.ask(model.clone(), generation) {
             self.links.tell_model(&model, Happened(Event::Reported(replica, generation, report)));
         }
     }
@@ -410,10 +446,14 @@ impl Handler<Committed> for ServerActor {
         });
         let durable = result.is_ok();
         if durable && !matches!(done, Done::Removed) {
+            let same = row.expected == self.row.expected && row.draining == self.row.draining;
             self.row = row;
             self.expect();
             self.publish();
-            self.tell_leaving(&self.concerned());
+            // Where a door is is no news to models; to ask all of them whenever an agent calls would take too long.
+            if !same {
+                self.tell_leaving(&self.concerned());
+            }
         }
         match done {
             Done::Removed if durable => self.end(ctx),

@@ -1,6 +1,11 @@
 //! What a server's actor knows of one replica.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::sync::mpsc;
 
@@ -33,6 +38,8 @@ pub(super) struct Replica {
     pub(super) resident: Resources,
     /// What is wanted of each copy, and when it was last said.
     wanted: BTreeMap<Generation, Wish>,
+    /// Copies of which something else is wanted than was last said.
+    unsaid: BTreeSet<Generation>,
     /// Copies that models ask about, until the agent has said whether it holds them.
     asked: BTreeMap<Generation, ModelName>,
     /// What the agent said last of each copy that it holds.
@@ -56,22 +63,24 @@ impl Replica {
             stopping: false,
             resident: Resources { primary: crate::domain::memory::Bytes::ZERO, others: BTreeMap::new() },
             wanted: BTreeMap::new(),
+            unsaid: BTreeSet::new(),
             asked: BTreeMap::new(),
             reported: BTreeMap::new(),
         }
     }
 
-    /// Whether nothing is there, nor wanted there.
+    /// Whether nothing is there, nor wanted there, nor may be there as far as a model knows.
     pub(super) fn is_idle(&self) -> bool {
-        self.wanted.is_empty() && self.reported.is_empty()
+        self.wanted.is_empty() && self.asked.is_empty() && self.reported.is_empty()
     }
 
-    /// Every model that has a copy here, or wants one.
+    /// Every model that has a copy here, or wants one, or asks after one.
     pub(super) fn models(&self) -> Vec<ModelName> {
         let mut models: Vec<ModelName> = self
             .wanted
             .values()
             .map(|wish| wish.order.model().clone())
+            .chain(self.asked.values().cloned())
             .chain(self.reported.values().map(|(model, _)| model.clone()))
             .collect();
         models.sort_unstable();
@@ -104,12 +113,12 @@ impl Replica {
         self.stopping = false;
         self.link = Some(connected.link);
         self.heard = now;
-        self.reported = connected
-            .hello
-            .inventory
-            .iter()
-            .map(|held| (held.generation, (held.model.clone(), held.report.clone())))
-            .collect();
+        self.reported.clear();
+        for held in &connected.hello.inventory {
+            // Among them are last words about copies that are gone: those are wanted and held no more.
+            self.reported(&held.model, held.generation, &held.report);
+        }
+        let said: BTreeSet<Generation> = connected.hello.inventory.iter().map(|held| held.generation).collect();
         let mut reports: Vec<_> = connected
             .hello
             .inventory
@@ -118,12 +127,12 @@ impl Replica {
             .collect();
         for (generation, wish) in &mut self.wanted {
             wish.said = None;
-            if !self.reported.contains_key(generation) {
+            if !said.contains(generation) {
                 reports.push((wish.order.model().clone(), *generation, None));
             }
         }
-        for (generation, model) in std::mem::take(&mut self.asked) {
-            if !self.reported.contains_key(&generation) {
+        for (generation, model) in mem::take(&mut self.asked) {
+            if !said.contains(&generation) {
                 reports.push((model, generation, None));
             }
         }
@@ -133,19 +142,20 @@ impl Replica {
 
     /// Takes what is wanted of a copy. Gives back what the agent has said of it already, if it has spoken.
     #[expect(clippy::option_option, reason = "no word at all is not the word that it is not there")]
-    pub(super) fn set(&mut self, order: Order, now: Instant, links: &Links) -> Option<Option<Report>> {
+    pub(super) fn set(&mut self, order: Order) -> Option<Option<Report>> {
         let generation = order.generation();
         let known = self.reported.get(&generation).map(|(_, report)| report.clone());
-        let gone = matches!(order, Order::Unregister { .. }) && known.is_none() && self.link.is_some();
-        if gone {
-            self.wanted.remove(&generation);
+        let wished = self.wanted.get(&generation);
+        // What was never ordered and never reported is not there. An order to hold it may still be on its way,
+        // though: then only the agent can say that its memory is free.
+        let gone = matches!(order, Order::Unregister { .. }) && known.is_none() && wished.is_none();
+        if gone && self.link.is_some() {
             return Some(None);
         }
-        let same = self.wanted.get(&generation).is_some_and(|wish| *wish.order == order);
-        if !same {
+        if wished.is_none_or(|wish| *wish.order != order) {
             self.wanted.insert(generation, Wish { order: Arc::new(order), said: None });
+            self.unsaid.insert(generation);
         }
-        self.repeat(now, links);
         known.map(Some)
     }
 
@@ -178,13 +188,24 @@ impl Replica {
 
     /// Says again what is wanted and can't be seen to be so.
     pub(super) fn repeat(&mut self, now: Instant, links: &Links) {
+        self.unsaid.clear();
+        let is_due = |wish: &Wish| wish.said.is_none_or(|said| now.since(said) >= AGAIN);
+        let due = self.wanted.iter().filter(|(_, wish)| is_due(wish)).map(|(generation, _)| *generation).collect();
+        self.say(due, now, links);
+    }
+
+    /// Says what is wanted since the last time, all of it in one message.
+    pub(super) fn say_new(&mut self, now: Instant, links: &Links) {
+        let new = mem::take(&mut self.unsaid).into_iter().collect();
+        self.say(new, now, links);
+    }
+
+    fn say(&mut self, which: Vec<Generation>, now: Instant, links: &Links) {
         let Some(link) = &self.link else { return };
         let mut orders = Vec::new();
-        for (generation, wish) in &mut self.wanted {
-            if wish.said.is_some_and(|said| now.since(said) < AGAIN) {
-                continue;
-            }
-            let reported = self.reported.get(generation).map(|(_, report)| report);
+        for generation in which {
+            let Some(wish) = self.wanted.get_mut(&generation) else { continue };
+            let reported = self.reported.get(&generation).map(|(_, report)| report);
             let due = match (&*wish.order, reported) {
                 (Order::Register { .. }, None) => true,
                 (Order::Register { .. }, Some(_)) => false,
@@ -225,6 +246,7 @@ impl Replica {
     /// The replica is lost, and what was wanted there is wanted elsewhere.
     pub(super) fn forget(&mut self) {
         self.wanted.clear();
+        self.unsaid.clear();
         self.asked.clear();
         self.reported.clear();
         self.link = None;
