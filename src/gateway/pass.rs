@@ -106,7 +106,8 @@ impl Gateway {
         let streaming = call.streaming;
         let outcome = timeout(deadline, self.attempts(&kept, call)).await;
         let outcome = match outcome {
-            Ok(Err(_)) if kept.body.as_ref().is_some_and(Replay::over_limit) => {
+            // Also when the inference server has words of its own for a body that was cut off.
+            Ok(_) if kept.body.as_ref().is_some_and(Replay::over_limit) => {
                 admitted.ended(Class::ClientError);
                 return identified(too_large(grpc, self.options.body_limit), id);
             }
