@@ -129,10 +129,12 @@ impl Model {
             Event::Scale(replicas) => next.scale(replicas, &mut decision)?,
             Event::Delete(kubernetes) => next.delete(kubernetes, now, &mut decision),
             Event::Copy(generation, event) => {
-                let placed = matches!(event, copy::Event::Placed { .. });
+                let placed = if let copy::Event::Placed { on } = &event { Some(on.clone()) } else { None };
                 let index = next.copies.iter().position(|copy| copy.generation == generation);
                 let taken = index.is_some_and(|index| next.step(index, event, now, &mut decision).is_ok());
-                if placed && !taken {
+                // A placement that was made anew may tell twice of a place that the copy has.
+                let has = index.and_then(|index| next.copies[index].state.replica().cloned());
+                if placed.is_some() && !taken && has != placed {
                     // The copy was given up while its place was being looked for.
                     decision.effects.push(Effect::Release(generation));
                 }

@@ -570,3 +570,21 @@ fn a_drain_asks_for_one_new_copy_and_keeps_it() {
     assert!(matches!(copy.state, State::Available { .. }) && copy.routed, "{copy:?}");
     assert_ne!(copy.state.replica().expect("placed").index, from);
 }
+
+#[test]
+fn a_place_that_is_told_twice_is_kept_and_one_for_a_copy_that_is_gone_is_given_back() {
+    let mut world = World::new();
+    world.take(Act::Submit { spec: 0, replicas: 1, rollout: Rollout::default() });
+    world.calm();
+    let (given, on) = {
+        let copy = &world.model.copies[0];
+        (copy.generation, copy.state.replica().expect("placed").clone())
+    };
+    let mut released = |generation: Generation| {
+        let told = Event::Copy(generation, CopyEvent::Placed { on: on.clone() });
+        let decision = world.model.apply(told, &world.policy, world.now).expect("nobody asked");
+        decision.effects.contains(&Effect::Release(generation))
+    };
+    assert!(!released(given), "its memory is in use");
+    assert!(released(Generation { number: given.number + 1000, ..given }));
+}
