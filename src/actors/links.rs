@@ -1,6 +1,13 @@
 //! How actors reach each other and what they share.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use actix::{Actor, Addr, Context, Handler, Message, dev::ToEnvelope};
 use arc_swap::ArcSwapOption;
@@ -45,6 +52,8 @@ pub struct Links {
     pub journal_problem: ArcSwapOption<String>,
     /// Where actors run.
     pub spawner: Spawner,
+    /// Whether agents or gateways of another journal have called.
+    pub(super) adopting: AtomicBool,
     pub(super) supervisor: Slot<Supervisor>,
     pub(super) journal: Slot<Journal>,
     pub(super) placement: Slot<PlacementActor>,
@@ -148,7 +157,17 @@ impl Links {
     /// When the first unload may be ordered: until then a gateway may still send by a table of the scheduler
     /// before this one.
     pub(super) fn unloads_from(&self) -> Instant {
-        self.started + self.timing.gateway_lease
+        self.adopts_until().unwrap_or(self.started) + self.timing.gateway_lease
+    }
+
+    /// Agents or gateways of another journal have called: there is something to adopt.
+    pub(super) fn adopt(&self) {
+        self.adopting.store(true, Ordering::Relaxed);
+    }
+
+    /// Until when agents of another journal may still call for the first time, if any did.
+    pub(super) fn adopts_until(&self) -> Option<Instant> {
+        self.adopting.load(Ordering::Relaxed).then(|| self.started + self.timing.grace)
     }
 
     /// Records something for people.

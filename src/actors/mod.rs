@@ -5,6 +5,7 @@
 //! No actor awaits another; a message that is lost with a restart is repaired by the comparison of wanted
 //! with reported that every actor runs on each message and on a timer.
 
+mod adopt;
 mod journal;
 mod life;
 mod links;

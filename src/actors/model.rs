@@ -180,6 +180,12 @@ impl ModelActor {
                 let order = Order::Unregister { model: name.clone(), generation, drain: links.timing.drain };
                 links.tell_server(&on.server.clone(), SetOrder { replica: on, order });
             }
+            Effect::Keep(generation) => {
+                let kept = model.copies.iter().find(|copy| copy.generation == generation);
+                if let Some((copy, on)) = kept.and_then(|copy| Some((copy, copy.state.replica()?.clone()))) {
+                    links.placement.tell(Restore { model: name.clone(), generation, on, need: copy.need.clone() });
+                }
+            }
             Effect::Leave(generation) => links.placement.tell(Leave { model: name.clone(), generation }),
             Effect::Publish(revision) => self.publish(revision),
             Effect::Wake(at) => self.wake_at(at, ctx),

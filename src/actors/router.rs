@@ -40,6 +40,8 @@ pub(super) struct RouterActor {
     /// Acknowledged by all that are known, while gateways of an earlier scheduler may still come.
     unsettled: VecDeque<Published>,
     flushing: bool,
+    /// Gateways of another journal, until its copies are adopted.
+    foreign: BTreeMap<String, GatewayConnected>,
     /// Gateways of the router before this one are to have called again by then, or to have lost their lease.
     complete_from: Instant,
     _life: Life,
@@ -67,6 +69,7 @@ impl RouterActor {
             unreached: VecDeque::new(),
             unsettled: VecDeque::new(),
             flushing: false,
+            foreign: BTreeMap::new(),
             complete_from,
             _life: life,
         }
@@ -151,6 +154,11 @@ impl Actor for RouterActor {
         ctx.run_interval(self.links.timing.gateway_lease / 4, |router, _| {
             router.send(&RouteUpdate::Ping(router.epoch));
             router.settle();
+            if router.links.adopts_until().is_none_or(|until| router.links.clock.now() >= until) {
+                for connected in std::mem::take(&mut router.foreign).into_values() {
+                    router.follow(connected);
+                }
+            }
         });
     }
 }
@@ -192,6 +200,20 @@ impl Handler<GatewayConnected> for RouterActor {
     type Result = ();
 
     fn handle(&mut self, connected: GatewayConnected, _: &mut Self::Context) {
+        if connected.foreign {
+            // What it holds is right until the copies of the other journal are adopted; the table here may lack some.
+            self.links.adopt();
+            if self.links.adopts_until().is_some_and(|until| self.links.clock.now() < until) {
+                self.foreign.insert(connected.gateway.clone(), connected);
+                return;
+            }
+        }
+        self.follow(connected);
+    }
+}
+
+impl RouterActor {
+    fn follow(&mut self, connected: GatewayConnected) {
         self.flush();
         // It starts from the whole table, whatever it holds: one path to get right.
         let table = RouteUpdate::Table(self.epoch, Arc::new(self.routes.values().cloned().collect()));

@@ -76,7 +76,11 @@ pub enum StartError {
 pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
     remember_panics();
     let contents = scheduler.store.load()?;
-    let before = contents.counters;
+    let mut before = contents.counters;
+    if before.leader_epoch == 0 {
+        // Agents may hold copies of a journal that was lost: numbers that it gave are not to be given again.
+        before.uid = before.uid.max(scheduler.clock.now().as_micros());
+    }
     let counters = Counters {
         leader_epoch: before.leader_epoch + 1,
         route_epoch: before.route_epoch + RESERVED,
@@ -106,6 +110,7 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
         doors: dashmap::DashMap::new(),
         journal_problem: arc_swap::ArcSwapOption::empty(),
         spawner: scheduler.spawner,
+        adopting: std::sync::atomic::AtomicBool::new(false),
         supervisor: Slot::empty(),
         journal: Slot::empty(),
         placement: Slot::empty(),

@@ -126,7 +126,7 @@ impl Supervisor {
         known.unwrap_or_else(|| self.start_server(ServerRow::called(name.clone()), ctx))
     }
 
-    fn start_model(&self, model: Model, ctx: &Context<Self>) -> Addr<ModelActor> {
+    pub(super) fn start_model(&self, model: Model, ctx: &Context<Self>) -> Addr<ModelActor> {
         let name = model.name.clone();
         let (links, life) = (Arc::clone(&self.links), self.life(Who::Model(name.clone()), ctx));
         let addr = self.links.spawner.start(Work::Models, move || ModelActor::new(model, links, life));
@@ -412,8 +412,9 @@ impl Handler<AgentConnected> for Supervisor {
     type Result = ();
 
     fn handle(&mut self, connected: AgentConnected, ctx: &mut Self::Context) {
-        let name = connected.hello.replica.server.clone();
-        self.server(&name, ctx).do_send(connected);
+        let server = self.server(&connected.hello.replica.server, ctx);
+        self.adopt(&connected.hello, ctx);
+        server.do_send(connected);
     }
 }
 

@@ -30,6 +30,8 @@ pub struct GatewayConnected {
     pub session: u64,
     /// Whether its table is of this scheduler's lineage, and at which epoch.
     pub holds: Option<Epoch>,
+    /// Whether its table is of another journal's lineage.
+    pub foreign: bool,
     /// Where updates go. Bounded: a gateway that does not read is cut off.
     pub updates: mpsc::Sender<RouteUpdate>,
 }

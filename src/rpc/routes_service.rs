@@ -25,6 +25,8 @@ use crate::{
     ports::Clock,
 };
 
+/// Bytes of a gateway's name.
+const NAME: usize = 253;
 /// In which the other side says who it is.
 const HELLO: Duration = Duration::from_secs(10);
 /// Updates to a gateway that may wait for it to read.
@@ -82,6 +84,10 @@ impl Routes for RouteSessions {
         if hello.gateway.is_empty() {
             return Err(Status::invalid_argument("gateway: a gateway needs a name of its own"));
         }
+        if hello.gateway.len() > NAME || hello.gateway.chars().any(char::is_control) {
+            let text = format!("gateway: its name is at most {NAME} bytes long and has no control characters");
+            return Err(Status::invalid_argument(text));
+        }
         let shared = Arc::clone(&self.shared);
         let session = shared.sessions.fetch_add(1, Ordering::Relaxed);
         let (updates, down) = mpsc::channel(BOUND);
@@ -89,6 +95,7 @@ impl Routes for RouteSessions {
             gateway: hello.gateway.clone(),
             session,
             holds: (hello.lineage == shared.lineage).then_some(Epoch(hello.epoch)),
+            foreign: !hello.lineage.is_empty() && hello.lineage != shared.lineage,
             updates,
         });
         let welcome = wire::Welcome {

@@ -13,7 +13,7 @@ pub(crate) use client::{Api, Ask};
 pub(crate) use random::Random;
 
 pub(crate) use traffic::{Tolerance, traffic};
-pub(crate) use world::{Shape, World, simulate};
+pub(crate) use world::{Seat, Shape, World, simulate};
 
 /// Whether the full counts were asked for.
 #[expect(clippy::disallowed_methods, reason = "a test's own switch")]

@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use serde_json::json;
+
 use super::{Decision, Effect, Entry, Model};
 use crate::domain::{
     copy::{self, Copy, Report, State},
@@ -69,7 +71,8 @@ impl Model {
             self.versions.sort_by_key(|entry| entry.version);
             decision.writes.extend(self.version_row(version));
         }
-        decision.note("Adopted", format!("version {version} was found on {on}, and is kept as it is"));
+        let data = json!({ "version": version.0, "replica": on.to_string() });
+        decision.note("Adopted", format!("version {version} was found on {on}, and is kept as it is"), data);
         self.copies.push(Copy {
             generation,
             state: State::Unknown { on },
@@ -80,6 +83,7 @@ impl Model {
             left: 0,
             draining: false,
             routed: false,
+            awaited: None,
         });
         // As many as there are of one version were wanted.
         let alike = self.copies.iter().filter(|copy| copy.generation.version == version && !copy.draining).count();

@@ -4,6 +4,7 @@
 //! that is durable. It is level-triggered: after each event the whole model is compared with what is wanted
 //! ([`rollout`](super::rollout)), so an event that was lost is repaired by the next one, whatever it is.
 
+mod adopt;
 mod restore;
 mod state;
 mod submit;
@@ -17,6 +18,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use serde_json::{Value, json};
 
 
+pub use adopt::Found;
 pub use restore::restore;
 pub use state::{ModelState, Reason, Standing, standing};
 pub use submit::{Outcome, Submitted};
@@ -140,6 +142,7 @@ impl Model {
                 }
             }
             Event::Reported(on, generation, report) => next.reported(on, generation, report, now, &mut decision),
+            Event::Adopt(found) => next.adopt(*found, now, &mut decision),
             Event::Replica(replica, event) => {
                 for index in 0..next.copies.len() {
                     if next.copies[index].state.replica() == Some(&replica) {

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::submit::Submitted;
+use super::{adopt::Found, submit::Submitted};
 use crate::domain::{
     copy,
     memory::Resources,
@@ -31,6 +31,8 @@ pub enum Event {
     Copy(Generation, copy::Event),
     /// The agent of a replica reports on a copy; without a report, it was found to hold none such.
     Reported(ReplicaId, Generation, Option<copy::Report>),
+    /// An agent holds a copy that the scheduler of another journal left.
+    Adopt(Box<Found>),
     /// Something happens to every copy on a replica.
     Replica(ReplicaId, copy::Event),
     /// Copies are to leave these replicas of the server, and no others of it.
@@ -83,6 +85,8 @@ pub enum Effect {
     },
     /// The memory reserved for the copy is free.
     Release(Generation),
+    /// The copy has a place and its memory already.
+    Keep(Generation),
     /// The copy is to leave: it keeps its memory, and no other copy near it.
     Leave(Generation),
     /// The route changed: publish [`Model::route`] as this revision.
