@@ -83,8 +83,8 @@ pub enum OpenError {
     },
     /// It does not hold what a journal holds.
     #[error(
-        "the journal {path} is damaged ({problem}); restore a backup, or move the file away to start anew and submit the \
-         models again: what agents hold of before is then unloaded"
+        "the journal {path} is damaged ({problem}); restore a backup, or move the file away to start anew: what \
+         agents hold is adopted as they call"
     )]
     Damaged {
         /// The file.
