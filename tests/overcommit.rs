@@ -38,7 +38,7 @@ async fn packed(home: &Home) -> Wharf {
 }
 
 const fn artifact_of(model: u64) -> &'static str {
-    if model % 2 == 0 { "iris-1" } else { "iris-2" }
+    if model.is_multiple_of(2) { "iris-1" } else { "iris-2" }
 }
 
 fn question(number: u64, model: u64) -> Question {

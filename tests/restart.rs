@@ -205,7 +205,7 @@ fn seed() -> u64 {
 async fn what_was_acknowledged_survives_a_kill_at_any_instant() {
     let kills = count(200, 12);
     let seed = seed();
-    println!("WHARF_SEED={seed} repeats the choices of this run");
+    process::proof::tell(&format!("WHARF_SEED={seed} repeats the choices of this run"));
     let mut random = Random::new(seed);
     let home = Home::new(&onnx(3, "64Mi", 10)).set("scheduler.gateway_lease", "500ms").set("log.level", "warn");
     let book: Book = Arc::default();

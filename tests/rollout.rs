@@ -54,7 +54,7 @@ impl Allowed {
             if version < oldest || version > newest {
                 return Err(format!("version {version} answered, {oldest} to {newest} may"));
             }
-            let label = i64::from(version % 2 == 0);
+            let label = i64::from(version.is_multiple_of(2));
             if answer.label == label { Ok(()) } else { Err(format!("version {version} says {label}")) }
         };
         Question { model: model.to_owned(), protocol: in_turns(number), check: Box::new(check) }
@@ -63,7 +63,7 @@ impl Allowed {
 
 /// The artifact of a version: odd ones have the first.
 fn artifact_of(version: u32) -> &'static str {
-    if version % 2 == 0 { "iris-2" } else { "iris-1" }
+    if version.is_multiple_of(2) { "iris-2" } else { "iris-1" }
 }
 
 fn iris(version: u32) -> Spec {
@@ -96,7 +96,7 @@ async fn a_thousand_rollouts_fail_no_request() {
         let answer = wharf.submit(&iris(version).replicas(2)).await.unwrap();
         assert_eq!((answer.version, answer.outcome()), (version, Outcome::NewVersion));
         load.marks.mark(format!("version {version} was accepted"));
-        if version % 3 == 0 {
+        if version.is_multiple_of(3) {
             // The next one is submitted while the earlier ones are still leaving.
             wharf.until_serving("iris", version).await;
         } else {
@@ -281,7 +281,7 @@ async fn recreate_unloads_the_old_version_before_it_loads_the_new_one() {
         assert!(!both.get(), "two versions had a place at once");
         let clients = process::load::Clients::connect(&wharf.gateway).await;
         let answer = clients.ask(0, "iris", process::load::Protocol::Rest).await.unwrap();
-        assert_eq!((answer.version(), answer.label), (version, i64::from(version % 2 == 0)));
+        assert_eq!((answer.version(), answer.label), (version, i64::from(version.is_multiple_of(2))));
     }
     proof("strategy recreate never holds two versions at once", &format!("{rounds} versions"));
 }

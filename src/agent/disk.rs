@@ -171,6 +171,11 @@ impl Disk {
         let mut kept: Vec<Kept> = Vec::new();
         for entry in fs::read_dir(&copies).map_err(error(&copies))? {
             let path = entry.map_err(error(&copies))?.path();
+            if path.extension().is_some_and(|extension| extension == "tmp") {
+                // Its writing was cut off before it took the place of the one before it.
+                drop(fs::remove_file(&path));
+                continue;
+            }
             let parsed = fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok());
             match parsed {
                 Some(copy) if path.extension().is_some_and(|extension| extension == "json") => kept.push(copy),

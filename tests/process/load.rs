@@ -380,7 +380,7 @@ pub async fn get(address: &str, path: &str) -> String {
 
 /// REST and gRPC in turns.
 pub fn in_turns(number: u64) -> Protocol {
-    if number % 2 == 0 { Protocol::Rest } else { Protocol::Grpc }
+    if number.is_multiple_of(2) { Protocol::Rest } else { Protocol::Grpc }
 }
 
 /// Numbers that look random and come again with the same seed (xorshift).
