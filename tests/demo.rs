@@ -2,6 +2,7 @@
 //! no process and no file behind, however it ends.
 
 #![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![expect(clippy::disallowed_methods, reason = "a test against a real process has the real clock")]
 
 use std::{
     fs,

@@ -1,9 +1,9 @@
 //! Tables: aligned on a terminal and off it, cut to the width of the one and never of the other.
 
-use super::output::{Output, Tone, clean, clip, wrap};
+use super::output::{Output, Tone, clean, clip};
 
-/// The least width that a cut column keeps.
-const LEAST: usize = 12;
+/// The least width that a cut column keeps: less says nothing.
+const LEAST: usize = 30;
 /// What stands for an empty value.
 const NOTHING: &str = "-";
 /// What stands between two columns.
@@ -87,8 +87,7 @@ impl Table {
             lines.push(line(&mut row.iter().map(|cell| (cell.text.clone(), cell.tone))));
             if let (true, Some(cell)) = (below, row.get(last).filter(|cell| cell.text != NOTHING)) {
                 let width = output.width().unwrap_or(usize::MAX).saturating_sub(GAP.len());
-                let indented = |text: String| format!("{GAP}{}", output.paint(cell.tone, &text));
-                lines.extend(wrap(&cell.text, width).into_iter().map(indented));
+                lines.push(format!("{GAP}{}", output.paint(cell.tone, &clip(&cell.text, width))));
             }
         }
         lines

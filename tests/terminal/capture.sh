@@ -73,6 +73,9 @@ done
 [ -n "$up" ] || { cat "$work/log" >&2; exit 1; }
 export WHARF_SCHEDULER_HOST=127.0.0.1:${ports[0]} WHARF_INFERENCE_HOST=127.0.0.1:${ports[3]} NO_COLOR=1
 
+# One session stays, so that tmux does not end between two screens.
+tmux -L "${work##*/}" -f /dev/null new-session -d -s stays 'exec sleep 600' \; set-option -g remain-on-exit on
+
 # The screen without what tmux says itself, and without the empty lines at its end.
 screen() {
     tmux -L "${work##*/}" capture-pane -p -S - -t s | sed -e "s#$work#$shown#g" -e 's/[[:space:]]*$//' |
@@ -83,8 +86,7 @@ screen() {
 # fourth argument, once that is on the screen.
 type_in() {
     local size="$1 x $2" command=$3 until=${4:-}
-    tmux -L "${work##*/}" -f /dev/null start-server \; set-option -g remain-on-exit on \; \
-        new-session -d -s s -x "$1" -y "$2" -c "$work" "PATH='$(dirname "$wharf"):$PATH' $command"
+    tmux -L "${work##*/}" new-session -d -s s -x "$1" -y "$2" -c "$work" "PATH='$(dirname "$wharf"):$PATH' $command"
     for _ in $(seq 600); do
         if [ -n "$until" ]; then
             if screen | grep -q -- "$until"; then break; fi
@@ -114,6 +116,11 @@ say 'A new version:'
 type_in 80 24 'wharf model load -f iris-2.yaml -w'
 say '## Looking'
 quietly load -f "$work/add.yaml" -w
+# The old version leaves once no gateway can know it any more, and agents tell what is in memory with a heartbeat.
+for _ in $(seq 300); do
+    if "$wharf" server status onnx -o table 2>/dev/null | awk '$2 == "Available" { n += $3; m += $4 } END { exit !(n == 4 && m == 4) }'; then break; fi
+    sleep 0.1
+done
 type_in 80 24 'wharf server list'
 type_in 80 24 'wharf server status onnx'
 type_in 120 40 'wharf server status onnx'
@@ -135,3 +142,5 @@ type_in 120 40 'wharf model list'
 type_in 80 24 'wharf model status huge'
 say 'Nobody is there:'
 type_in 80 24 'wharf model list --scheduler-host 127.0.0.1:9'
+say '## The demo'
+type_in 80 24 'wharf demo --models models'

@@ -81,7 +81,7 @@ impl Demo {
 
     /// What became of traffic over a kill: requests fail while nobody is there, and none afterwards.
     fn recovered(&mut self, account: &Account, killed: Instant) {
-        self.account(account);
+        self.account(account, true);
         let answers = account.records.iter().filter(|record| record.outcome.is_right() && record.began >= killed);
         let Some(first) = answers.map(|record| record.ended).min() else {
             self.story.show(Promise::Recovered, "no answer".to_owned(), false);
@@ -94,7 +94,7 @@ impl Demo {
         let without = account.failed() - later;
         self.story
             .tell(&format!("first answer {gap} after the kill; {without} requests failed until then, {later} after"));
-        let seen = format!("after {gap}; {without} failed in the gap, {later} later");
+        let seen = format!("after {gap}; {without} failed, {later} later");
         self.story.show(Promise::Recovered, seen, later == 0 && wrong == 0);
     }
 

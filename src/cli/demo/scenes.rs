@@ -317,8 +317,8 @@ impl Demo {
         }
     }
 
-    /// Tells what became of traffic.
-    pub(super) fn account(&self, account: &Account) {
+    /// Tells what became of traffic, of which some may fail or none.
+    pub(super) fn account(&self, account: &Account, may_fail: bool) {
         let (sent, failed) = (account.sent(), account.failed());
         let by_version = |model: &str| {
             let versions = account.versions(model);
@@ -329,7 +329,8 @@ impl Demo {
             .tell(&format!("{sent} requests by REST and gRPC, {failed} failed; slowest {}", brief(account.slowest())));
         self.story.tell(&format!("answers of {IRIS}: {}", by_version(IRIS)));
         for (kind, count) in account.kinds() {
-            self.story.complain(&format!("{count} x {kind}"));
+            let line = format!("{count} x {kind}");
+            if may_fail { self.story.tell(&line) } else { self.story.complain(&line) }
         }
     }
 
@@ -355,7 +356,7 @@ impl Demo {
         self.story.tell(&format!("{IRIS} version {old} is unloaded after {}", brief(self.story.since(began))));
         self.flow(&traffic, self.story.now()).await?;
         let account = traffic.stop().await?;
-        self.account(&account);
+        self.account(&account, false);
         let versions = account.versions(IRIS);
         let both = versions.contains_key(&old) && versions.contains_key(&version) && versions.len() == 2;
         let seen = format!("{} of {} failed; {old} -> {version} in {took}", account.failed(), account.sent());
@@ -390,7 +391,7 @@ impl Demo {
         cluster.server_until("an empty replica", empty).await?;
         self.flow(&traffic, self.story.now()).await?;
         let account = traffic.stop().await?;
-        self.account(&account);
+        self.account(&account, false);
         let views =
             cluster.until("all models", |views| MODELS.iter().all(|(name, _)| views.contains_key(*name))).await?;
         let elsewhere = MODELS.iter().filter(|(name, _)| {

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     cli::{
-        output::{Output, Tone, clean},
+        output::{Output, Tone, clean, wrap},
         table::{Cell, Table},
     },
     domain::time::Instant,
@@ -109,8 +109,12 @@ impl Story {
     }
 
     fn line(&self, tone: Tone, line: &str) {
-        let at = format!("{:>7.2} s", self.since(self.began).as_secs_f64());
-        self.output.data(&format!("{}  {}", self.output.paint(Tone::Dim, &at), self.output.paint(tone, &clean(line))));
+        let at = format!("{:>7.2} s  ", self.since(self.began).as_secs_f64());
+        let width = self.output.width().map_or(usize::MAX, |width| width.saturating_sub(at.len()));
+        for (n, part) in wrap(&clean(line), width).iter().enumerate() {
+            let lead = if n == 0 { self.output.paint(Tone::Dim, &at) } else { " ".repeat(at.len()) };
+            self.output.data(&format!("{lead}{}", self.output.paint(tone, part)));
+        }
     }
 
     /// What was seen of a promise.

@@ -44,7 +44,7 @@ impl Traffic {
         let mut traffic = Self { stop: CancellationToken::new(), clients: JoinSet::new(), records: Arc::default() };
         for target in targets {
             let connection = asker.connect().await?;
-            traffic.client(clock, target, Client::Rest(asker.clone()))?;
+            traffic.client(clock, target, Client::Rest(Box::new(asker.clone())))?;
             traffic.client(clock, target, Client::Grpc(connection))?;
         }
         Ok(traffic)
@@ -107,7 +107,7 @@ impl Traffic {
 }
 
 enum Client {
-    Rest(Asker),
+    Rest(Box<Asker>),
     Grpc(Connection),
 }
 
