@@ -9,11 +9,12 @@ use std::{
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use prost::Message as _;
 use wharf::{
+    ports::{Clock as _, SystemClock},
     rpc::proto::DESCRIPTORS,
     settings::Settings,
     telemetry::metrics::{Metrics, Role},
@@ -21,7 +22,7 @@ use wharf::{
 
 /// Blocks that no test can run as they are, each with where what they say is run all the same.
 const NOT_RUN: [(&str, &str); 5] = [
-    ("make demo\n", "it builds and runs `wharf demo`, which checks itself and has tests of its own"),
+    ("make demo\n", "it builds and runs `wharf demo`, as tests/demo.rs does"),
     ("make lint\n", "it is run beside the tests, not within them"),
     ("make test\n", "it is what runs this test"),
     ("cargo install --path .\n", "building is what comes before this test"),
@@ -206,12 +207,13 @@ fn run(page: &str, steps: &[Step]) {
         shell.env(format!("WHARF_{setting}"), port(written));
     }
     let mut shell = shell.spawn().unwrap();
-    let began = Instant::now();
+    let clock = SystemClock::new();
+    let began = clock.now();
     let late = loop {
         if shell.try_wait().unwrap().is_some() {
             break false;
         }
-        if began.elapsed() > PAGE {
+        if clock.now().since(began) > PAGE {
             // Its trap ends what it started.
             Command::new("kill").arg(shell.id().to_string()).status().unwrap();
             shell.wait().unwrap();
