@@ -140,6 +140,11 @@ impl Links {
         true
     }
 
+    /// Where the replica's door is, as far as is known.
+    pub(super) fn door(&self, on: &ReplicaId) -> Option<String> {
+        self.doors.get(on).map(|door| door.clone())
+    }
+
     /// Every model that has an actor.
     pub(super) fn all_models(&self) -> Vec<Addr<ModelActor>> {
         let mut models: Vec<_> = self.models.iter().map(|entry| (entry.key().clone(), entry.clone())).collect();

@@ -11,6 +11,7 @@ mod life;
 mod links;
 mod model;
 mod placement;
+mod restore;
 mod router;
 mod server;
 mod spawn;

@@ -195,9 +195,7 @@ impl ModelActor {
     }
 
     fn publish(&self, revision: u64) {
-        let gone = self.model.deleted.is_some() && self.model.copies.iter().all(|copy| !copy.routed);
-        let door = |on: &_| self.links.doors.get(on).map(|door| door.clone());
-        let route = (!gone).then(|| self.model.route(door));
+        let route = self.model.published(|on| self.links.door(on));
         self.links.router.tell(Publish { model: self.model.name.clone(), revision, route });
     }
 
@@ -271,9 +269,8 @@ impl Actor for ModelActor {
     fn started(&mut self, ctx: &mut Self::Context) {
         if self.model.is_born() {
             self.links.board.put_model(Arc::clone(&self.model));
-            for to in [Announce::ToPlacement, Announce::ToServer, Announce::ToRouter] {
-                self.announce(to);
-            }
+            // The placement and the router were told before it was started.
+            self.announce(Announce::ToServer);
         }
         self.take(Pending { event: Event::Reconcile, reply: None }, ctx);
     }

@@ -94,6 +94,18 @@ impl Actor for PlacementActor {
     fn started(&mut self, ctx: &mut Self::Context) {
         // Before anyone is asked: an answer must not find the place empty.
         self.links.placement.fill(ctx.address());
+        // What is reserved, before anything is decided.
+        for model in self.links.board.models() {
+            for copy in &model.copies {
+                let Some(on) = copy.state.replica() else { continue };
+                let (name, generation) = (&model.name, copy.generation);
+                if let Err(error) = self.placement.restore(name, generation, on, copy.need.clone()) {
+                    tracing::error!(target: "wharf::placement", model = %name, %generation, %error, "a copy's place can't be restored");
+                } else if copy.draining {
+                    drop(self.placement.mark_leaving(name, generation));
+                }
+            }
+        }
         for server in self.links.all_servers() {
             server.do_send(Announce::ToPlacement);
         }

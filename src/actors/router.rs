@@ -148,6 +148,12 @@ impl Actor for RouterActor {
     fn started(&mut self, ctx: &mut Self::Context) {
         // Before anyone is asked: an answer must not find the place empty.
         self.links.router.fill(ctx.address());
+        // The whole table, before any gateway calls: a part of it would say that the other models are gone.
+        for model in self.links.board.models() {
+            if let Some(route) = model.published(|on| self.links.door(on)) {
+                self.routes.insert(model.name.clone(), route);
+            }
+        }
         for model in self.links.all_models() {
             model.do_send(Announce::ToRouter);
         }

@@ -25,9 +25,9 @@ use super::{
 use crate::{
     domain::{
         error::{Code, Refusal},
-        model::{Event, Model, restore},
+        model::{Event, Model},
         names::{ModelName, ReplicaId, ServerName},
-        record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow, Write},
+        record::{Contents, ServerRow, Write},
         routes::Epoch,
         time::Instant,
         version::Uid,
@@ -108,7 +108,7 @@ impl Supervisor {
         self.links.router.fill(addr);
     }
 
-    fn start_server(&self, row: ServerRow, ctx: &Context<Self>) -> Addr<ServerActor> {
+    pub(super) fn start_server(&self, row: ServerRow, ctx: &Context<Self>) -> Addr<ServerActor> {
         let declaration = self.declared.get(&row.name).and_then(|declare| declare.declaration.clone());
         let (links, life) = (Arc::clone(&self.links), self.life(Who::Server(row.name.clone()), ctx));
         let name = row.name.clone();
@@ -132,41 +132,6 @@ impl Supervisor {
         let addr = self.links.spawner.start(Work::Models, move || ModelActor::new(model, links, life));
         self.links.models.insert(name, addr.clone());
         addr
-    }
-
-    /// Starts an actor for everything that the journal holds.
-    fn restore(&mut self, contents: Contents, ctx: &Context<Self>) {
-        let now = self.links.clock.now();
-        self.restoring = true;
-        for row in contents.servers {
-            self.start_server(row, ctx);
-        }
-        let mut versions = group(contents.versions, |row: &VersionRow| row.model.clone());
-        let mut copies = group(contents.copies, |row: &CopyRow| row.model.clone());
-        let mut count = 0_usize;
-        for row in contents.models {
-            let versions = versions.remove(&row.name).unwrap_or_default();
-            let copies = copies.remove(&row.name).unwrap_or_default();
-            self.restore_model(row, versions, copies, now, ctx);
-            count += 1;
-        }
-        self.restoring = false;
-        self.terminated.make_contiguous().sort_unstable();
-        tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader_epoch, "the journal is read");
-    }
-
-    fn restore_model(
-        &mut self,
-        row: ModelRow,
-        versions: Vec<VersionRow>,
-        copies: Vec<CopyRow>,
-        now: Instant,
-        ctx: &Context<Self>,
-    ) {
-        if let (Some(deleted), true) = (row.deleted, copies.is_empty()) {
-            self.terminated.push_back((deleted, row.name.clone()));
-        }
-        self.start_model(restore(row, versions, copies, now), ctx);
     }
 
     fn fatal(&self, why: String) {
@@ -285,14 +250,6 @@ impl Handler<Committed> for Unheard {
     type Result = ();
 
     fn handle(&mut self, _: Committed, _: &mut Self::Context) {}
-}
-
-fn group<R>(rows: Vec<R>, key: impl Fn(&R) -> ModelName) -> BTreeMap<ModelName, Vec<R>> {
-    let mut groups: BTreeMap<ModelName, Vec<R>> = BTreeMap::new();
-    for row in rows {
-        groups.entry(key(&row)).or_default().push(row);
-    }
-    groups
 }
 
 impl Actor for Supervisor {

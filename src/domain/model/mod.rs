@@ -139,6 +139,8 @@ impl Model {
                 if placed.is_some() && !taken && has != placed {
                     // The copy was given up while its place was being looked for.
                     decision.effects.push(Effect::Release(generation));
+                    // Or it was given another place, which the placement that was made anew does not know of.
+                    decision.effects.extend(has.map(|_| Effect::Keep(generation)));
                 }
             }
             Event::Reported(on, generation, report) => next.reported(on, generation, report, now, &mut decision),

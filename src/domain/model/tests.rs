@@ -214,6 +214,11 @@ impl World {
                 self.route = endpoints.map(|endpoint| endpoint.generation).collect();
                 self.mail.push_back(Mail::Settled(revision));
             }
+            Effect::Keep(generation) => {
+                let kept = self.model.copies.iter().find(|copy| copy.generation == generation).expect("kept");
+                let (on, need) = (kept.state.replica().expect("placed"), kept.need.clone());
+                self.placement.restore(&self.model.name, generation, on, need).expect("registered nowhere else");
+            }
             Effect::Leave(generation) => {
                 self.placement.mark_leaving(&self.model.name, generation).expect("registered");
             }
@@ -580,11 +585,15 @@ fn a_place_that_is_told_twice_is_kept_and_one_for_a_copy_that_is_gone_is_given_b
         let copy = &world.model.copies[0];
         (copy.generation, copy.state.replica().expect("placed").clone())
     };
-    let mut released = |generation: Generation| {
+    let mut told = |generation: Generation, on: &ReplicaId| {
         let told = Event::Copy(generation, CopyEvent::Placed { on: on.clone() });
         let decision = world.model.apply(told, &world.policy, world.now).expect("nobody asked");
-        decision.effects.contains(&Effect::Release(generation))
+        let about = |effect: &Effect| matches!(effect, Effect::Release(_) | Effect::Keep(_));
+        decision.effects.into_iter().filter(about).collect::<Vec<_>>()
     };
-    assert!(!released(given), "its memory is in use");
-    assert!(released(Generation { number: given.number + 1000, ..given }));
+    assert_eq!(told(given, &on), [], "its memory is in use");
+    let elsewhere = replica((on.index + 1) % REPLICAS);
+    assert_eq!(told(given, &elsewhere), [Effect::Release(given), Effect::Keep(given)], "it stays where it is");
+    let gone = Generation { number: given.number + 1000, ..given };
+    assert_eq!(told(gone, &on), [Effect::Release(gone)]);
 }

@@ -74,6 +74,13 @@ impl Model {
         Route { model: self.name.clone(), targets, absence }
     }
 
+    /// The route as gateways are told it; none of a model that is deleted and that nobody may be sent to.
+    #[must_use]
+    pub fn published(&self, door: impl Fn(&ReplicaId) -> Option<String>) -> Option<Route> {
+        let gone = self.deleted.is_some() && self.copies.iter().all(|copy| !copy.routed);
+        (!gone).then(|| self.route(door))
+    }
+
     /// The journal's row of the model.
     #[must_use]
     pub fn row(&self) -> Write {

@@ -1,0 +1,103 @@
+//! What the journal holds becomes actors again: all of it when the scheduler starts, one model after a panic.
+//!
+//! The rule of this file: the ledger and the route table have everything before any model's actor asks for a place
+//! or any gateway for its routes. A table with only some of the models would tell a gateway that the others are gone;
+//! a ledger with only some of the copies would give their memory away.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use actix::Context;
+
+use super::supervisor::Supervisor;
+use crate::{
+    domain::{
+        model::{Model, restore},
+        names::{ModelName, ServerName},
+        record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow},
+        time::Instant,
+    },
+    messages::{
+        placement::{Leave, Restore},
+        router::Publish,
+    },
+};
+
+impl Supervisor {
+    /// Starts an actor for everything that the journal holds.
+    pub(super) fn restore(&mut self, contents: Contents, ctx: &Context<Self>) {
+        let now = self.links.clock.now();
+        self.restoring = true;
+        let mut known: BTreeSet<ServerName> = BTreeSet::new();
+        for row in contents.servers {
+            known.insert(row.name.clone());
+            self.start_server(row, ctx);
+        }
+        for copy in &contents.copies {
+            // Its row may have been refused when its agent called: somebody has to wait for that agent all the same.
+            if known.insert(copy.replica.server.clone()) {
+                self.start_server(ServerRow::called(copy.replica.server.clone()), ctx);
+            }
+        }
+        let mut versions = group(contents.versions, |row: &VersionRow| row.model.clone());
+        let mut copies = group(contents.copies, |row: &CopyRow| row.model.clone());
+        let mut models = Vec::with_capacity(contents.models.len());
+        for row in contents.models {
+            let versions = versions.remove(&row.name).unwrap_or_default();
+            let copies = copies.remove(&row.name).unwrap_or_default();
+            models.push(self.rebuilt(row, versions, copies, now));
+        }
+        let count = models.len();
+        for model in models {
+            self.start_model(model, ctx);
+        }
+        self.restoring = false;
+        self.terminated.make_contiguous().sort_unstable();
+        tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader_epoch, "the journal is read");
+    }
+
+    pub(super) fn restore_model(
+        &mut self,
+        row: ModelRow,
+        versions: Vec<VersionRow>,
+        copies: Vec<CopyRow>,
+        now: Instant,
+        ctx: &Context<Self>,
+    ) {
+        let model = self.rebuilt(row, versions, copies, now);
+        self.start_model(model, ctx);
+    }
+
+    /// A model as its rows have it. The placement and the router know of it from here on.
+    fn rebuilt(&mut self, row: ModelRow, versions: Vec<VersionRow>, copies: Vec<CopyRow>, now: Instant) -> Model {
+        if let (Some(deleted), true) = (row.deleted, copies.is_empty()) {
+            self.terminated.push_back((deleted, row.name.clone()));
+        }
+        let mut model = restore(row, versions, copies, now);
+        let links = &self.links;
+        if let Some(before) = links.board.model(&model.name) {
+            // What is still to be acknowledged for the actor that panicked must say nothing about this one's routes.
+            model.revision = before.revision;
+        }
+        for copy in &model.copies {
+            let Some(on) = copy.state.replica().cloned() else { continue };
+            let (name, generation) = (model.name.clone(), copy.generation);
+            links.placement.tell(Restore { model: name.clone(), generation, on, need: copy.need.clone() });
+            if copy.draining {
+                links.placement.tell(Leave { model: name, generation });
+            }
+        }
+        if model.is_born() {
+            let route = model.published(|on| links.door(on));
+            links.router.tell(Publish { model: model.name.clone(), revision: model.revision, route });
+        }
+        model
+    }
+}
+
+fn group<R>(rows: Vec<R>, key: impl Fn(&R) -> ModelName) -> BTreeMap<ModelName, Vec<R>> {
+    let mut groups: BTreeMap<ModelName, Vec<R>> = BTreeMap::new();
+    for row in rows {
+        groups.entry(key(&row)).or_default().push(row);
+    }
+    groups
+}
