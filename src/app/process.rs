@@ -41,6 +41,9 @@ use crate::{
 
 /// How often the registry file is looked at.
 const LOOK: Duration = Duration::from_millis(500);
+/// How long the gateway's first routes are waited for at start, and how often it is looked for them.
+const FIRST_ROUTES: Duration = Duration::from_secs(5);
+const FIRST_LOOK: Duration = Duration::from_millis(2);
 /// The registry of a process that was given none.
 const DEFAULT_REGISTRY: &str = include_str!("../../config/servers.toml");
 
@@ -288,6 +291,15 @@ pub async fn up(process: &mut Process) -> Result<(Places, scheduler::Running), P
     let running = process.scheduler().await?;
     process.registry(&running.handle, Some(running.agents.clone())).await?;
     let (address, gateway) = process.gateway(running.agents.clone()).await?;
+    // Who is told that all is ready may ask at once. After that long it is the readiness page that tells the truth.
+    let routes = async {
+        while !gateway.is_ready() {
+            tokio::time::sleep(FIRST_LOOK).await;
+        }
+    };
+    if tokio::time::timeout(FIRST_ROUTES, routes).await.is_err() {
+        tracing::warn!("the gateway has no routes yet");
+    }
     let page = process.settings.scheduler.http.as_str().to_owned();
     let handle = running.handle.clone();
     let checks: Checks = Arc::new(move || vec![journal_check(&handle), routes_check(&gateway)]);
