@@ -25,7 +25,7 @@ const EXCEPTIONS: [(&str, &str); 0] = [];
 /// What no decision may touch.
 const BANNED_IN_DOMAIN: [&str; 12] = [
     "async ",
-    "await",
+    ".await",
     "tokio",
     "actix",
     "tonic",
