@@ -13,14 +13,17 @@ use crate::{
 
 impl Supervisor {
     pub(super) fn adopt(&mut self, hello: &Hello, ctx: &Context<Self>) {
+        for held in &hello.inventory {
+            // A number that was given before is never given again, not even by a journal that forgot: an older copy of
+            // it that was put back has given the same numbers to other models.
+            self.next_uid = self.next_uid.max(held.generation.uid.0);
+        }
         if hello.lineage.is_empty() || hello.lineage == self.links.identity.lineage {
             return;
         }
         self.links.adopt();
         let mut count = 0_usize;
         for held in &hello.inventory {
-            // A number that was given before is never given again.
-            self.next_uid = self.next_uid.max(held.generation.uid.0);
             let found = held.order.as_ref().and_then(|order| Found::of(&hello.replica, order, &held.report));
             let Some((name, found)) = found else { continue };
             let known = self.links.models.get(&name).map(|addr| addr.clone());

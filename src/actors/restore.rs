@@ -72,6 +72,8 @@ impl Supervisor {
         if let (Some(deleted), true) = (row.deleted, copies.is_empty()) {
             self.terminated.push_back((deleted, row.name.clone()));
         }
+        // One that was adopted may be above what the journal reserved.
+        self.next_uid = self.next_uid.max(row.uid.0);
         let mut model = restore(row, versions, copies, now);
         let links = &self.links;
         if let Some(before) = links.board.model(&model.name) {
