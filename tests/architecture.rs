@@ -138,6 +138,19 @@ fn the_scanner_sees_through_braces() {
     assert_eq!(names, ["domain", "forward", "ports", "rpc", "store"]);
 }
 
+/// Whether `text` has `word`, and not only as the beginning of a longer one.
+fn has_word(text: &str, word: &str) -> bool {
+    let goes_on = |at: usize| text[at + word.len()..].starts_with(|c: char| c.is_alphanumeric() || c == '_');
+    let ends_in_letter = word.ends_with(char::is_alphanumeric);
+    text.match_indices(word).any(|(at, _)| !(ends_in_letter && goes_on(at)))
+}
+
+#[test]
+fn what_is_banned_is_found_and_longer_words_are_not() {
+    assert!(has_word("x().await?", ".await") && has_word("use tokio::time", "tokio") && has_word("async fn", "async "));
+    assert!(!has_word("copy.awaited.is_none()", ".await"));
+}
+
 #[test]
 fn decisions_touch_nothing_of_the_world() {
     let mut wrong = Vec::new();
@@ -149,7 +162,7 @@ fn decisions_touch_nothing_of_the_world() {
         wrong.extend(
             BANNED_IN_DOMAIN
                 .iter()
-                .filter(|word| text.contains(**word))
+                .filter(|word| has_word(&text, word))
                 .map(|word| format!("{}: {word}", path.display())),
         );
     }
