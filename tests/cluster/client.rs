@@ -110,11 +110,7 @@ impl Api {
     }
 
     /// Follows a drain to its end; what was stuck at last.
-    pub(crate) async fn drain(
-        &mut self,
-        replica: u32,
-        deadline: Duration,
-    ) -> Result<Vec<api::DrainProgress>, Status> {
+    pub(crate) async fn drain(&mut self, replica: u32, deadline: Duration) -> Result<Vec<api::DrainProgress>, Status> {
         let request = api::DrainReplicaRequest {
             server: "sim".to_owned(),
             replica: Some(replica),

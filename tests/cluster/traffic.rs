@@ -83,8 +83,13 @@ impl World {
         }
     }
 
-    fn judge(&self, gateway: usize, name: &str, before: &Expected, answer: &Result<(u16, String), String>) {
-        let tolerance = *lock(&self.tolerance);
+    fn judge(
+        &self,
+        gateway: usize,
+        name: &str,
+        (before, tolerance): (&Expected, Tolerance),
+        answer: &Result<(u16, String), String>,
+    ) {
         // A model that is changing hands meanwhile is judged by the next answer.
         let Some(after) = lock(&self.expected).get(name).cloned() else { return };
         match answer {
@@ -118,8 +123,9 @@ pub(crate) async fn traffic(world: Arc<World>, gateway: usize, seed: u64, pause_
         let names: Vec<(String, Expected)> =
             lock(&world.expected).iter().map(|(name, expected)| (name.clone(), expected.clone())).collect();
         if let Some((name, before)) = random.one(&names) {
+            let tolerance = *lock(&world.tolerance);
             let answer = World::infer(&connections, gateway, name).await;
-            world.judge(gateway, name, before, &answer);
+            world.judge(gateway, name, (before, tolerance), &answer);
         }
         let pause = random.between(pause_millis.0, pause_millis.1);
         tokio::time::sleep(Duration::from_millis(pause)).await;

@@ -378,7 +378,8 @@ where
         }
     }
     let log = world.log.text();
-    if let Some(line) = log.lines().find(|line| line.contains("actor_panicked") || line.contains("contradicts itself")) {
+    if let Some(line) = log.lines().find(|line| line.contains("actor_panicked") || line.contains("contradicts itself"))
+    {
         broken.push(line.to_owned());
     }
     if !broken.is_empty() {

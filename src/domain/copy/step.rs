@@ -152,9 +152,11 @@ fn unavailable(copy: &mut Copy, on: ReplicaId, report: Report) -> (State, Vec<Ef
             effects.splice(0..0, [Effect::Forget, Effect::Release]);
             State::Failed { on: None, failure }
         }
-        Report::Scheduled => State::Scheduled { on },
+        // It is on its way out there; when it is gone, it is ordered again. An order before that would be answered
+        // with the same word, and that with an order, without an end.
+        Report::Scheduled | Report::Draining { .. } => State::Scheduled { on },
         // It is wanted there: order it again.
-        Report::Unloaded | Report::Draining { .. } | Report::Available { .. } => {
+        Report::Unloaded | Report::Available { .. } => {
             let at = effects.iter().position(|effect| *effect == Effect::Route).unwrap_or(effects.len());
             effects.insert(at, Effect::Register);
             State::Scheduled { on }

@@ -567,8 +567,11 @@ fn a_drain_asks_for_one_new_copy_and_keeps_it() {
         world.deliver();
         world.check();
     }
-    while !world.mail.is_empty() {
-        world.deliver();
+    for _ in 0..4 {
+        (0..REPLICAS).for_each(|index| world.work(index, false));
+        while !world.mail.is_empty() {
+            world.deliver();
+        }
     }
     assert_eq!(world.model.next_number, given + 1, "one new copy, and not one per event");
     let [copy] = world.model.copies.as_slice() else { panic!("{:?}", world.model.copies) };
@@ -596,4 +599,57 @@ fn a_place_that_is_told_twice_is_kept_and_one_for_a_copy_that_is_gone_is_given_b
     assert_eq!(told(given, &elsewhere), [Effect::Release(given), Effect::Keep(given)], "it stays where it is");
     let gone = Generation { number: given.number + 1000, ..given };
     assert_eq!(told(gone, &on), [Effect::Release(gone)]);
+}
+
+#[test]
+fn a_wanted_copy_that_is_on_its_way_out_is_ordered_again_once_it_is_gone_and_not_before() {
+    let mut world = World::new();
+    world.take(Act::Submit { spec: 0, replicas: 1, rollout: Rollout::default() });
+    world.calm();
+    let (given, on) = {
+        let copy = &world.model.copies[0];
+        (copy.generation, copy.state.replica().expect("placed").clone())
+    };
+    let mut orders = |report: Report| {
+        let said = Event::Reported(on.clone(), given, Some(report));
+        let decision = world.model.apply(said, &world.policy, world.now).expect("nobody asked");
+        decision.effects.iter().filter(|effect| matches!(effect, Effect::Register { .. })).count()
+    };
+    assert_eq!(orders(Report::Draining { holds: 1 }), 0, "an answer to every answer would never end");
+    assert_eq!(orders(Report::Draining { holds: 0 }), 0);
+    assert_eq!(orders(Report::Unloaded), 1);
+}
+
+#[test]
+fn copies_of_a_lost_journal_are_adopted_as_they_are() {
+    let mut old = World::new();
+    old.take(Act::Submit { spec: 0, replicas: 2, rollout: Rollout::default() });
+    old.calm();
+    let mut model = Model::unborn(old.model.name.clone(), old.now);
+    for copy in &old.model.copies {
+        let on = copy.state.replica().expect("placed").clone();
+        let spec = Arc::clone(&old.model.latest().expect("born").spec);
+        let report = Report::Available { residency: Residency::Resident, measured: None };
+        let found = Found { on, generation: copy.generation, spec, need: copy.need.clone(), report };
+        for _ in 0..2 {
+            let adopted = Event::Adopt(Box::new(found.clone()));
+            let decision = model.apply(adopted, &old.policy, old.now).expect("nobody asked");
+            assert!(!decision.effects.iter().any(|effect| matches!(effect, Effect::Unregister { .. })), "{decision:?}");
+        }
+    }
+    let held = |model: &Model| -> Vec<_> {
+        model.copies.iter().map(|copy| (copy.generation, copy.routed, copy.state.replica().cloned())).collect()
+    };
+    assert_eq!(held(&model), held(&old.model));
+    assert_eq!((model.uid, model.deployment.replicas), (old.model.uid, 2));
+    assert_eq!(model.standing().available + model.standing().unavailable, 2);
+    // What a user has deleted since is not taken up again.
+    model.apply(Event::Delete(None), &old.policy, old.now).expect("it is there");
+    let copy = &old.model.copies[0];
+    let spec = Arc::clone(&old.model.latest().expect("born").spec);
+    let on = copy.state.replica().expect("placed").clone();
+    let generation = Generation { number: 77, ..copy.generation };
+    let found = Found { on, generation, spec, need: copy.need.clone(), report: Report::Loading };
+    let decision = model.apply(Event::Adopt(Box::new(found)), &old.policy, old.now).expect("nobody asked");
+    assert!(decision.effects.iter().any(|effect| matches!(effect, Effect::Unregister { .. })), "{decision:?}");
 }
