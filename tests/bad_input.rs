@@ -77,7 +77,7 @@ impl Tried {
     }
 
     /// Fails unless all is as it was: the process, its models, its actors, its journal, its files, its memory.
-    fn unharmed(mut self, what: &str) {
+    async fn unharmed(mut self, what: &str) {
         self.up.assert_alive();
         infer(&self.up);
         assert_eq!(self.up.says(&["model", "list", "-o", "json"]), self.models, "{what}: models");
@@ -94,7 +94,8 @@ impl Tried {
                 self.inside,
                 self.up.tail()
             );
-            std::thread::sleep(Duration::from_millis(100));
+            // Lets the clients of this test close what they have dropped, too.
+            sleep(Duration::from_millis(100)).await;
         }
         assert!(self.journal == std::fs::read(self.journal_path()).unwrap(), "{what}: the journal is another");
         let resident = self.up.resident();
@@ -166,7 +167,7 @@ async fn malformed_grpc() {
         let answer = http2(address, text).await;
         assert!(answer.refuses(), "JSON to {path}: {answer:?}");
     }
-    tried.unharmed("malformed gRPC");
+    tried.unharmed("malformed gRPC").await;
 }
 
 #[tokio::test]
@@ -205,7 +206,7 @@ async fn empty_messages() {
         assert!(came.text.contains("{\"error\":\""), "{body:?}: {came:?}");
     }
     drop((api, own));
-    tried.unharmed("empty messages");
+    tried.unharmed("empty messages").await;
 }
 
 async fn post(address: &str, path: &str, body: &[u8]) -> Came {
@@ -254,7 +255,7 @@ async fn names_outside_the_rule() {
         assert!(matches!(came.status(), 400 | 404), "{header}: {came:?}");
     }
     drop(api);
-    tried.unharmed("bad names");
+    tried.unharmed("bad names").await;
 }
 
 #[tokio::test]
@@ -279,7 +280,7 @@ async fn path_traversal_in_uris() {
         assert!(text.contains("uri") && text.len() < 1000, "{uri:?}: {text}");
     }
     drop(api);
-    tried.unharmed("URIs that leave their folder");
+    tried.unharmed("URIs that leave their folder").await;
 }
 
 #[tokio::test]

@@ -61,7 +61,7 @@ async fn agents_that_say_what_cannot_be() {
         let Some(Down::Refused(refused)) = word else { panic!("replica {replica} is taken: {word:?}") };
         assert!(refused.reason.contains("2 replicas"), "{refused:?}");
     }
-    tried.unharmed("agents that say what can't be");
+    tried.unharmed("agents that say what can't be").await;
 }
 
 /// A session in which the gateway says these words and then waits; what the scheduler says first.
@@ -94,7 +94,7 @@ async fn gateways_that_say_what_cannot_be() {
         let hello = GatewayWord::Hello(routes::Hello { gateway: gateway_name, lineage, epoch: u64::MAX });
         gateway(agents, vec![Some(hello), None, Some(acknowledged.clone())]).await.unwrap();
     }
-    tried.unharmed("gateways that say what can't be");
+    tried.unharmed("gateways that say what can't be").await;
 }
 
 #[test]
@@ -138,5 +138,5 @@ async fn a_typo_in_the_registry_of_a_running_process_changes_nothing() {
     assert!(tried.up.log().contains("refused"), "{}", tried.up.tail());
     assert_eq!(tried.up.says(&["server", "list"]), servers);
     std::fs::write(&path, up::REGISTRY).unwrap();
-    tried.unharmed("a typo in the registry");
+    tried.unharmed("a typo in the registry").await;
 }

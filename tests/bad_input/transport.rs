@@ -37,13 +37,11 @@ async fn ten_gib_announced() {
     let announced = [&[0, 0xff, 0xff, 0xff, 0xff][..], &framed(&[0x0a, 4, b'i', b'r', b'i', b's'])[5..]].concat();
     for (name, address) in tried.ports() {
         for path in [INFER, "/seldon.mlops.scheduler.Scheduler/LoadModel", "/wharf.agent.v1.AgentHub/Session"] {
-            let asked = Instant::now();
             let answer = http2(address, grpc(address, path, announced.clone())).await;
-            println!("{name} {path}: {answer:?} in {:.1?}", asked.elapsed());
             assert!(answer.refuses(), "{name} {path}: {answer:?}");
         }
     }
-    tried.unharmed("10 GiB announced");
+    tried.unharmed("10 GiB announced").await;
 }
 
 /// Sends up to 10 GiB in chunks until the server answers and ends; gives back what came, and how much it took.
@@ -125,7 +123,7 @@ async fn ten_gib_sent() {
         assert!(answer.contains("grpc-status") || answer.contains("Error"), "{path}: {answer}");
         assert!(taken < 300 << 20, "{path}: {taken} bytes of a message were taken; {answer}");
     }
-    tried.unharmed("10 GiB sent");
+    tried.unharmed("10 GiB sent").await;
 }
 
 #[tokio::test]
@@ -151,7 +149,7 @@ async fn a_header_of_a_mebibyte() {
         let answer = http2(address, request).await;
         assert!(answer.refuses(), "{name}: {answer:?}");
     }
-    tried.unharmed("a header of 1 MiB");
+    tried.unharmed("a header of 1 MiB").await;
 }
 
 /// Sends `first`, then a byte of `drip` each 200 ms, until the server ends the connection; how long it took.
@@ -208,7 +206,7 @@ async fn slow_clients() {
     while let Some(ended) = slow.join_next().await {
         ended.unwrap().unwrap();
     }
-    tried.unharmed("slow clients");
+    tried.unharmed("slow clients").await;
 }
 
 #[tokio::test]
@@ -239,7 +237,7 @@ async fn sessions_that_say_nothing() {
         let (path, status, message) = ended.unwrap();
         assert_eq!(status.as_ref().map(|status| status.as_bytes()), Some(&b"4"[..]), "{path}: {message:?}");
     }
-    tried.unharmed("sessions that say nothing");
+    tried.unharmed("sessions that say nothing").await;
 }
 
 #[tokio::test]
@@ -286,7 +284,7 @@ async fn random_bytes() {
         }
         crate::infer(&tried.up);
     }
-    tried.unharmed("random bytes");
+    tried.unharmed("random bytes").await;
 }
 
 /// Asks and goes away: in the middle of the request, or before the answer.
