@@ -377,7 +377,7 @@ mod tests {
 
     #[test]
     fn words_are_kept_whole_and_none_is_lost() {
-        assert_eq!(wrap("one two  three four", 9), ["one two", " three", "four"]);
+        assert_eq!(wrap("one two  three four", 9), ["one two ", "three", "four"]);
         assert_eq!(wrap("a-word-longer-than-a-line b", 9), ["a-word-longer-than-a-line", "b"]);
         assert_eq!(wrap("", 9), [""]);
     }
