@@ -3,6 +3,7 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
+#[expect(clippy::disallowed_methods, reason = "cargo tells a build script where to write by its environment alone")]
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
     let protos = ["scheduler", "wharf", "agent", "routes", "inference", "health"].map(|name| format!("{name}.proto"));

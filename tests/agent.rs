@@ -1,5 +1,7 @@
 //! An agent keeps its promises: to the scheduler, to requests, to the memory beside it.
 #![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
     clippy::unwrap_used,
     missing_docs,
     unreachable_pub,

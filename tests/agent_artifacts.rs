@@ -1,5 +1,7 @@
 //! Artifacts arrive whole, once, checked and within their bounds.
 #![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
     clippy::unwrap_used,
     missing_docs,
     unreachable_pub,

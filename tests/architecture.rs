@@ -1,5 +1,12 @@
 //! Holds the tree to the layers that `src/lib.rs` draws: who may use whom, what `domain` never touches, and
 //! how long a file may be.
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    missing_docs,
+    reason = "a test stops where it fails, waits in real time, and says what it saw"
+)]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

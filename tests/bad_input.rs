@@ -1,5 +1,12 @@
 //! What nobody should send, sent to each port of a real process: it answers with what is wrong, changes nothing,
 //! keeps nothing, and goes on serving.
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    missing_docs,
+    reason = "a test stops where it fails, waits in real time, and says what it saw"
+)]
 
 #[path = "clients/raw.rs"]
 mod raw;

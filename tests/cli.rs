@@ -1,7 +1,12 @@
 //! What a person and a script see of the command line, against a scheduler and a gateway with canned
 //! answers. `UPDATE=1` writes the golden files anew.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on has failed"
+)]
 
 mod fake;
 
@@ -486,7 +491,10 @@ async fn roles_are_started_with_what_was_asked_for() {
     let started = cli.roles.0.lock().unwrap();
     assert_eq!(started[0], ("up", RoleArgs { config: Some("from-env.toml".into()), ..RoleArgs::default() }));
     let set = vec![("a.b".to_owned(), "1".to_owned()), ("c".to_owned(), "d=e".to_owned())];
-    assert_eq!(started[1], ("scheduler", RoleArgs { config: Some("wharf.toml".into()), set, verbose: 2, parent: None }));
+    assert_eq!(
+        started[1],
+        ("scheduler", RoleArgs { config: Some("wharf.toml".into()), set, verbose: 2, parent: None })
+    );
 }
 
 #[tokio::test]

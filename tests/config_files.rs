@@ -1,7 +1,12 @@
 //! The promise: the files under `config/` say exactly what the code does, and a mistake in a configuration is
 //! told with its place and the fix, all mistakes at once, and changes nothing.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on says so")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on says so"
+)]
 
 use std::{fs, path::Path, time::Duration};
 

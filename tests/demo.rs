@@ -1,7 +1,12 @@
 //! The promise: `wharf demo` plays the life of a model, ends with a table in which everything is ok, and leaves
 //! no process and no file behind, however it ends.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on has failed"
+)]
 #![expect(clippy::disallowed_methods, reason = "a test against a real process has the real clock")]
 
 use std::{

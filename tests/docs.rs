@@ -1,7 +1,12 @@
 //! The promise: what the README and the reference say works as they say it. Every command in them is run, in the
 //! order of the page, against a real process; what they list is compared with what the code has.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on has failed"
+)]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

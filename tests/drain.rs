@@ -1,7 +1,12 @@
 //! The promise: a replica is emptied without a failed request, with its progress shown; what has nowhere to go stays
 //! served and is named; and a drain can be taken back.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on says so")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on says so"
+)]
 #![expect(clippy::disallowed_methods, reason = "a test against a real process has the real clock")]
 
 mod process;

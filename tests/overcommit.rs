@@ -1,7 +1,12 @@
 //! The promise: more models than memory holds are all served, the memory rule is kept at every instant, and what can't
 //! be served is refused with a reason and with a time to come back.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on says so")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on says so"
+)]
 #![expect(clippy::disallowed_methods, reason = "a test against a real process has the real clock")]
 
 mod process;

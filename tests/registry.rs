@@ -1,7 +1,12 @@
 //! The promise: an edit of the server registry is obeyed while Wharf runs and serves, without a failed request; a bad
 //! edit changes nothing and is told with its file, line and key.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on says so")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on says so"
+)]
 #![expect(clippy::disallowed_methods, reason = "a test against a real process has the real clock")]
 
 mod process;

@@ -1,7 +1,12 @@
 //! The promise: whatever was acknowledged is there after `kill -9` at any instant, what is wanted comes back, what is not
 //! wanted is not there, and a journal that can't be used is refused with what to do.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on says so")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on says so"
+)]
 #![expect(clippy::disallowed_methods, reason = "a test against a real process has the real clock")]
 
 mod process;

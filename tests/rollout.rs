@@ -1,7 +1,12 @@
 //! The promise: a model goes from version to version without a failed request, and clients are answered by the
 //! version that served or by one that was submitted since, never by another.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on says so")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on says so"
+)]
 #![expect(clippy::disallowed_methods, reason = "a test against a real process has the real clock")]
 
 mod process;

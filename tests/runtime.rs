@@ -1,6 +1,6 @@
 //! The built-in inference server, as its clients meet it: every sample model over every way to send tensors,
 //! compared with what ONNX Runtime answers (`tests/models/expected.json`, made by `tests/models/make.py`).
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(clippy::disallowed_methods, clippy::print_stdout, missing_docs, clippy::unwrap_used)]
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 

@@ -1,5 +1,5 @@
 //! What the built-in inference server refuses, and that each refusal says what came and what was wanted.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(clippy::disallowed_methods, clippy::print_stdout, missing_docs, clippy::unwrap_used)]
 
 use std::{path::Path, sync::Arc};
 

@@ -2,6 +2,13 @@
 //! partitions, slow links and refused commits.
 //!
 //! A failing test names its seed; `WHARF_SEED=N` repeats it. `WHARF_PROVE=1` runs the full counts.
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    missing_docs,
+    reason = "a test stops where it fails, and its clock is virtual"
+)]
 
 mod cluster;
 

@@ -1,6 +1,11 @@
 //! The promise: what the journal has acknowledged survives anything, and what it has not is never half there.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on says so")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on says so"
+)]
 
 use std::{
     collections::BTreeMap,

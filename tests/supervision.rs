@@ -1,6 +1,12 @@
 //! A panic in one model's handler ends that actor and nothing else: it is logged, the actor is rebuilt from
 //! the journal, and no request to any other model notices.
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test stops where it fails")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test stops where it fails"
+)]
 
 use std::{
     collections::BTreeMap,
@@ -145,8 +151,7 @@ async fn a_panic_in_one_model_is_logged_and_mended_and_no_other_notices() {
     let folder = tempfile::tempdir().unwrap();
     let connections = Connections::new(Arc::clone(&network) as _, Arc::clone(&clock), ClientOptions::default());
     let id = ReplicaId::new(ServerName::new("onnx").unwrap(), 0);
-    let mut options =
-        agent::Options::new(id, Resources::primary(Bytes(1 << 30)), folder.path().to_owned());
+    let mut options = agent::Options::new(id, Resources::primary(Bytes(1 << 30)), folder.path().to_owned());
     options.capabilities = vec!["onnx".to_owned()];
     let server = Runtime::new(runtime::Options {
         repository: options.repository.clone(),
@@ -162,8 +167,7 @@ async fn a_panic_in_one_model_is_logged_and_mended_and_no_other_notices() {
 
     let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", running.api)).unwrap();
     let api = wire::wharf_client::WharfClient::new(endpoint.connect().await.unwrap());
-    let names: Vec<String> =
-        (0..MODELS).map(|index| format!("m{index}")).chain([VICTIM.to_owned()]).collect();
+    let names: Vec<String> = (0..MODELS).map(|index| format!("m{index}")).chain([VICTIM.to_owned()]).collect();
     let submit = |name: String| {
         let mut api = api.clone();
         async move {
@@ -183,10 +187,8 @@ async fn a_panic_in_one_model_is_logged_and_mended_and_no_other_notices() {
     };
     join_all(names.iter().cloned().map(submit)).await;
     for name in &names {
-        eventually(&format!("{name} answers"), async || {
-            gateway.call(request(name)).await.unwrap().status() == 200
-        })
-        .await;
+        eventually(&format!("{name} answers"), async || gateway.call(request(name)).await.unwrap().status() == 200)
+            .await;
     }
 
     // Constant traffic to all the others.
@@ -239,7 +241,7 @@ async fn a_panic_in_one_model_is_logged_and_mended_and_no_other_notices() {
     eventually("traffic goes on", async || answered.load(Ordering::Relaxed) > before + 200).await;
     stop.cancel();
     join_all(traffic).await;
-    let failed = failed.lock().unwrap();
+    let failed = std::mem::take(&mut *failed.lock().unwrap());
     assert!(failed.is_empty(), "{} requests failed, first {:?}", failed.len(), failed.first());
     assert_eq!(*died.lock().unwrap(), None, "one panic is no reason to exit");
     let page = metrics.exposition().unwrap();

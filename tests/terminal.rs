@@ -1,7 +1,12 @@
 //! The promise: what a terminal shows is readable by someone who knows nothing of the inside, and
 //! `docs/terminal.md` shows it as it is. The screens are those of a real terminal, by `tests/terminal/capture.sh`.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on has failed"
+)]
 #![expect(clippy::print_stderr, reason = "a test that could not look says so")]
 
 use std::{

@@ -127,6 +127,10 @@ impl ModelActor {
         for effect in tentative.effects {
             self.perform(effect, ctx);
         }
+        if !self.model.is_born() && !tentative.answers.is_empty() && self.waiting.is_empty() {
+            // What was asked was refused: there is no model, and nothing is to stay of the question.
+            self.links.supervisor.tell(Terminated(self.model.name.clone()));
+        }
         for (reply, answer) in tentative.answers {
             let outcome = if answer.is_ok() { Submission::Accepted } else { Submission::Refused };
             self.links.metrics.scheduler.submission(outcome);
@@ -325,6 +329,9 @@ impl Handler<Committed> for ModelActor {
                 for (reply, _) in mem::take(&mut tentative.answers) {
                     let text = format!("the journal could not be written ({problem}); nothing was changed");
                     drop(reply.send(Err(Refusal::new(Code::Unavailable, text))));
+                }
+                if !self.model.is_born() && self.waiting.is_empty() {
+                    self.links.supervisor.tell(Terminated(self.model.name.clone()));
                 }
                 for event in mem::take(&mut tentative.happened).into_iter().rev() {
                     self.waiting.push_front(Pending { event, reply: None });

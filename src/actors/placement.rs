@@ -244,7 +244,7 @@ impl Handler<Explain> for PlacementActor {
             let latest = model.latest()?.version;
             let copies = || model.copies.iter().filter(|copy| copy.generation.version == latest && !copy.draining);
             // One that found no place is what a user asks about; else the one that was placed last.
-            let copy = copies().find(|copy| copy.state.replica().is_none()).or_else(|| copies().last())?;
+            let copy = copies().find(|copy| copy.state.replica().is_none()).or_else(|| copies().next_back())?;
             let Some(crate::domain::model::Effect::Place(wanted)) = model.place(copy) else { return None };
             let report = self.placement.explain(&self.request(&Place { model: question.clone(), wanted }), now);
             let stands = match copy.state.replica() {

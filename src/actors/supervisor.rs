@@ -219,7 +219,8 @@ impl Supervisor {
             return;
         }
         self.links.models.remove(name);
-        if self.links.board.model(name).is_some() {
+        // One that was submitted again since it was asked to end is another model.
+        if self.links.board.model(name).is_some_and(|model| model.deleted.is_some() && model.copies.is_empty()) {
             self.links.board.remove_model(name);
             let by = self.unheard.clone();
             self.links.journal.tell(Commit { writes: vec![Write::RemoveModel(name.clone())], by });

@@ -247,12 +247,16 @@ impl Core {
     }
 }
 
-/// Whether `order` is another try after `said`.
+/// Whether `order` asks for more than what became of the copy, so that saying that again is no answer: another try
+/// of one that failed, or one that was let go, which a scheduler with an older journal wants back.
 fn tried_again(said: &CopyReport, order: &Order) -> bool {
     let attempt = |order: &Order| match order {
         Order::Register { attempt, .. } => Some(*attempt),
         Order::Unregister { .. } => None,
     };
+    if matches!((&said.report, order), (Report::Unloaded, Order::Register { .. })) {
+        return true;
+    }
     let failed = matches!(said.report, Report::Failed { .. });
     failed && said.order.as_ref().and_then(attempt) < attempt(order)
 }

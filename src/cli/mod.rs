@@ -3,7 +3,7 @@
 //! The rules of this module: data goes to standard output and everything else to standard error; nothing is
 //! written but through [`Output`]; the environment, the clock and the streams come in as arguments, so a
 //! test sees exactly what a user would; and every failure ends in one sentence with the next step and one of
-//! the codes of [`failure`].
+//! the codes of `failure`.
 
 mod args;
 mod commands;

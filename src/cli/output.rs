@@ -162,7 +162,7 @@ impl Output {
         paint(self.0.color_out.load(Ordering::Relaxed), tone, text)
     }
 
-    /// One line of data. The caller has [`clean`]ed what came from elsewhere.
+    /// One line of data. The caller has cleaned what came from elsewhere.
     pub fn data(&self, line: &str) {
         let mut streams = self.lock();
         let written = writeln!(streams.out, "{line}").and_then(|()| streams.out.flush());

@@ -2,7 +2,7 @@
 //!
 //! The rule of this module: the version that serves keeps its copies until min(its Available copies, wanted)
 //! copies of the next one are Available; between the two there are never more than wanted + maxSurge copies
-//! nor, by a decision of ours, fewer than wanted - maxUnavailable that answer. [`reconcile`] looks only at
+//! nor, by a decision of ours, fewer than wanted - maxUnavailable that answer. `reconcile` looks only at
 //! what is, never at what just happened.
 
 use std::time::Duration;

@@ -144,7 +144,6 @@ impl Drop for Listener {
     }
 }
 
-#[expect(clippy::result_large_err, reason = "tonic's own error type")]
 fn hello_from_wire(hello: wire::Hello) -> Result<Hello, Status> {
     let server = ServerName::new(&hello.server).map_err(|error| Status::invalid_argument(error.to_string()))?;
     let mut inventory = Vec::with_capacity(hello.inventory.len());

@@ -257,10 +257,10 @@ mod tests {
     #[test]
     fn log_filters_are_levels_by_module() {
         for good in ["info", "off", "info,wharf::agent=debug"] {
-            assert!(String::parse(good).is_some(), "{good}");
+            assert!(LogFilter::parse(good).is_some(), "{good}");
         }
         for bad in ["", "loud", "info,", "=info", "a b=info", "wharf=loud", "INFO "] {
-            assert!(String::parse(bad).is_none(), "{bad}");
+            assert!(LogFilter::parse(bad).is_none(), "{bad}");
         }
     }
 

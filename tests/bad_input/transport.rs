@@ -300,7 +300,7 @@ async fn hang_up(address: String, turn: usize) -> io::Result<()> {
         1 => io.write_all(format!("{}{FLOWER}", head(FLOWER.len())).as_bytes()).await?,
         _ => io.write_all(head(100).as_bytes()).await?,
     }
-    if turn % 2 == 0 {
+    if turn.is_multiple_of(2) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     // Whatever is still unread makes this a reset, as of a client that was killed.

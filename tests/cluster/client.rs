@@ -77,10 +77,6 @@ impl Api {
         within(self.wharf.submit_model(request)).await
     }
 
-    pub(crate) async fn rollback(&mut self, name: &str) -> Result<api::SubmitModelResponse, Status> {
-        within(self.wharf.rollback_model(api::RollbackModelRequest { name: name.to_owned(), to: None })).await
-    }
-
     pub(crate) async fn scale(&mut self, name: &str, replicas: u32) -> Result<api::SubmitModelResponse, Status> {
         within(self.wharf.scale_model(api::ScaleModelRequest { name: name.to_owned(), replicas })).await
     }

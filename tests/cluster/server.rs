@@ -73,12 +73,6 @@ impl FakeServer {
         self.state().failing = percent;
     }
 
-    /// How long loads and inferences take.
-    pub(crate) fn take(&self, load_millis: (u64, u64), infer_millis: (u64, u64)) {
-        let mut state = self.state();
-        (state.load_millis, state.infer_millis) = (load_millis, infer_millis);
-    }
-
     /// The process dies: its memory is gone.
     pub(crate) fn die(&self) {
         let mut state = self.state();

@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agent::{artifacts::Artifact, measure::Durations},
+    agent::{artifacts::Artifact, cache::pressure::Pressure, measure::Durations},
     domain::{
         copy::{Failure, Progress, Report, Residency},
         memory::Resources,
@@ -105,44 +105,6 @@ pub(crate) struct Fate {
     pub(crate) drain: Option<Duration>,
     /// What went wrong, if something did.
     pub(crate) failure: Option<Failure>,
-}
-
-/// Wakes those who wait for memory whenever some may have become free.
-#[derive(Debug, Default)]
-pub(crate) struct Pressure {
-    waiting: AtomicU32,
-    changed: Notify,
-}
-
-impl Pressure {
-    /// Something may have changed in favour of those who wait.
-    pub(crate) fn eased(&self) {
-        if self.waiting.load(SeqCst) > 0 {
-            self.changed.notify_waiters();
-        }
-    }
-
-    /// Counts a waiter for as long as the guard lives. From then on no release goes unnoticed.
-    pub(crate) fn enter(self: &Arc<Self>) -> Waiting {
-        self.waiting.fetch_add(1, SeqCst);
-        Waiting(Arc::clone(self))
-    }
-}
-
-/// One waiter for memory.
-#[derive(Debug)]
-pub(crate) struct Waiting(Arc<Pressure>);
-
-impl Waiting {
-    pub(crate) fn changed(&self) -> &Notify {
-        &self.0.changed
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, SeqCst);
-    }
 }
 
 /// One copy that the agent was ordered to hold.

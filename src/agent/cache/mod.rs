@@ -5,6 +5,7 @@
 
 mod entry;
 mod ledger;
+mod pressure;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -16,8 +17,9 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
-pub(crate) use entry::{Acquired, Entry, Fate, Hold, InServer, Phase, Pressure, Stage};
+pub(crate) use entry::{Acquired, Entry, Fate, Hold, InServer, Phase, Stage};
 pub(crate) use ledger::{Admission, Ledger, Settled};
+pub(crate) use pressure::Pressure;
 
 use crate::{
     domain::{

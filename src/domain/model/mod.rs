@@ -2,7 +2,7 @@
 //!
 //! The rule of this module: [`Model::apply`] takes one event and returns what to write, and what to do once
 //! that is durable. It is level-triggered: after each event the whole model is compared with what is wanted
-//! ([`rollout`](super::rollout)), so an event that was lost is repaired by the next one, whatever it is.
+//! ([`rollout`]), so an event that was lost is repaired by the next one, whatever it is.
 
 mod adopt;
 mod restore;
@@ -16,7 +16,6 @@ mod words;
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
-
 
 pub use adopt::Found;
 pub use restore::restore;
@@ -129,7 +128,7 @@ impl Model {
             Event::Submit(definition, uid) => next.submit(*definition, uid, now, &mut decision)?,
             Event::Rollback(to) => next.rollback(to, now, &mut decision)?,
             Event::Scale(replicas) => next.scale(replicas, &mut decision)?,
-            Event::Delete(kubernetes) => next.delete(kubernetes, now, &mut decision),
+            Event::Delete(kubernetes) => next.delete(kubernetes, now, &mut decision)?,
             Event::Copy(generation, event) => {
                 let placed = if let copy::Event::Placed { on } = &event { Some(on.clone()) } else { None };
                 let index = next.copies.iter().position(|copy| copy.generation == generation);

@@ -131,7 +131,7 @@ pub fn standing<'a>(copies: impl Iterator<Item = &'a Copy>, wanted: u32, least: 
             .map(|failure| format!("{} failure: {}", failure.class.name(), failure.message))
             .or_else(|| unplaced.map(super::super::placement::report::Unplaced::summary))
             .or_else(|| silent.map(|on| format!("no word from {on} yet")))
-            .or_else(|| moving.map(|copy| step_of(copy)))
+            .or_else(|| moving.map(step_of))
             .unwrap_or_default()
     };
     let (state, reason) = if over {

@@ -209,7 +209,15 @@ impl Model {
         self.answer(outcome, decision)
     }
 
-    pub(super) fn delete(&mut self, kubernetes: Option<KubernetesMeta>, now: Instant, decision: &mut Decision) {
+    pub(super) fn delete(
+        &mut self,
+        kubernetes: Option<KubernetesMeta>,
+        now: Instant,
+        decision: &mut Decision,
+    ) -> Result<(), Refusal> {
+        if !self.is_born() {
+            return Err(Refusal::new(Code::FailedPrecondition, format!("model {} is not known", self.name)));
+        }
         if kubernetes.is_some() {
             self.kubernetes = kubernetes;
         }
@@ -218,6 +226,7 @@ impl Model {
             decision.note("Deleted", "the model was deleted".to_owned(), json!({ "uid": self.uid }));
         }
         decision.writes.push(self.row());
+        Ok(())
     }
 
     fn refuse_deleted(&self) -> Result<(), Refusal> {

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::domain::{
     copy::{Drain, Event as CopyEvent, FailureClass, Report, Residency},
-    placement::{Capabilities, Placement, PlacementRequest, Prefer, ReplicaFacts},
     names::ServerName,
+    placement::{Capabilities, Placement, PlacementRequest, Prefer, ReplicaFacts},
     record::{CopyRow, ModelRow, VersionRow},
     replica::ReplicaState,
     spec::{Definition, DeploymentPatch, Replicas, Strategy as Rollout},
