@@ -431,7 +431,6 @@ async fn failures_are_told_apart_and_everything_is_given_back() {
     let nothing: &dyn Fn(&Server, &str) = &|_, _| {};
     let refuse = |code, text| move |server: &Server, served: &str| server.refuse(served, code, text);
     assert_eq!(failing("/nowhere/model".to_owned(), nothing).await, FailureClass::Artifact);
-    assert_eq!(failing("/a/../b".to_owned(), nothing).await, FailureClass::Artifact);
     assert_eq!(failing("gs://bucket/iris".to_owned(), nothing).await, FailureClass::Artifact);
     assert_eq!(failing(good.clone(), &refuse(500, "boom")).await, FailureClass::Runtime);
     assert_eq!(failing(good.clone(), &refuse(501, "operator Scan is not supported")).await, FailureClass::Incompatible);
