@@ -209,6 +209,8 @@ async fn a_panic_in_one_model_is_logged_and_mended_and_no_other_notices() {
                         answered.fetch_add(1, Ordering::Relaxed);
                     } else {
                         failed.lock().unwrap().push((status, body));
+                        // A refusal comes without a wait: asking on would starve what it waits for.
+                        return;
                     }
                 }
             })

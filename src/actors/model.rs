@@ -24,7 +24,7 @@ use crate::{
         placement::{Leave, Place, Release, Restore},
         router::Publish,
         server::{Enquire, SetOrder},
-        supervisor::{Observe, Terminated, Who},
+        supervisor::{Begin, Observe, Terminated, Who},
     },
     telemetry::metrics::Submission,
 };
@@ -269,8 +269,12 @@ impl ModelActor {
 
 impl Actor for ModelActor {
     type Context = Context<Self>;
+}
 
-    fn started(&mut self, ctx: &mut Self::Context) {
+impl Handler<Begin> for ModelActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Begin, ctx: &mut Self::Context) {
         if self.model.is_born() {
             self.links.board.put_model(Arc::clone(&self.model));
             // The placement and the router were told before it was started.

@@ -35,7 +35,7 @@ use crate::{
             AgentConnected, AgentSpoke, Declaration, Declare, DeclareServer, Down, Enquire, Mark, MarkReplica, SetMark,
             SetOrder, Word,
         },
-        supervisor::{Observe, Who},
+        supervisor::{Begin, Observe, Who},
     },
 };
 
@@ -186,8 +186,12 @@ fn replica_kind(state: ReplicaState) -> &'static str {
 
 impl Actor for ServerActor {
     type Context = Context<Self>;
+}
 
-    fn started(&mut self, ctx: &mut Self::Context) {
+impl Handler<Begin> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Begin, ctx: &mut Self::Context) {
         for model in self.links.all_models() {
             model.do_send(Announce::ToServer);
         }

@@ -35,11 +35,11 @@ use crate::{
     messages::{
         Ask,
         journal::{Commit, Committed},
-        model::{Happened, Request, Stop},
+        model::{Announce, Happened, Request, Stop},
         placement::Explain,
         router::{GatewayAcknowledged, GatewayConnected, GatewayGone},
         server::{AgentConnected, AgentSpoke, Declare, DeclareServer, MarkReplica},
-        supervisor::{Action, AskModel, Ended, Inspect, Observe, OnModel, Terminated, Who},
+        supervisor::{Action, AskModel, Begin, Ended, Inspect, Observe, OnModel, Terminated, Who},
     },
     ports::Store,
     telemetry::metrics::{ActorEvent, Name},
@@ -118,6 +118,7 @@ impl Supervisor {
         }
         let addr = self.links.spawner.start(Work::Servers, move || ServerActor::new(row, declaration, links, life));
         self.links.servers.insert(name, addr.clone());
+        addr.do_send(Begin);
         addr
     }
 
@@ -131,6 +132,7 @@ impl Supervisor {
         let (links, life) = (Arc::clone(&self.links), self.life(Who::Model(name.clone()), ctx));
         let addr = self.links.spawner.start(Work::Models, move || ModelActor::new(model, links, life));
         self.links.models.insert(name, addr.clone());
+        addr.do_send(Begin);
         addr
     }
 
@@ -235,6 +237,7 @@ impl Supervisor {
         let from = self.scanned.take().map_or(0, |last| names.partition_point(|name| *name <= last));
         for name in names.iter().skip(from).take(share) {
             self.links.tell_model(name, Happened(Event::Reconcile));
+            self.links.tell_model(name, Announce::ToServer);
         }
         self.scanned = names.get(from + share).map(|_| names[from + share - 1].clone());
     }

@@ -144,3 +144,8 @@ impl std::fmt::Display for Who {
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct Terminated(pub ModelName);
+
+/// You can be found now: begin. What others answer to an actor's first words must find it.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Begin;
