@@ -168,8 +168,6 @@ section! {
         body_limit: Bytes = "64Mi" in "1Ki" to "16Gi";
         /// Requests in flight; what is over is refused with a Retry-After.
         max_in_flight: u32 = "10000" in "1" to "1000000";
-        /// How many headers a request may have.
-        max_headers: u32 = "100" in "10" to "1000";
         /// How many bytes the headers of a request may have together.
         header_limit: Bytes = "64Ki" in "8Ki" to "1Mi";
         /// How long a client may take to send its headers.
