@@ -21,7 +21,7 @@ use super::{
     near::nearest,
     passage::{Limit, Passage},
     pick::{Flight, Wish, pick},
-    route::{Entry, Place, Share},
+    route::{Entry, Missing, Place, Share},
 };
 use crate::{
     domain::{
@@ -171,7 +171,7 @@ impl Gateway {
             (None, None) => return Err(Refused::new(Code::Invalid, "the request has no message")),
         };
         let mut guard = Some(self.table.enter());
-        let mut entry = self.table.get(name).ok_or_else(|| self.unknown(name))?;
+        let mut entry = self.routed(name)?;
         let sticky = kept.head.headers.get(SELDON_ROUTE).map(HeaderValue::as_bytes);
         let wish = Wish { version: version.map(|text| parse_version(&entry, text)).transpose()?, sticky };
         let mut tried: Vec<Generation> = Vec::new();
@@ -182,7 +182,7 @@ impl Gateway {
                 Some(guard) => guard,
                 None => {
                     let here = self.table.enter();
-                    entry = self.table.get(entry.model.as_str()).ok_or_else(|| self.unknown(entry.model.as_str()))?;
+                    entry = self.routed(entry.model.as_str())?;
                     here
                 }
             };
@@ -268,7 +268,11 @@ impl Gateway {
         }
     }
 
-    fn unknown(&self, name: &str) -> Refused {
+    fn routed(&self, name: &str) -> Result<Arc<Entry>, Refused> {
+        self.table.find(name).map_err(|missing| self.missing(name, missing))
+    }
+
+    fn missing(&self, name: &str, missing: Missing) -> Refused {
         for (suffix, what) in [(".experiment", "experiments"), (".pipeline", "pipelines")] {
             if name.ends_with(suffix) {
                 let name: String = name.chars().take(80).collect();
@@ -278,11 +282,11 @@ impl Gateway {
         if let Err(error) = ModelName::new(name) {
             return Refused::new(Code::Invalid, error.to_string());
         }
-        self.metrics.unknown_model.fetch_add(1, Ordering::Relaxed);
-        if self.table.held_epoch().0.is_none() {
+        if missing == Missing::NoTable {
             let message = "this gateway has no routes yet: it has not reached the scheduler since it started";
             return Refused::new(Code::Unavailable, message).retry_after(SOON);
         }
+        self.metrics.unknown_model.fetch_add(1, Ordering::Relaxed);
         let hint = nearest(&self.table, name).map(|near| format!("; did you mean {near:?}?")).unwrap_or_default();
         Refused::new(Code::NotFound, format!("there is no model named {name:?}{hint}"))
     }

@@ -52,6 +52,15 @@ struct Held {
     models: usize,
 }
 
+/// Why a name has no route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// There was no table yet.
+    NoTable,
+    /// The table has no such model.
+    Unknown,
+}
+
 /// One model's route, ready for requests.
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -103,6 +112,19 @@ impl Table {
     /// The route of the model named `name`.
     pub(super) fn get(&self, name: &str) -> Option<Arc<Entry>> {
         self.shards[shard_of(name)].load().get(name).cloned()
+    }
+
+    /// The route of the model named `name`. Who finds none waits for the change that is being applied, if there is
+    /// one: in the midst of the first table a model may be missing that is in it.
+    ///
+    /// # Errors
+    /// Why there is none, as it was at one instant.
+    pub(super) fn find(&self, name: &str) -> Result<Arc<Entry>, Missing> {
+        if let Some(entry) = self.get(name) {
+            return Ok(entry);
+        }
+        let held = self.held();
+        self.get(name).ok_or(if held.epoch.is_some() { Missing::Unknown } else { Missing::NoTable })
     }
 
     /// Whether there is a route for `name`.
@@ -373,6 +395,22 @@ mod tests {
                 prop_assert_eq!(table.held_epoch(), (epoch, expected.len()));
                 prop_assert_eq!(table.settled().epoch, epoch.unwrap_or_default());
             }
+        }
+    }
+
+    #[test]
+    fn while_the_first_table_is_put_in_place_no_model_of_it_is_unknown() {
+        let many = |n: u32| ModelName::new(&format!("model-{n}")).expect("valid");
+        for _ in 0..20 {
+            let table = table();
+            let routes = (0..500).map(|n| Route { model: many(n), ..route(0, 1) }).collect();
+            std::thread::scope(|scope| {
+                let placing = scope.spawn(|| table.replace(Snapshot { epoch: Epoch(1), routes }));
+                for n in (0..500).cycle().take_while(|_| !placing.is_finished()) {
+                    assert_ne!(table.find(many(n).as_str()).err(), Some(Missing::Unknown));
+                }
+            });
+            assert_eq!(table.find("another").err(), Some(Missing::Unknown));
         }
     }
 
