@@ -17,7 +17,11 @@ use agent_world::{Server, World, entries, generation, register, rest, text, unre
 use futures::future::join_all;
 use http_body_util::BodyExt as _;
 use wharf::{
-    domain::copy::{FailureClass, Report, Residency},
+    agent::Facts,
+    domain::{
+        copy::{FailureClass, Report, Residency},
+        memory::{Bytes, Resources},
+    },
     forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY},
     rpc::proto::{agent::agent_message, inference::ModelInferRequest},
 };
@@ -512,4 +516,47 @@ async fn an_agent_that_is_asked_to_drain_says_goodbye_and_waits() {
     assert!(tokio::time::timeout(SECOND, world.agent.drained()).await.is_err());
     session.obeyed(&[unregister("m0", copy, SECOND)]).await;
     tokio::time::timeout(60 * SECOND, world.agent.drained()).await.expect("drained");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_that_becomes_smaller_evicts_as_holds_allow_it_and_fails_no_request() {
+    let (world, mut session) = World::new(12, |_| {}).await;
+    let copies = world.all_available(&mut session, &[4, 4, 4]).await;
+    let held = world.infer("m0", copies[0]).await;
+    drop(world.infer("m2", copies[2]).await);
+    let smaller = |bytes: u64| Facts {
+        capacity: Resources::primary(Bytes(bytes)),
+        capabilities: vec!["other".to_owned()],
+        ..world.options.facts()
+    };
+    let loaded = |world: &World| ["m0_1", "m1_1", "m2_1"].map(|served| world.server.is_loaded(served));
+    world.agent.restate(smaller(4));
+    let restated = loop {
+        if let agent_message::Message::Restated(restated) = session.said.recv().await.expect("the session goes on") {
+            break restated;
+        }
+    };
+    assert_eq!(restated.capacity.map(|capacity| capacity.primary), Some(4));
+    assert_eq!(restated.capabilities, ["other"]);
+    world.until(|world| loaded(world) == [true, false, true]).await;
+    tokio::time::sleep(SECOND).await;
+    assert_eq!(loaded(&world), [true, false, true], "one is held, the other was used last");
+    drop(held);
+    world.until(|world| loaded(world).iter().filter(|loaded| **loaded).count() == 1).await;
+    // Smaller than any of them: each comes back alone, and nothing new is taken.
+    world.agent.restate(smaller(3));
+    for (number, copy) in copies.iter().enumerate() {
+        let answer = world.infer(&format!("m{number}"), *copy).await;
+        assert_eq!(answer.status(), 200, "m{number}");
+        drop(answer);
+        assert_eq!(loaded(&world).iter().filter(|loaded| **loaded).count(), 1);
+    }
+    let fourth = generation(4, 1, 1);
+    session.obeyed(&[world.register("m3", fourth, 4)]).await;
+    assert_eq!(session.failed(fourth).await.class, FailureClass::Memory);
+    world.agent.restate(smaller(12));
+    for (number, copy) in copies.iter().enumerate() {
+        assert_eq!(world.infer(&format!("m{number}"), *copy).await.status(), 200, "m{number}");
+    }
+    assert_eq!(loaded(&world), [true; 3], "there is room for all of them again");
 }

@@ -1,7 +1,13 @@
 //! The placement: the only writer of registered bytes. It decides and reserves in one step, before it takes
 //! its next message; what it decided leaves the process only once the model's actor has it in the journal.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+mod relieve;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use actix::{Actor, AsyncContext as _, Context, Handler};
 use serde_json::json;
@@ -16,7 +22,7 @@ use crate::{
         version::Generation,
     },
     messages::{
-        Ask, Registered,
+        Ask,
         model::{Announce, Happened},
         placement::{Explain, Explanation, Leave, Place, Release, ReplicaChanged, Restore},
         supervisor::Observe,
@@ -36,12 +42,27 @@ pub(super) struct PlacementActor {
     links: Arc<Links>,
     retrying: bool,
     timer: Option<actix::SpawnHandle>,
+    /// Replicas that have copies that do not fit, as far as was seen.
+    strained: BTreeSet<ReplicaId>,
+    /// Replicas to be looked at, whether their copies fit.
+    looks: BTreeSet<ReplicaId>,
+    /// Whether such a look is about to be taken.
+    looking: bool,
     _life: Life,
 }
 
 impl PlacementActor {
     pub(super) fn new(links: Arc<Links>, life: Life) -> Self {
-        Self { placement: Placement::default(), links, retrying: false, timer: None, _life: life }
+        Self {
+            placement: Placement::default(),
+            links,
+            retrying: false,
+            timer: None,
+            strained: BTreeSet::new(),
+            looks: BTreeSet::new(),
+            looking: false,
+            _life: life,
+        }
     }
 
     fn request(&self, place: &Place) -> PlacementRequest {
@@ -72,14 +93,6 @@ impl PlacementActor {
         self.links.tell_model(model, Happened(Event::Copy(generation, event)));
     }
 
-    /// Shows readers what is registered on a replica.
-    fn show(&self, id: &ReplicaId) {
-        if let Some(replica) = self.placement.ledger().replica(id) {
-            let copies = u32::try_from(replica.copies().len()).unwrap_or(u32::MAX);
-            self.links.board.put_registered(id.clone(), Registered { bytes: replica.registered(), copies });
-        }
-    }
-
     fn retry_soon(&mut self, ctx: &mut Context<Self>) {
         if !self.retrying && self.placement.waiting_count() > 0 {
             self.retrying = true;
@@ -103,6 +116,9 @@ impl Actor for PlacementActor {
                     tracing::error!(target: "wharf::placement", model = %name, %generation, %error, "a copy's place can't be restored");
                 } else if copy.draining {
                     drop(self.placement.mark_leaving(name, generation));
+                } else if model.displaced().contains(&generation) {
+                    drop(self.placement.set_displaced(name, generation, true));
+                    self.strained.insert(on.clone());
                 }
             }
         }
@@ -122,6 +138,7 @@ impl Actor for PlacementActor {
             }
             placement.retry_soon(ctx);
         });
+        ctx.run_interval(relieve::AGAIN, |placement, ctx| placement.look_again(ctx));
     }
 }
 
@@ -174,6 +191,7 @@ impl Handler<Release> for PlacementActor {
     fn handle(&mut self, release: Release, ctx: &mut Self::Context) {
         if let Some(released) = self.placement.release(&release.model, release.generation) {
             self.show(&released.replica);
+            self.look_if_strained(&released.replica, ctx);
         }
         self.retry_soon(ctx);
     }
@@ -192,12 +210,13 @@ impl Handler<Leave> for PlacementActor {
 impl Handler<Restore> for PlacementActor {
     type Result = ();
 
-    fn handle(&mut self, restore: Restore, _: &mut Self::Context) {
+    fn handle(&mut self, restore: Restore, ctx: &mut Self::Context) {
         let Restore { model, generation, on, need } = restore;
         if let Err(error) = self.placement.restore(&model, generation, &on, need) {
             tracing::error!(target: "wharf::placement", %model, %generation, %error, "a copy's place can't be restored");
         }
         self.show(&on);
+        self.look_if_strained(&on, ctx);
     }
 }
 
@@ -214,6 +233,9 @@ impl Handler<ReplicaChanged> for PlacementActor {
                     self.links.tell_model(&model, Happened(lost));
                 }
                 self.links.board.remove_registered(&id);
+                self.strained.remove(&id);
+                self.looks.remove(&id);
+                return self.retry_soon(ctx);
             }
             Some(facts) => {
                 let capacity = (!facts.capacity.is_zero()).then_some(facts.capacity);
@@ -224,6 +246,11 @@ impl Handler<ReplicaChanged> for PlacementActor {
                     runtime: String::new(),
                     state: facts.state,
                 };
+                if self.placement.ledger().replica(&id).is_none_or(|replica| *replica.facts() != known) {
+                    // What it was is no measure of what fits now.
+                    self.looks.insert(id.clone());
+                    self.look_soon(ctx);
+                }
                 self.placement.upsert_replica(&id, known);
                 if let Err(error) = self.placement.set_cordoned(&id, facts.closed) {
                     tracing::error!(target: "wharf::placement", replica = %id, %error, "a replica can't be closed");

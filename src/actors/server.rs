@@ -279,6 +279,10 @@ impl Handler<AgentSpoke> for ServerActor {
                 self.publish();
                 self.tell_leaving(&self.concerned());
             }
+            Word::Restated(restated) => {
+                replica.restate(*restated, now);
+                self.publish();
+            }
             Word::Heartbeat { sequence, resident } => {
                 replica.heard = now;
                 replica.resident = resident;

@@ -9,7 +9,11 @@ use std::{
     },
 };
 
-use tokio::{sync::Semaphore, task::JoinSet};
+use arc_swap::ArcSwap;
+use tokio::{
+    sync::{Notify, Semaphore},
+    task::JoinSet,
+};
 
 use super::{
     Deps,
@@ -19,7 +23,7 @@ use super::{
     fence::Seen,
     measure::Durations,
     metrics::Metrics,
-    options::Options,
+    options::{Facts, Options},
     outbox::Outbox,
     runtimes::{Oip, Runtime},
     session::Link,
@@ -35,6 +39,9 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) options: Options,
+    /// What the scheduler is told of the replica, and that it is another than it was told.
+    pub(crate) facts: ArcSwap<Facts>,
+    pub(crate) restated: Notify,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) network: Arc<dyn Network>,
     pub(crate) server: Arc<dyn Upstream>,
@@ -62,6 +69,8 @@ impl Core {
         let metrics = Arc::<Metrics>::default();
         let artifacts = Artifacts::new(&options, deps.sources, Arc::clone(&deps.clock), Arc::clone(&metrics));
         Self {
+            facts: ArcSwap::from_pointee(options.facts()),
+            restated: Notify::new(),
             runtime: Box::new(Oip::new(Arc::clone(&deps.server))),
             artifacts: Arc::new(artifacts),
             book: Book::new(),
@@ -82,6 +91,19 @@ impl Core {
             server: deps.server,
             options,
         }
+    }
+
+    /// The replica is another than it was: at once for what is to come, and for what is in memory as soon as holds
+    /// allow it.
+    pub(crate) fn restate(self: &Arc<Self>, facts: Facts) {
+        if **self.facts.load() == facts {
+            return;
+        }
+        self.ledger.set_capacity(facts.capacity.clone());
+        self.facts.store(Arc::new(facts));
+        self.restated.notify_one();
+        let core = Arc::clone(self);
+        self.spawn(async move { core.fit().await });
     }
 
     /// Runs `work` for as long as the agent lives. False when it does not any more.

@@ -2,7 +2,7 @@
 //!
 //! What the scheduler orders comes through `session` and is done by `reconcile`; what clients want comes
 //! through `door` and takes a hold in `cache`; `residence` and `reload` move copies into memory and out of
-//! it. The rules: resident bytes stay within the capacity; no copy is unloaded under a hold; the agent goes on
+//! it. The rules: resident bytes stay within the capacity, and come back within it when it becomes smaller; no copy is unloaded under a hold; the agent goes on
 //! serving, evicting and reloading what it knows when no scheduler is to be had.
 
 pub mod artifacts;
@@ -44,7 +44,7 @@ use crate::{
 pub use self::{
     disk::DiskError,
     metrics::{Cell, Metrics},
-    options::{Blocking, Options},
+    options::{Blocking, Facts, Options},
 };
 
 /// What an agent needs from the world.
@@ -100,6 +100,12 @@ impl Agent {
         Arc::new(Door(Arc::clone(&self.core)))
     }
 
+    /// The replica has another memory, or can serve something else, from now on. What is in memory beyond the new
+    /// capacity is evicted as holds allow it, and the scheduler is told.
+    pub fn restate(&self, facts: Facts) {
+        self.core.restate(facts);
+    }
+
     /// Tells the scheduler that the agent stops by intent, so that its copies are moved away. The agent goes
     /// on serving; [`drained`](Self::drained) says when it may stop.
     pub fn drain(&self) {
@@ -130,8 +136,9 @@ impl Agent {
     /// What can also fall: name as exported, meaning, value. Bytes are those of the primary device.
     #[must_use]
     pub fn gauges(&self) -> Vec<(&'static str, &'static str, u64)> {
-        let capacity = self.core.ledger.capacity();
-        let overcommit = capacity.plus_percent(self.core.options.overcommit_percent).saturating_sub(capacity);
+        let facts = self.core.facts.load();
+        let capacity = &facts.capacity;
+        let overcommit = capacity.plus_percent(facts.overcommit_percent).saturating_sub(capacity);
         let (mut loaded, mut loaded_bytes, mut evicted_bytes) = (0_u64, 0_u64, 0_u64);
         for entry in self.core.book.all() {
             match entry.phase() {
@@ -167,8 +174,8 @@ impl Agent {
         let metrics = core.metrics.samples();
         json!({
             "replica": core.options.replica.to_string(),
-            "runtime": core.options.runtime,
-            "capacity": resources(core.ledger.capacity()),
+            "runtime": core.facts.load().runtime,
+            "capacity": resources(&core.ledger.capacity()),
             "resident": resources(&core.ledger.used()),
             "session": {
                 "connected": link.cluster.is_some(),

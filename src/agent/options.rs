@@ -78,7 +78,31 @@ pub struct Options {
     pub reconnect: (Duration, Duration),
 }
 
+/// What an agent says of its replica. It may change while the agent runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// As [`Options::capacity`].
+    pub capacity: Resources,
+    /// As [`Options::overcommit_percent`].
+    pub overcommit_percent: u32,
+    /// As [`Options::capabilities`].
+    pub capabilities: Vec<String>,
+    /// As [`Options::runtime`].
+    pub runtime: String,
+}
+
 impl Options {
+    /// What these options say of the replica.
+    #[must_use]
+    pub fn facts(&self) -> Facts {
+        Facts {
+            capacity: self.capacity.clone(),
+            overcommit_percent: self.overcommit_percent,
+            capabilities: self.capabilities.clone(),
+            runtime: self.runtime.clone(),
+        }
+    }
+
     /// Defaults for an agent of `replica`, with its own files in `data_dir` and the inference server's
     /// repository below it.
     #[must_use]

@@ -58,7 +58,8 @@ impl Core {
             }
         }
         // The capacity may have been made smaller.
-        self.evict_all(self.ledger.shed());
+        let core = Arc::clone(self);
+        self.spawn(async move { core.fit().await });
         for entry in evicted {
             self.reload(&entry, false);
         }

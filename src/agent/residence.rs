@@ -91,6 +91,25 @@ impl Core {
         }
     }
 
+    /// Evicts what is in memory beyond the capacity, as holds allow it, until nothing is.
+    pub(crate) async fn fit(self: &Arc<Self>) {
+        let waiting = self.ledger.pressure().enter();
+        loop {
+            let changed = waiting.changed().notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let Some(victims) = self.ledger.shed() else { return };
+            self.evict_all(victims);
+            if timeout(self.options.memory_deadline, changed).await.is_err() {
+                tracing::warn!(
+                    replica = %self.options.replica, resident = %self.ledger.used().primary,
+                    capacity = %self.ledger.capacity().primary,
+                    "more is in memory than the capacity allows, and what is there is in use"
+                );
+            }
+        }
+    }
+
     /// Evicts claimed copies, each in a task of its own: whoever wanted the room may give up meanwhile.
     pub(crate) fn evict_all(self: &Arc<Self>, victims: Vec<Arc<Entry>>) {
         for victim in victims {

@@ -26,7 +26,7 @@ use super::{core::Core, disk::DiskError, fence::Verdict};
 use crate::rpc::{
     agent_wire::{order_from_wire, report_to_wire, resources_to_wire},
     proto::agent::{
-        AgentMessage, Goodbye, Heartbeat, Hello, Orders, Reports, SchedulerMessage, Welcome,
+        AgentMessage, Goodbye, Heartbeat, Hello, Orders, Reports, Restated, SchedulerMessage, Welcome,
         agent_hub_client::AgentHubClient, agent_message, scheduler_message,
     },
 };
@@ -185,19 +185,29 @@ impl Session<'_> {
     }
 
     fn hello(&self) -> Hello {
-        let (options, seen) = (&self.core.options, self.core.seen());
+        let (options, seen, facts) = (&self.core.options, self.core.seen(), self.core.facts.load());
         Hello {
             server: options.replica.server.to_string(),
             replica: options.replica.index,
-            capacity: Some(resources_to_wire(&options.capacity)),
-            capabilities: options.capabilities.clone(),
-            overcommit_percent: options.overcommit_percent,
-            runtime: options.runtime.clone(),
+            capacity: Some(resources_to_wire(&facts.capacity)),
+            capabilities: facts.capabilities.clone(),
+            overcommit_percent: facts.overcommit_percent,
+            runtime: facts.runtime.clone(),
             door: options.door_address.clone(),
             lineage: seen.lineage,
             leader_epoch: seen.epoch,
             inventory: self.core.book.inventory().iter().map(report_to_wire).collect(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    fn restated(&self) -> Restated {
+        let facts = self.core.facts.load();
+        Restated {
+            capacity: Some(resources_to_wire(&facts.capacity)),
+            capabilities: facts.capabilities.clone(),
+            overcommit_percent: facts.overcommit_percent,
+            runtime: facts.runtime.clone(),
         }
     }
 
@@ -254,6 +264,9 @@ impl Session<'_> {
                 () = self.leaving.cancelled(), if !said_goodbye => {
                     said_goodbye = true;
                     self.send(&out, agent_message::Message::Goodbye(Goodbye {})).await?;
+                }
+                () = self.core.restated.notified() => {
+                    self.send(&out, agent_message::Message::Restated(self.restated())).await?;
                 }
                 () = self.core.outbox.more() => {
                     let reports: Vec<_> = self.core.outbox.take(BATCH).iter().map(report_to_wire).collect();

@@ -1,7 +1,8 @@
 //! The servers of the registry file, and the replicas of them that run in this process.
 //!
-//! The rule of this module: what the file no longer has stops only once nothing is placed there. A replica goes
-//! on serving while its copies move, then its agent stops and its folder goes.
+//! The rules of this module: an edit is obeyed whole or not at all. What the file no longer has stops only once nothing
+//! is placed there: a replica goes on serving while its copies move, then its agent stops and its folder goes. One that
+//! the file has somewhere else is emptied that way too, one of a server at a time, and started anew.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,6 +22,7 @@ use super::{
 };
 use crate::{
     actors::Handle,
+    agent,
     domain::{
         error::Refusal,
         names::{ReplicaId, ServerName},
@@ -33,7 +35,7 @@ use crate::{
     },
     settings::{
         self,
-        registry::{Location, Registry, RegistryChange, RegistryErrors, RegistryWatch, ServerDecl},
+        registry::{Location, Place, Registry, RegistryChange, RegistryErrors, RegistryWatch, ServerDecl},
     },
     telemetry::metrics::Metrics,
 };
@@ -59,6 +61,8 @@ pub(super) struct Fleet {
     registry: Registry,
     /// Servers that the file no longer has, until nothing of them is left.
     removed: BTreeSet<ServerName>,
+    /// The replica of each server that is emptied to be started anew somewhere else.
+    emptied: BTreeMap<ServerName, u32>,
 }
 
 /// A replica of this process.
@@ -66,6 +70,7 @@ struct Here {
     stop: CancellationToken,
     running: replica::Running,
     data: PathBuf,
+    place: Place,
     /// Looks in a row that found it empty, and not wanted any more.
     empty: u32,
 }
@@ -91,6 +96,7 @@ impl Fleet {
             replicas: BTreeMap::new(),
             registry: Registry::default(),
             removed: BTreeSet::new(),
+            emptied: BTreeMap::new(),
         }
     }
 
@@ -103,8 +109,10 @@ impl Fleet {
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
-                (again, edit) = &mut next => {
-                    self.edited(&path, edit).await;
+                (mut again, edit) = &mut next => {
+                    if !self.edited(&path, edit).await {
+                        again.refused();
+                    }
                     next = Box::pin(next_edit(Some(again)));
                 }
                 _ = looks.tick() => self.look().await,
@@ -119,12 +127,13 @@ impl Fleet {
         }
     }
 
-    async fn edited(&mut self, path: &Path, edit: Result<Registry, RegistryErrors>) {
+    /// Obeys an edit; false when it is refused.
+    async fn edited(&mut self, path: &Path, edit: Result<Registry, RegistryErrors>) -> bool {
         let changed = match edit {
             Ok(registry) => self.become_as(registry).await.map_err(|error| error.to_string()),
             Err(problems) => Err(problems.to_string()),
         };
-        match changed {
+        match &changed {
             Ok(()) => {
                 tracing::info!(target: "wharf::registry", path = %path.display(), "the server registry changed, and is obeyed");
             }
@@ -132,35 +141,85 @@ impl Fleet {
                 tracing::error!(target: "wharf::registry", path = %path.display(), problem, "the server registry's edit is refused, and changes nothing");
             }
         }
+        changed.is_ok()
     }
 
-    /// Declares what differs from the registry so far.
+    /// Declares what differs from the registry that was obeyed last. All of it is looked at before any of it is obeyed,
+    /// and what is refused all the same takes back what was obeyed before it.
     ///
     /// # Errors
     /// When a server is another's, or a replica can't start.
     pub(super) async fn become_as(&mut self, registry: Registry) -> Result<(), ProcessError> {
-        for change in Registry::diff(&self.registry, &registry) {
-            match change {
-                RegistryChange::Added(server) | RegistryChange::Resized { server, .. } => self.set(&server).await?,
-                RegistryChange::Changed { from, to } => {
-                    if (&from.capacity, &from.capabilities, &from.location)
-                        != (&to.capacity, &to.capabilities, &to.location)
-                    {
-                        tracing::warn!(
-                            target: "wharf::registry", server = %to.name,
-                            "replicas that run already keep their memory, capabilities and address until wharf starts again; of memory the smaller counts"
-                        );
+        let changes = Registry::diff(&self.registry, &registry);
+        self.check(&changes)?;
+        for (at, change) in changes.iter().enumerate() {
+            if let Err(problem) = self.obey(change.server(), change.wanted()).await {
+                for earlier in changes[..=at].iter().rev() {
+                    let before = self.registry.server(earlier.server()).cloned();
+                    if let Err(stuck) = self.obey(earlier.server(), before.as_ref()).await {
+                        tracing::error!(target: "wharf::registry", server = %earlier.server(), problem = %stuck, "a refused edit of the server can't be taken back");
                     }
-                    self.set(&to).await?;
                 }
-                RegistryChange::Removed(name) => {
-                    self.removed.insert(name.clone());
-                    self.declare(name, None).await?;
-                }
+                return Err(problem);
             }
         }
         self.registry = registry;
         Ok(())
+    }
+
+    /// Whether all of the changes can be obeyed.
+    fn check(&self, changes: &[RegistryChange]) -> Result<(), ProcessError> {
+        let foreign = |name: &ServerName| {
+            let owner = self.board.server(name)?.row.owner;
+            let by = match owner {
+                Owner::File | Owner::Agent => return None,
+                Owner::Api => "the scheduler API",
+            };
+            Some(format!(
+                "server {name} belongs to {by}: take it out of the file, or have {by} remove it and edit the file again"
+            ))
+        };
+        // What the file takes away was its own, and is nothing to it once another has it.
+        let problems: Vec<String> =
+            changes.iter().filter_map(RegistryChange::wanted).filter_map(|server| foreign(&server.name)).collect();
+        if !problems.is_empty() {
+            return Err(ProcessError::Registry(problems.join("; ")));
+        }
+        if self.scheduler.is_some() {
+            for server in changes.iter().filter_map(RegistryChange::wanted) {
+                for index in 0..server.replicas {
+                    let id = ReplicaId::new(server.name.clone(), index);
+                    self.can_start(server, index).map_err(|problem| failed(&id, problem))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn can_start(&self, server: &ServerDecl, index: u32) -> Result<(), String> {
+        match (&server.location, server.place(index)) {
+            (Location::Command(_), _) => {
+                Err("wharf does not start inference servers yet; start it, and give its address".to_owned())
+            }
+            (_, Some(Place::At(address))) => inference_server(&self.world, &address).map(drop),
+            (Location::Builtin | Location::Addresses(_), Some(Place::Builtin) | None) => Ok(()),
+        }
+    }
+
+    /// Has the server be as `wanted`, or go.
+    async fn obey(&mut self, name: &ServerName, wanted: Option<&ServerDecl>) -> Result<(), ProcessError> {
+        match wanted {
+            Some(server) => self.set(server).await,
+            None if self.board.server(name).is_none_or(|server| server.row.owner != Owner::File) => {
+                // It is another's by now, or nobody's.
+                self.removed.remove(name);
+                Ok(())
+            }
+            None => {
+                self.removed.insert(name.clone());
+                self.declare(name.clone(), None).await
+            }
+        }
     }
 
     /// Takes away the servers that the file had in an earlier life of this process, and has no more.
@@ -173,6 +232,30 @@ impl Fleet {
 
     async fn set(&mut self, server: &ServerDecl) -> Result<(), ProcessError> {
         self.removed.remove(&server.name);
+        // An edit may say where a replica is that was to be emptied.
+        self.emptied.remove(&server.name);
+        self.emptied.extend(self.misplaced(server).map(|index| (server.name.clone(), index)));
+        self.declare_as(server).await?;
+        if let Some(scheduler) = self.scheduler.clone() {
+            for index in 0..server.replicas {
+                let id = ReplicaId::new(server.name.clone(), index);
+                match self.replicas.get(&id) {
+                    Some(here) => here.running.agent.restate(facts(server)),
+                    None => self.start(id, server, scheduler.clone())?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The first replica of the server that runs somewhere else than it is to.
+    fn misplaced(&self, server: &ServerDecl) -> Option<u32> {
+        let place = |index: u32| self.replicas.get(&ReplicaId::new(server.name.clone(), index)).map(|here| &here.place);
+        (0..server.replicas)
+            .find(|index| place(*index).is_some_and(|place| Some(place) != server.place(*index).as_ref()))
+    }
+
+    async fn declare_as(&self, server: &ServerDecl) -> Result<(), ProcessError> {
         let declaration = Declaration {
             replicas: server.replicas,
             bounds: (0, u32::MAX),
@@ -180,17 +263,9 @@ impl Fleet {
             capacity: Some(server.capacity.clone()),
             overcommit_percent: Some(server.overcommit_percent),
             capabilities: Some(server.capabilities.clone()),
+            emptied: self.emptied.get(&server.name).copied().into_iter().collect(),
         };
-        self.declare(server.name.clone(), Some(declaration)).await?;
-        if let Some(scheduler) = self.scheduler.clone() {
-            for index in 0..server.replicas {
-                let id = ReplicaId::new(server.name.clone(), index);
-                if !self.replicas.contains_key(&id) {
-                    self.start(id, server, scheduler.clone())?;
-                }
-            }
-        }
-        Ok(())
+        self.declare(server.name.clone(), Some(declaration)).await
     }
 
     async fn declare(&self, server: ServerName, declaration: Option<Declaration>) -> Result<(), ProcessError> {
@@ -199,31 +274,38 @@ impl Fleet {
     }
 
     fn start(&mut self, id: ReplicaId, server: &ServerDecl, scheduler: String) -> Result<(), ProcessError> {
-        let failed = |problem: String| ProcessError::Replica { replica: id.to_string(), problem };
+        self.can_start(server, id.index).map_err(|problem| failed(&id, problem))?;
+        let Some(place) = server.place(id.index) else { return Ok(()) };
         let data = self.settings.data_dir.join(id.to_string());
         let mut options = agent_options(&self.settings, id.clone(), server.capacity.clone(), data.clone());
         options.capabilities = server.capabilities.clone();
         options.overcommit_percent = server.overcommit_percent;
         options.runtime = server.runtime.name().to_owned();
-        let upstream: Arc<dyn Upstream> = match &server.location {
-            Location::Builtin => builtin(&options),
-            Location::Addresses(addresses) => {
-                let Some(address) = addresses.get(id.index as usize) else { return Ok(()) };
-                inference_server(&self.world, &address.http).map_err(failed)?
-            }
-            Location::Command(_) => {
-                return Err(failed(
-                    "wharf does not start inference servers yet; start it, and give its address".to_owned(),
-                ));
-            }
+        let upstream: Arc<dyn Upstream> = match &place {
+            Place::Builtin => builtin(&options),
+            Place::At(address) => inference_server(&self.world, address).map_err(|problem| failed(&id, problem))?,
         };
         let stop = CancellationToken::new();
         let door = DoorAt::InProcess(&self.connections);
-        let sources = sources().map_err(failed)?;
+        let sources = sources().map_err(|problem| failed(&id, problem))?;
         let running = replica::start(&self.world, options, upstream, sources, door, scheduler, &stop);
         expose_agent(&self.metrics, &id, &running.agent);
-        self.replicas.insert(id, Here { stop, running, data, empty: 0 });
+        self.replicas.insert(id, Here { stop, running, data, place, empty: 0 });
         Ok(())
+    }
+
+    /// Starts a replica that was emptied where the file says, and empties the next of its server that is to move.
+    async fn start_anew(&mut self, id: &ReplicaId) {
+        let Some(server) = self.registry.server(&id.server).cloned() else { return };
+        let place = server.place(id.index).map(|place| place.to_string()).unwrap_or_default();
+        match self.set(&server).await {
+            Ok(()) => {
+                tracing::info!(target: "wharf::registry", replica = %id, place, "the replica is started anew");
+            }
+            Err(problem) => {
+                tracing::error!(target: "wharf::registry", replica = %id, place, %problem, "the replica is not started anew; the next edit of the registry tries again");
+            }
+        }
     }
 
     /// Stops what is not wanted any more and empty, and forgets the servers of which nothing is left.
@@ -232,7 +314,8 @@ impl Fleet {
             self.registry.servers.iter().map(|server| (&server.name, server.replicas)).collect();
         let mut stopping = Vec::new();
         for (id, here) in &mut self.replicas {
-            let leaves = wanted.get(&id.server).is_none_or(|replicas| id.index >= *replicas);
+            let leaves = wanted.get(&id.server).is_none_or(|replicas| id.index >= *replicas)
+                || self.emptied.get(&id.server) == Some(&id.index);
             let empty = leaves
                 && self.board.registered(id).copies == 0
                 && here.running.agent.drained().now_or_never().is_some();
@@ -245,6 +328,9 @@ impl Fleet {
         for id in stopping {
             if let Some(here) = self.replicas.remove(&id) {
                 here.end(&id).await;
+            }
+            if self.emptied.get(&id.server) == Some(&id.index) {
+                self.start_anew(&id).await;
             }
         }
         let board = Arc::clone(&self.board);
@@ -261,6 +347,20 @@ impl Fleet {
             }
         }
     }
+}
+
+/// What an agent is to say of a replica of `server`.
+fn facts(server: &ServerDecl) -> agent::Facts {
+    agent::Facts {
+        capacity: server.capacity.clone(),
+        overcommit_percent: server.overcommit_percent,
+        capabilities: server.capabilities.clone(),
+        runtime: server.runtime.name().to_owned(),
+    }
+}
+
+fn failed(id: &ReplicaId, problem: String) -> ProcessError {
+    ProcessError::Replica { replica: id.to_string(), problem }
 }
 
 impl Here {

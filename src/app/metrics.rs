@@ -29,12 +29,13 @@ pub fn expose_scheduler(metrics: &Metrics, links: &Arc<Links>) {
                 *copies.entry(copy.state.name()).or_insert(0_u64) += 1;
             }
         }
-        let (mut registered, mut capacity) = (Bytes::ZERO, Bytes::ZERO);
+        let (mut registered, mut capacity, mut over_limit) = (Bytes::ZERO, Bytes::ZERO, 0);
         for server in links.board.servers() {
             for replica in &server.replicas {
                 *replicas.entry(replica.state.name()).or_insert(0_u64) += 1;
+                let id = ReplicaId::new(server.row.name.clone(), replica.index);
+                over_limit += u64::from(links.board.registered(&id).over_limit);
                 if matches!(replica.state, ReplicaState::Available | ReplicaState::Draining) {
-                    let id = ReplicaId::new(server.row.name.clone(), replica.index);
                     let sum = |a: Bytes, b: Bytes| a.checked_add(b).unwrap_or(Bytes(u64::MAX));
                     registered = sum(registered, links.board.registered(&id).bytes.primary);
                     capacity = sum(capacity, replica.capacity.primary);
@@ -53,6 +54,8 @@ pub fn expose_scheduler(metrics: &Metrics, links: &Arc<Links>) {
         }
         samples.push(gauge("wharf_registered_bytes", "Memory that placed copies need", vec![], registered.0));
         samples.push(gauge("wharf_capacity_bytes", "Memory of available replicas", vec![], capacity.0));
+        let help = "Replicas with more registered than may be";
+        samples.push(gauge("wharf_replicas_over_limit", help, vec![], over_limit));
         samples
     }));
 }

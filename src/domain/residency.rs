@@ -74,10 +74,35 @@ pub fn decide(occupants: &[Occupant], capacity: &Resources, need: &Resources) ->
     }
 }
 
+/// What is to leave because more is in memory than the capacity, which has become smaller: the least recently used
+/// copies without a hold, no more than it takes, and fewer where holds don't allow all. Nothing at all once what is in
+/// memory is within the capacity; an empty list means that there is something to wait for.
+///
+/// The copy that was used last stays, even if it alone is more than the capacity: its next request would bring it
+/// back as large as it is.
+#[must_use]
+pub fn excess(occupants: &[Occupant], capacity: &Resources) -> Option<Vec<Generation>> {
+    let stays = |one: &&Occupant| one.standing != Standing::Leaving;
+    let last = occupants.iter().filter(stays).max_by_key(|one| (one.last_used, one.copy));
+    let limit = last.map_or_else(|| capacity.clone(), |last| capacity.max(&last.bytes));
+    if total(occupants).is_some_and(|taken| limit.covers(&taken)) {
+        return None;
+    }
+    let missing = total(occupants.iter().filter(stays))?.saturating_sub(&limit);
+    let others: Vec<&Occupant> = occupants.iter().filter(|one| last.is_none_or(|last| last.copy != one.copy)).collect();
+    Some(chosen(others, &missing).0.into_iter().map(|one| one.copy).collect())
+}
+
 /// The least recently used copies without a hold that free `missing`, none of which could be left out.
 fn victims(occupants: &[Occupant], missing: &Resources) -> Option<Vec<Generation>> {
+    let (chosen, short) = chosen(occupants.iter().collect(), missing);
+    short.is_zero().then(|| chosen.into_iter().map(|one| one.copy).collect())
+}
+
+/// The least recently used copies without a hold that help to free `missing`, and what they leave missing.
+fn chosen<'a>(occupants: Vec<&'a Occupant>, missing: &Resources) -> (Vec<&'a Occupant>, Resources) {
     let mut candidates: Vec<&Occupant> =
-        occupants.iter().filter(|one| one.standing == Standing::Resident && one.holds == 0).collect();
+        occupants.into_iter().filter(|one| one.standing == Standing::Resident && one.holds == 0).collect();
     candidates.sort_unstable_by_key(|one| (one.last_used, one.copy));
     let mut chosen: Vec<&Occupant> = Vec::new();
     let mut short = missing.clone();
@@ -91,7 +116,7 @@ fn victims(occupants: &[Occupant], missing: &Resources) -> Option<Vec<Generation
         }
     }
     if !short.is_zero() {
-        return None;
+        return (chosen, short);
     }
     // A large copy may have made smaller ones before it needless: the most recently used stay.
     let mut keep = chosen.len();
@@ -102,7 +127,7 @@ fn victims(occupants: &[Occupant], missing: &Resources) -> Option<Vec<Generation
             chosen.insert(keep, spare);
         }
     }
-    Some(chosen.into_iter().map(|one| one.copy).collect())
+    (chosen, short)
 }
 
 /// Whether `bytes` are on any device that is short.

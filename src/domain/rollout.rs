@@ -178,9 +178,9 @@ fn shed(
     }
 }
 
-/// Whether its replica is being drained.
+/// Whether its replica is being drained, or does not fit it any more.
 fn must_leave(model: &Model, copy: &Copy) -> bool {
-    copy.state.replica().is_some_and(|on| model.leaving().contains(on))
+    model.displaced().contains(&copy.generation) || copy.state.replica().is_some_and(|on| model.leaving().contains(on))
 }
 
 /// Whether every copy that can answer elsewhere does, so that those on draining replicas may go. A copy that

@@ -79,6 +79,10 @@ pub struct Registered {
     pub bytes: Resources,
     /// How many they are.
     pub copies: u32,
+    /// Whether more is registered than may be.
+    pub over_limit: bool,
+    /// What is not as it should be with them, a sentence each.
+    pub conditions: Vec<String>,
 }
 
 impl Board {

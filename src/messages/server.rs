@@ -110,10 +110,25 @@ pub enum Word {
         /// Memory in use.
         resident: Resources,
     },
+    /// The replica is another than its hello said.
+    Restated(Box<Restated>),
     /// It is about to stop by intent.
     Goodbye,
     /// Its connection ended.
     Gone,
+}
+
+/// What of a [`Hello`] may change while the session goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restated {
+    /// As [`Hello::capacity`].
+    pub capacity: Resources,
+    /// As [`Hello::capabilities`].
+    pub capabilities: Vec<String>,
+    /// As [`Hello::overcommit_percent`].
+    pub overcommit_percent: u32,
+    /// As [`Hello::runtime`].
+    pub runtime: String,
 }
 
 /// A model wants its copy held, or let go, by the replica.
@@ -164,6 +179,8 @@ pub struct Declaration {
     pub overcommit_percent: Option<u32>,
     /// What its replicas can serve, when the owner says.
     pub capabilities: Option<Vec<String>>,
+    /// Replicas that are to be emptied: each is started anew somewhere else once nothing is there.
+    pub emptied: BTreeSet<u32>,
 }
 
 /// Asks for a declaration to be taken.

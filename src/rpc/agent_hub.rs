@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     domain::names::{ReplicaId, ServerName},
-    messages::server::{AgentConnected, AgentSpoke, Down, Held, Hello, Word},
+    messages::server::{AgentConnected, AgentSpoke, Down, Held, Hello, Restated, Word},
 };
 
 /// In which the other side says who it is.
@@ -128,6 +128,12 @@ impl Listener {
                 resident: heartbeat.resident.map(resources_from_wire).unwrap_or_default(),
             },
             Some(wire::agent_message::Message::Goodbye(_)) => Word::Goodbye,
+            Some(wire::agent_message::Message::Restated(restated)) => Word::Restated(Box::new(Restated {
+                capacity: restated.capacity.map(resources_from_wire).unwrap_or_default(),
+                capabilities: restated.capabilities,
+                overcommit_percent: restated.overcommit_percent,
+                runtime: restated.runtime,
+            })),
             Some(wire::agent_message::Message::Hello(_)) | None => return,
         };
         self.speak(word);

@@ -1,7 +1,7 @@
 //! The scheduler API that Seldon's clients speak. Outcomes of loading are told through status only, as those
 //! clients expect; what can't be right is refused at once.
 
-use std::{pin::Pin, sync::Arc};
+use std::{collections::BTreeSet, pin::Pin, sync::Arc};
 
 use futures::{Stream, StreamExt as _, stream};
 use tonic::{Request, Response, Status};
@@ -96,6 +96,7 @@ impl Scheduler for SchedulerApi {
                 capacity: None,
                 overcommit_percent: None,
                 capabilities: None,
+                emptied: BTreeSet::new(),
             };
             declared.push(Declare { owner: Owner::Api, server, declaration: Some(declaration) });
         }

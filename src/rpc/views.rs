@@ -269,6 +269,11 @@ pub fn server_view(server: &ServerView, board: &Board) -> wharf::ServerView {
             }
         })
         .collect();
+    let mut conditions = server.conditions.clone();
+    for replica in &server.replicas {
+        let registered = board.registered(&ReplicaId::new(server.row.name.clone(), replica.index));
+        conditions.extend(registered.conditions.iter().map(|what| format!("replica {} {what}", replica.index)));
+    }
     wharf::ServerView {
         name: server.row.name.to_string(),
         owner: server.row.owner.name().to_owned(),
@@ -277,6 +282,6 @@ pub fn server_view(server: &ServerView, board: &Board) -> wharf::ServerView {
         capabilities: server.capabilities.clone(),
         runtime: server.runtime.clone(),
         removing: server.removing,
-        conditions: server.conditions.clone(),
+        conditions,
     }
 }

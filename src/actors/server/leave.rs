@@ -62,7 +62,15 @@ impl ServerActor {
 
     /// Whether copies are to leave the replica: its owner, an operator, or its agent says so.
     pub(super) fn leaves(&self, index: u32) -> bool {
-        self.removing || self.row.leaves(index) || self.replicas.get(&index).is_some_and(|replica| replica.stopping)
+        self.removing
+            || self.row.leaves(index)
+            || self.emptied(index)
+            || self.replicas.get(&index).is_some_and(|replica| replica.stopping)
+    }
+
+    /// Whether the replica is to be started anew somewhere else, once nothing is there.
+    pub(super) fn emptied(&self, index: u32) -> bool {
+        self.declaration.as_ref().is_some_and(|declaration| declaration.emptied.contains(&index))
     }
 
     /// Tells models which replicas their copies are to leave.

@@ -20,7 +20,7 @@ use crate::{
         time::Instant,
         version::Generation,
     },
-    messages::server::{AgentConnected, Down, Hello},
+    messages::server::{AgentConnected, Down, Hello, Restated},
 };
 
 /// An order that had no visible effect is sent again after this long.
@@ -138,6 +138,18 @@ impl Replica {
         }
         self.hello = Some(connected.hello);
         reports
+    }
+
+    /// Takes what the agent says of the replica since its hello.
+    pub(super) fn restate(&mut self, restated: Restated, now: Instant) {
+        self.heard = now;
+        if let Some(hello) = &mut self.hello {
+            let Restated { capacity, capabilities, overcommit_percent, runtime } = restated;
+            hello.capacity = capacity;
+            hello.capabilities = capabilities;
+            hello.overcommit_percent = overcommit_percent;
+            hello.runtime = runtime;
+        }
     }
 
     /// Takes what is wanted of a copy. Gives back what the agent has said of it already, if it has spoken.

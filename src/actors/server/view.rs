@@ -32,11 +32,20 @@ impl ServerActor {
                 .and_then(|declaration| declaration.overcommit_percent)
                 .or_else(|| replica.hello.as_ref().map(|hello| hello.overcommit_percent))
                 .unwrap_or(0),
-            // What the agent can do counts; what the owner says is what is expected of it.
-            capabilities: match &replica.hello {
-                Some(hello) => hello.capabilities.clone(),
-                None => declared.and_then(|declaration| declaration.capabilities.clone()).unwrap_or_default(),
-            },
+            capabilities: self.capabilities(replica),
+        }
+    }
+
+    /// What a replica can serve: of what is declared and what its agent reports, that which both say.
+    fn capabilities(&self, replica: &Replica) -> Vec<String> {
+        let declared = self.declaration.as_ref().and_then(|declaration| declaration.capabilities.as_ref());
+        match (declared, &replica.hello) {
+            (Some(declared), Some(hello)) => {
+                hello.capabilities.iter().filter(|name| declared.contains(name)).cloned().collect()
+            }
+            (Some(declared), None) => declared.clone(),
+            (None, Some(hello)) => hello.capabilities.clone(),
+            (None, None) => Vec::new(),
         }
     }
 
@@ -57,8 +66,11 @@ impl ServerActor {
             .iter()
             .map(|(index, replica)| {
                 let facts = self.facts(*index, replica);
-                if let Some(difference) = self.difference(*index, replica) {
-                    conditions.push(difference);
+                conditions.extend(self.differences(*index, replica));
+                if self.emptied(*index) {
+                    conditions.push(format!(
+                        "replica {index} is started anew where the registry says, once its copies have moved away"
+                    ));
                 }
                 ReplicaView {
                     index: *index,
@@ -72,25 +84,40 @@ impl ServerActor {
                 }
             })
             .collect();
-        let first = self.replicas.values().find_map(|replica| replica.hello.as_ref());
+        let called = self.replicas.values().find(|replica| replica.hello.is_some());
+        let first = called.and_then(|replica| replica.hello.as_ref());
         let declared = self.declaration.as_ref().and_then(|declaration| declaration.capabilities.clone());
         self.links.board.put_server(Arc::new(ServerView {
             row: self.row.clone(),
             removing: self.removing,
             replicas,
-            capabilities: first.map(|hello| hello.capabilities.clone()).or(declared).unwrap_or_default(),
+            capabilities: called.map(|replica| self.capabilities(replica)).or(declared).unwrap_or_default(),
             runtime: first.map(|hello| hello.runtime.clone()).unwrap_or_default(),
             conditions,
         }));
     }
 
-    fn difference(&self, index: u32, replica: &Replica) -> Option<String> {
-        let declared = self.declaration.as_ref()?.capacity.as_ref()?;
-        let reported = &replica.hello.as_ref()?.capacity;
-        (declared != reported).then(|| {
-            let counted = declared.min(reported).primary;
-            let (declared, reported) = (declared.primary, reported.primary);
-            format!("replica {index} reports {reported}, {declared} are declared; {counted} count")
-        })
+    /// Where what is declared of a replica and what its agent reports are not the same.
+    fn differences(&self, index: u32, replica: &Replica) -> Vec<String> {
+        let (Some(declaration), Some(hello)) = (&self.declaration, &replica.hello) else { return Vec::new() };
+        let mut found = Vec::new();
+        if let Some(declared) = declaration.capacity.as_ref().filter(|declared| **declared != hello.capacity) {
+            let counted = declared.min(&hello.capacity).primary;
+            let (declared, reported) = (declared.primary, hello.capacity.primary);
+            found.push(format!("replica {index} reports {reported}, {declared} are declared; {counted} count"));
+        }
+        if let Some(declared) = &declaration.capabilities {
+            let missing = |from: &[String], of: &[String]| -> Vec<String> {
+                of.iter().filter(|name| !from.contains(name)).cloned().collect()
+            };
+            let (more, less) = (missing(declared, &hello.capabilities), missing(&hello.capabilities, declared));
+            if !more.is_empty() {
+                found.push(format!("replica {index} reports {}, which is not declared", more.join(", ")));
+            }
+            if !less.is_empty() {
+                found.push(format!("replica {index} does not report {}, which is declared", less.join(", ")));
+            }
+        }
+        found
     }
 }

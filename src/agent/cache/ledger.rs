@@ -1,7 +1,7 @@
 //! The ledger of resident bytes: who takes memory, and who may enter it.
 //!
 //! The rule of this module: deciding and reserving are one step under one lock, so two decisions never see the
-//! same free byte. What is decided is told by `domain::residency`.
+//! same free byte, nor an older capacity. What is decided is told by `domain::residency`.
 
 use std::{
     collections::BTreeMap,
@@ -11,16 +11,22 @@ use std::{
 use super::{Entry, Phase, Pressure};
 use crate::domain::{
     memory::Resources,
-    residency::{Decision, Occupant, Standing, decide},
+    residency::{Decision, Occupant, Standing, decide, excess},
     version::Generation,
 };
 
 /// Who takes memory.
 #[derive(Debug)]
 pub(crate) struct Ledger {
-    capacity: Resources,
-    seats: Mutex<BTreeMap<Generation, Seat>>,
+    room: Mutex<Room>,
     pressure: Arc<Pressure>,
+}
+
+/// The memory and who takes it.
+#[derive(Debug)]
+struct Room {
+    capacity: Resources,
+    seats: BTreeMap<Generation, Seat>,
 }
 
 #[derive(Debug)]
@@ -66,36 +72,45 @@ pub(crate) enum Settled {
 
 impl Ledger {
     pub(crate) fn new(capacity: Resources) -> Self {
-        Self { capacity, seats: Mutex::default(), pressure: Arc::default() }
+        Self { room: Mutex::new(Room { capacity, seats: BTreeMap::new() }), pressure: Arc::default() }
     }
 
     pub(crate) const fn pressure(&self) -> &Arc<Pressure> {
         &self.pressure
     }
 
-    pub(crate) const fn capacity(&self) -> &Resources {
-        &self.capacity
+    /// The memory there is.
+    pub(crate) fn capacity(&self) -> Resources {
+        self.lock().capacity.clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Generation, Seat>> {
-        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+    /// From now on there is this much memory. What is in it beyond that leaves by [`Ledger::shed`].
+    pub(crate) fn set_capacity(&self, capacity: Resources) {
+        self.lock().capacity = capacity;
+        self.pressure.eased();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Room> {
+        self.room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes that are, or may be, in memory.
     pub(crate) fn used(&self) -> Resources {
-        used(&self.lock())
+        used(&self.lock().seats)
     }
 
     /// Asks for room for `entry`. With `evict` false nothing is evicted for it.
     pub(crate) fn admit(&self, entry: &Arc<Entry>, evict: bool) -> Admission {
-        let mut seats = self.lock();
+        let mut room = self.lock();
+        let limit = room.limit_for(entry);
+        let seats = &mut room.seats;
         if seats.contains_key(&entry.generation) {
             // It never left, or is still leaving.
             return Admission::Wait;
         }
         loop {
             let occupants: Vec<_> = seats.values().map(occupant).collect();
-            let victims = match decide(&occupants, &self.capacity, &entry.need) {
+            let victims = match decide(&occupants, &limit, &entry.need) {
                 Decision::Fits => {
                     seats.insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Taken });
                     return Admission::Seated;
@@ -107,7 +122,7 @@ impl Ledger {
                 Decision::Evict(victims) => victims,
             };
             // A request may have taken a hold since; then the decision is made again.
-            if let Some(claimed) = claim(&mut seats, &victims) {
+            if let Some(claimed) = claim(seats, &victims) {
                 seats.insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Promised });
                 return Admission::Promised(claimed);
             }
@@ -116,9 +131,11 @@ impl Ledger {
 
     /// Whether a promise can be kept now.
     pub(crate) fn settle(&self, entry: &Entry) -> Settled {
-        let mut seats = self.lock();
+        let mut room = self.lock();
+        let limit = room.limit_for(entry);
+        let seats = &mut room.seats;
         let covers = |taken: Option<Resources>| {
-            taken.and_then(|taken| taken.checked_add(&entry.need)).is_some_and(|sum| self.capacity.covers(&sum))
+            taken.and_then(|taken| taken.checked_add(&entry.need)).is_some_and(|sum| limit.covers(&sum))
         };
         let others = |seats: &BTreeMap<Generation, Seat>, count: fn(Kind) -> bool| {
             seats
@@ -126,45 +143,46 @@ impl Ledger {
                 .filter(|(generation, seat)| **generation != entry.generation && count(seat.kind))
                 .try_fold(Resources::default(), |sum, (_, seat)| sum.checked_add(&seat.entry.need))
         };
-        if covers(others(&seats, |kind| kind != Kind::Promised)) {
+        if covers(others(seats, |kind| kind != Kind::Promised)) {
             if let Some(seat) = seats.get_mut(&entry.generation) {
                 seat.kind = Kind::Taken;
                 return Settled::Seated;
             }
             return Settled::Broken;
         }
-        if covers(others(&seats, |kind| kind != Kind::Leaving)) {
+        if covers(others(seats, |kind| kind != Kind::Leaving)) {
             return Settled::NotYet;
         }
         seats.remove(&entry.generation);
-        drop(seats);
+        drop(room);
         self.pressure.eased();
         Settled::Broken
     }
 
     /// Takes back a promise that nobody waits for any more.
     pub(crate) fn forget_promise(&self, generation: Generation) {
-        let mut seats = self.lock();
-        if seats.get(&generation).is_some_and(|seat| seat.kind == Kind::Promised) {
-            seats.remove(&generation);
-            drop(seats);
+        let mut room = self.lock();
+        if room.seats.get(&generation).is_some_and(|seat| seat.kind == Kind::Promised) {
+            room.seats.remove(&generation);
+            drop(room);
             self.pressure.eased();
         }
     }
 
     /// Counts a copy that was found in memory, whether or not it fits.
     pub(crate) fn found(&self, entry: &Arc<Entry>) {
-        self.lock().insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Taken });
+        self.lock().seats.insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Taken });
     }
 
-    /// Claims what must leave because more was found than the capacity allows.
-    pub(crate) fn shed(&self) -> Vec<Arc<Entry>> {
-        let mut seats = self.lock();
+    /// Claims what can leave now of what is in memory beyond the capacity; nothing once all is within it. What is held,
+    /// loading or leaving is asked about again.
+    pub(crate) fn shed(&self) -> Option<Vec<Arc<Entry>>> {
+        let mut room = self.lock();
+        let Room { capacity, seats } = &mut *room;
         let occupants: Vec<_> = seats.values().map(occupant).collect();
-        match decide(&occupants, &self.capacity, &Resources::default()) {
-            Decision::Evict(victims) => claim(&mut seats, &victims).unwrap_or_default(),
-            Decision::Fits | Decision::Settle | Decision::Wait | Decision::Refuse => Vec::new(),
-        }
+        let victims = excess(&occupants, capacity)?;
+        // One that a request has just taken hold of does not keep the others.
+        Some(victims.iter().filter_map(|victim| claim(seats, &[*victim])).flatten().collect())
     }
 
     /// An unload begins.
@@ -178,7 +196,7 @@ impl Ledger {
     }
 
     fn mark(&self, generation: Generation, kind: Kind) {
-        if let Some(seat) = self.lock().get_mut(&generation) {
+        if let Some(seat) = self.lock().seats.get_mut(&generation) {
             seat.kind = kind;
         }
         self.pressure.eased();
@@ -186,8 +204,21 @@ impl Ledger {
 
     /// Its memory is free.
     pub(crate) fn left(&self, generation: Generation) {
-        self.lock().remove(&generation);
+        self.lock().seats.remove(&generation);
         self.pressure.eased();
+    }
+}
+
+impl Room {
+    /// What may be in memory once `entry` is. A copy that answered before comes back, alone if need be, when the memory
+    /// has become smaller than the copy: until it is somewhere else, a request for it must not fail.
+    fn limit_for(&self, entry: &Entry) -> Resources {
+        match entry.phase() {
+            Phase::Reloading => self.capacity.max(&entry.need),
+            Phase::Preparing | Phase::Resident | Phase::Evicting | Phase::Evicted | Phase::Draining | Phase::Gone => {
+                self.capacity.clone()
+            }
+        }
     }
 }
 
@@ -292,5 +323,42 @@ mod tests {
         drop(hold);
         assert!(matches!(ledger.admit(&second, false), Admission::Wait));
         assert!(matches!(ledger.admit(&second, true), Admission::Promised(_)));
+    }
+
+    #[test]
+    fn a_smaller_memory_sheds_what_was_used_longest_ago_and_never_what_is_held() {
+        let ledger = ledger(12);
+        let copies: Vec<_> = (1..=3).map(|uid| seated(&ledger, uid, 4)).collect();
+        let Acquired::Ready(hold) = copies[0].acquire() else { panic!("resident") };
+        drop(copies[2].acquire());
+        ledger.set_capacity(Resources::primary(Bytes(4)));
+        let first = ledger.shed().expect("12 of 4");
+        assert_eq!(first.iter().map(|one| one.generation.uid.0).collect::<Vec<_>>(), [2], "the first is held");
+        ledger.left(first[0].generation);
+        assert!(ledger.shed().expect("8 of 4").is_empty(), "one is held, the other was used last");
+        drop(hold);
+        let second = ledger.shed().expect("8 of 4");
+        assert_eq!(second.len(), 1, "one of them may stay");
+        assert!(ledger.shed().expect("it has not left yet").is_empty());
+        ledger.left(second[0].generation);
+        assert!(ledger.shed().is_none());
+    }
+
+    #[test]
+    fn a_copy_that_answered_comes_back_into_a_memory_that_became_too_small_and_a_new_one_does_not() {
+        let ledger = ledger(10);
+        let (large, small) = (seated(&ledger, 1, 6), seated(&ledger, 2, 3));
+        ledger.set_capacity(Resources::primary(Bytes(4)));
+        for one in ledger.shed().expect("9 of 4") {
+            assert!(one.shift(Phase::Evicting, Phase::Evicted));
+            ledger.left(one.generation);
+        }
+        assert!(large.phase() == Phase::Evicted && small.phase() == Phase::Resident);
+        assert!(large.shift(Phase::Evicted, Phase::Reloading));
+        let Admission::Promised(victims) = ledger.admit(&large, true) else { panic!("alone it may come back") };
+        assert_eq!(victims.len(), 1);
+        ledger.left(small.generation);
+        assert_eq!(ledger.settle(&large), Settled::Seated);
+        assert!(matches!(ledger.admit(&entry(3, 6, ledger.pressure()), true), Admission::TooLarge));
     }
 }

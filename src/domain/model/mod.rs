@@ -68,6 +68,8 @@ pub struct Model {
     number_bound: u32,
     /// Replicas that their copies are to leave.
     leaving: BTreeSet<ReplicaId>,
+    /// Copies that do not fit their replicas any more, and are to move.
+    displaced: BTreeSet<Generation>,
 }
 
 /// One version of a model.
@@ -155,6 +157,7 @@ impl Model {
                 next.leaving.retain(|replica| replica.server != server);
                 next.leaving.extend(replicas.into_iter().map(|index| ReplicaId::new(server.clone(), index)));
             }
+            Event::Displaced(displaced) => next.displace(displaced, &mut decision),
             Event::RoutesReached(revision) => next.reached(revision),
             Event::RoutesSettled(revision) => {
                 next.reached(revision);
@@ -226,6 +229,18 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// Takes which copies are to move, and no others.
+    fn displace(&mut self, displaced: BTreeSet<Generation>, decision: &mut Decision) {
+        for copy in self.copies.iter().filter(|copy| displaced.contains(&copy.generation)) {
+            if let (Some(on), false) = (copy.state.replica(), self.displaced.contains(&copy.generation)) {
+                let text =
+                    format!("version {} on {on} does not fit there any more, and moves", copy.generation.version);
+                decision.note("Displaced", text, details(copy, Some(on)));
+            }
+        }
+        self.displaced = displaced;
     }
 
     fn reached(&mut self, revision: u64) {
@@ -319,6 +334,8 @@ impl Model {
     fn tidy(&mut self, policy: &Policy, now: Instant, decision: &mut Decision) {
         let had_copies = !self.copies.is_empty();
         self.copies.retain(|copy| copy.state != State::Unloaded);
+        let copies = &self.copies;
+        self.displaced.retain(|generation| copies.iter().any(|copy| copy.generation == *generation));
         let spare = self.versions.len().saturating_sub(policy.history.max(2));
         let (copies, serving) = (&self.copies, self.serving);
         let keep = |entry: &Entry| {
@@ -358,6 +375,12 @@ impl Model {
     #[must_use]
     pub const fn leaving(&self) -> &BTreeSet<ReplicaId> {
         &self.leaving
+    }
+
+    /// Copies that do not fit their replicas any more, and are to move.
+    #[must_use]
+    pub const fn displaced(&self) -> &BTreeSet<Generation> {
+        &self.displaced
     }
 
     /// The order to hold `copy`.

@@ -55,5 +55,6 @@ pub fn restore(row: ModelRow, versions: Vec<VersionRow>, copies: Vec<CopyRow>, n
         next_number: row.number_bound,
         number_bound: row.number_bound,
         leaving: BTreeSet::new(),
+        displaced: BTreeSet::new(),
     }
 }

@@ -56,6 +56,7 @@ impl Model {
             revision: 0,
             next_number: 0,
             number_bound: 0,
+            displaced: std::collections::BTreeSet::new(),
             leaving: std::collections::BTreeSet::new(),
         }
     }

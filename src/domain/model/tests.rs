@@ -53,6 +53,8 @@ enum Act {
     Silent(u32),
     Lost(u32),
     Drain(u32),
+    /// What the replica holds does not fit there any more.
+    Displace(u32),
     Undrain,
     Restart,
     Pass(u64),
@@ -78,6 +80,7 @@ fn act() -> impl Strategy<Value = Act> {
         1 => (0..REPLICAS).prop_map(Act::Silent),
         1 => (0..REPLICAS).prop_map(Act::Lost),
         1 => (0..REPLICAS).prop_map(Act::Drain),
+        1 => (0..REPLICAS).prop_map(Act::Displace),
         1 => Just(Act::Undrain),
         1 => Just(Act::Restart),
         2 => (0..10_u64).prop_map(Act::Pass),
@@ -382,8 +385,16 @@ impl World {
                 self.replicas();
                 self.happen(Event::Leaving(server, self.draining.clone()));
             }
+            Act::Displace(index) => {
+                let on = replica(index);
+                let here = |copy: &&Copy| copy.state.replica() == Some(&on);
+                let displaced: BTreeSet<Generation> =
+                    self.model.copies.iter().filter(here).map(|copy| copy.generation).collect();
+                self.displace(displaced);
+            }
             Act::Undrain => {
                 self.draining.clear();
+                self.displace(BTreeSet::new());
                 self.replicas();
                 self.retry();
                 self.happen(Event::Leaving(server, BTreeSet::new()));
@@ -394,6 +405,15 @@ impl World {
                 self.happen(Event::Reconcile);
             }
         }
+    }
+
+    fn displace(&mut self, displaced: BTreeSet<Generation>) {
+        for copy in &self.model.copies {
+            // One without a place has none to move from.
+            let moves = displaced.contains(&copy.generation);
+            drop(self.placement.set_displaced(&self.model.name, copy.generation, moves));
+        }
+        self.happen(Event::Displaced(displaced));
     }
 
     fn check(&self) {
@@ -552,12 +572,21 @@ fn resubmitting_the_same_spec_changes_nothing_and_another_number_of_copies_is_no
 
 #[test]
 fn a_drain_asks_for_one_new_copy_and_keeps_it() {
+    one_new_copy_is_asked_for_and_kept(Act::Drain);
+}
+
+#[test]
+fn a_copy_that_does_not_fit_any_more_moves_as_in_a_drain() {
+    one_new_copy_is_asked_for_and_kept(Act::Displace);
+}
+
+fn one_new_copy_is_asked_for_and_kept(because: fn(u32) -> Act) {
     let mut world = World::new();
     world.take(Act::Submit { spec: 0, replicas: 1, rollout: Rollout::default() });
     world.calm();
     let from = world.model.copies[0].state.replica().expect("placed").index;
     let given = world.model.next_number;
-    world.take(Act::Drain(from));
+    world.take(because(from));
     for _ in 0..20 {
         // Whatever happens in between, and however often.
         world.take(Act::Pass(1));

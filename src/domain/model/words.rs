@@ -37,6 +37,8 @@ pub enum Event {
     Replica(ReplicaId, copy::Event),
     /// Copies are to leave these replicas of the server, and no others of it.
     Leaving(ServerName, BTreeSet<u32>),
+    /// These copies do not fit their replicas any more and are to move, and no others.
+    Displaced(BTreeSet<Generation>),
     /// Every gateway that is known has the route at this revision.
     RoutesReached(u64),
     /// That, and no gateway of an earlier scheduler can have an older one.

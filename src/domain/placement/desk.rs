@@ -66,6 +66,11 @@ impl Placement {
         self.waiting.len()
     }
 
+    /// The copies of `model` that wait.
+    pub(super) fn waiting_of(&self, model: &ModelName) -> impl Iterator<Item = &Entry> {
+        self.waiting.of_model(model)
+    }
+
     /// A copy that waits.
     #[must_use]
     pub fn waits(&self, model: &ModelName, generation: Generation) -> Option<&Entry> {
@@ -159,7 +164,16 @@ impl Placement {
     /// # Errors
     /// When it is not registered.
     pub fn mark_leaving(&mut self, model: &ModelName, generation: Generation) -> Result<(), LedgerError> {
-        self.ledger.mark_leaving(model, generation)?;
+        self.edit_copy(model, |ledger| ledger.mark_leaving(model, generation))
+    }
+
+    /// Changes what a copy means to the others of its model.
+    pub(super) fn edit_copy(
+        &mut self,
+        model: &ModelName,
+        change: impl FnOnce(&mut Ledger) -> Result<(), LedgerError>,
+    ) -> Result<(), LedgerError> {
+        change(&mut self.ledger)?;
         self.rebind(model);
         Ok(())
     }

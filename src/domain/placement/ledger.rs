@@ -59,6 +59,8 @@ pub struct Registered {
     pub need: Resources,
     /// Whether it is on its way out: it still needs its memory, but keeps no other copy on its server.
     pub leaving: bool,
+    /// Whether it does not fit its replica any more and is to move: it keeps no other copy on its server either.
+    pub displaced: bool,
 }
 
 /// What a placement came to.
@@ -187,7 +189,12 @@ impl Ledger {
         }
         let decision = self.decide(request, now);
         if let Ok(placed) = &decision.outcome {
-            let copy = Registered { replica: placed.replica.clone(), need: request.need.clone(), leaving: false };
+            let copy = Registered {
+                replica: placed.replica.clone(),
+                need: request.need.clone(),
+                leaving: false,
+                displaced: false,
+            };
             self.register((request.model.clone(), request.generation), copy);
         }
         decision
@@ -239,7 +246,7 @@ impl Ledger {
             }),
             None => {
                 self.ensure(replica);
-                let copy = Registered { replica: replica.clone(), need, leaving: false };
+                let copy = Registered { replica: replica.clone(), need, leaving: false, displaced: false };
                 self.register((model.clone(), generation), copy);
                 Ok(())
             }
@@ -277,6 +284,20 @@ impl Ledger {
             }
             None => Err(LedgerError::NoCopy(key.0, generation)),
         }
+    }
+
+    /// Notes that a copy is to move, or that it need not any more.
+    ///
+    /// # Errors
+    /// When it is not registered.
+    pub fn set_displaced(
+        &mut self,
+        model: &ModelName,
+        generation: Generation,
+        displaced: bool,
+    ) -> Result<(), LedgerError> {
+        let copy = self.copies.get_mut(&(model.clone(), generation));
+        copy.map(|copy| copy.displaced = displaced).ok_or_else(|| LedgerError::NoCopy(model.clone(), generation))
     }
 
     /// The whole decision about a copy, filter by filter and replica by replica, as if it had no place yet. Looks at

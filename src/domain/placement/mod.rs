@@ -7,7 +7,8 @@
 //! [`Placement::retry`] afterwards; what to try again follows from what changed.
 //!
 //! A small copy may be placed while a large one of higher priority waits: memory is never kept free for somebody who
-//! does not fit yet, and nobody is moved to make room.
+//! does not fit yet, and nobody is moved to make room. Only a replica that has become too small, or can do less than
+//! before, has copies moved off it (`relief`).
 
 mod desk;
 mod explain;
@@ -15,6 +16,7 @@ mod filter;
 mod index;
 mod ledger;
 mod problem;
+mod relief;
 mod replica;
 pub mod report;
 mod score;
@@ -28,6 +30,7 @@ pub use desk::{Placement, Retried};
 pub use filter::{Filter, Rejection};
 pub use ledger::{Decision, Ledger, LedgerError, Placed, Registered};
 pub use problem::{Capabilities, PlacementRequest, Prefer};
+pub use relief::{Key, Relief};
 pub use replica::{Condition, Replica, ReplicaFacts};
 pub use score::{Score, Share, Warmth};
 pub use waiting::Entry as Waiting;

@@ -134,7 +134,10 @@ impl<'a> Problem<'a> {
                 continue;
             }
             held.insert(copy.replica.clone(), *generation);
-            if !copy.leaving && ledger.replica(&copy.replica).is_some_and(|replica| replica.keeps_copies()) {
+            if !copy.leaving
+                && !copy.displaced
+                && ledger.replica(&copy.replica).is_some_and(|replica| replica.keeps_copies())
+            {
                 *staying.entry(copy.replica.server.clone()).or_insert(0) += 1;
             }
         }

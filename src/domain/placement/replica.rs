@@ -217,13 +217,19 @@ impl Replica {
     /// limit that is not known.
     #[must_use]
     pub fn over_limit(&self) -> Option<(Option<&str>, Bytes)> {
-        if self.declared.is_none() && self.facts.reported.is_none() {
+        if !self.is_known() {
             return None;
         }
         self.registered.devices().find_map(|(device, used)| {
             let over = used.checked_sub(u128::from(self.limit.on(device).0))?;
             (over > 0).then(|| (device, Bytes(u64::try_from(over).unwrap_or(u64::MAX))))
         })
+    }
+
+    /// Whether anybody has said how much memory it has.
+    #[must_use]
+    pub const fn is_known(&self) -> bool {
+        self.declared.is_some() || self.facts.reported.is_some()
     }
 
     /// Bytes left within its memory, before anything is to be evicted.

@@ -87,6 +87,24 @@ pub enum Location {
     Command(Command),
 }
 
+/// Where one replica runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the agent's process.
+    Builtin,
+    /// At this REST address.
+    At(String),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Builtin => f.write_str("in this process"),
+            Self::At(address) => write!(f, "at {address}"),
+        }
+    }
+}
+
 /// How one running inference server is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReplicaAddress {
@@ -139,6 +157,12 @@ impl Registry {
         parse::registry(text, file_name)
     }
 
+    /// The server of this name.
+    #[must_use]
+    pub fn server(&self, name: &ServerName) -> Option<&ServerDecl> {
+        self.servers.iter().find(|server| server.name == *name)
+    }
+
     /// What leads from `old` to `new`, in the order of the servers' names.
     #[must_use]
     pub fn diff(old: &Self, new: &Self) -> Vec<RegistryChange> {
@@ -161,7 +185,37 @@ impl Registry {
     }
 }
 
+impl RegistryChange {
+    /// The server that it is about.
+    #[must_use]
+    pub const fn server(&self) -> &ServerName {
+        match self {
+            Self::Added(server) | Self::Resized { server, .. } | Self::Changed { to: server, .. } => &server.name,
+            Self::Removed(name) => name,
+        }
+    }
+
+    /// The server as it is to be; nothing when it is gone.
+    #[must_use]
+    pub const fn wanted(&self) -> Option<&ServerDecl> {
+        match self {
+            Self::Added(server) | Self::Resized { server, .. } | Self::Changed { to: server, .. } => Some(server),
+            Self::Removed(_) => None,
+        }
+    }
+}
+
 impl ServerDecl {
+    /// Where its replica of that index runs; nothing when the registry does not say.
+    #[must_use]
+    pub fn place(&self, index: u32) -> Option<Place> {
+        match &self.location {
+            Location::Builtin => Some(Place::Builtin),
+            Location::Addresses(all) => all.get(index as usize).map(|address| Place::At(address.http.clone())),
+            Location::Command(_) => None,
+        }
+    }
+
     /// Whether `to` differs by the number of replicas alone.
     fn is_resized(&self, to: &Self) -> bool {
         let kept = |server: &Self| match &server.location {

@@ -66,6 +66,11 @@ impl RegistryWatch {
         }
     }
 
+    /// What was told last is not obeyed: the next edit is told even if it says the same.
+    pub const fn refused(&mut self) {
+        self.bad = true;
+    }
+
     fn tell(&mut self) -> Result<Registry, RegistryErrors> {
         let name = self.path.display().to_string();
         let answer = match &self.told {
