@@ -31,10 +31,16 @@ use process::{
     server,
 };
 use wharf::{
+    app::process::Process,
     forward::{Limits, Request, Response, TcpNetwork, Upstream, UpstreamError},
     ports::Network as _,
-    rpc::proto::{scheduler as seldon, wharf::ServerView},
+    rpc::proto::{
+        scheduler as seldon,
+        wharf::{ListServersRequest, ServerView, SubmitModelRequest, wharf_client::WharfClient},
+    },
     runtime::{Execution, Options, Runtime},
+    settings::Settings,
+    telemetry::metrics::Role,
 };
 
 const MODELS: u64 = 8;
@@ -484,4 +490,99 @@ async fn an_edit_that_touches_what_another_owns_is_refused_whole() {
     let account = load.stop().await;
     account.assert_clean(&wharf);
     proof("edits that touch what another owns are refused whole", &account.line());
+}
+
+/// One role in this process, on ports that the system chose, with its files in `home`.
+fn role(home: &Home, folder: &str, roles: &[Role], set: &[(&str, &str)]) -> Process {
+    let dir = home.path().display();
+    let mut settings = vec![
+        ("scheduler.servers".to_owned(), format!("{dir}/servers.toml")),
+        ("scheduler.data_dir".to_owned(), format!("{dir}/{folder}")),
+        ("agent.data_dir".to_owned(), format!("{dir}/{folder}")),
+    ];
+    for port in ["scheduler.listen", "scheduler.agents", "scheduler.http", "gateway.listen", "agent.listen"] {
+        settings.push((port.to_owned(), "127.0.0.1:0".to_owned()));
+    }
+    settings.extend(set.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+    let settings = Settings::load(None, std::iter::empty(), settings).unwrap();
+    Process::new(settings, roles, CancellationToken::new(), Arc::new(|why| panic!("{why}")))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_declaration_is_obeyed_where_agents_are_processes_of_their_own() {
+    let home = Home::new(&format!("{}{}", server("far", 1, "8Mi", 0), server("spare", 1, "3Mi", 0)));
+    let mut scheduler = role(&home, "scheduler", &[Role::Scheduler], &[]);
+    let running = scheduler.scheduler().await.unwrap();
+    scheduler.registry(&running.handle, None).await.unwrap();
+    let mut agents = Vec::new();
+    for server in ["far", "spare"] {
+        let set = [
+            ("agent.server", server),
+            ("agent.memory", "8Mi"),
+            ("agent.scheduler", &running.agents),
+            ("agent.runtime", "builtin"),
+        ];
+        let mut agent = role(&home, server, &[Role::Agent], &set);
+        agent.agent().await.unwrap();
+        agents.push(agent);
+    }
+    let mut gateway = role(&home, "gateway", &[Role::Gateway], &[]);
+    let (address, _gateway) = gateway.gateway(running.agents.clone()).await.unwrap();
+    let client = WharfClient::connect(format!("http://{}", running.api)).await.unwrap();
+    let servers = || async {
+        let views = client.clone().list_servers(ListServersRequest { name: None }).await.unwrap().into_inner();
+        futures::StreamExt::collect::<Vec<_>>(futures::StreamExt::map(views, Result::unwrap)).await
+    };
+    let until = |what: &'static str, reached: fn(&[ServerView]) -> bool| async move {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let seen = servers().await;
+            if reached(&seen) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "no {what}: {seen:#?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    until("agents", |servers| servers.len() == 2 && shape(servers).iter().all(|(_, available, _)| *available == 1))
+        .await;
+    for number in 0..MODELS {
+        let model = Some(Spec::new(&format!("m{number}"), "iris-1", MIB).model());
+        client.clone().submit_model(SubmitModelRequest { model, rollout: None }).await.unwrap();
+    }
+    let clients = process::load::Clients::connect(&address).await;
+    let deadline = Instant::now() + SOON;
+    for number in 0..MODELS {
+        while let Err(refused) = clients.ask(0, &format!("m{number}"), process::load::Protocol::Rest).await {
+            assert!(Instant::now() < deadline, "m{number}: {refused:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    let load = Load::start(&address, 100, move |number| Question {
+        model: format!("m{}", number / 2 % MODELS),
+        protocol: in_turns(number),
+        check: Box::new(|answer| if answer.label == 0 { Ok(()) } else { Err("iris-1 says 0".to_owned()) }),
+    })
+    .await;
+    load.marks.mark("less declared than reported");
+    home.write_registry(&format!("{}{}", server("far", 1, "2Mi", 0), server("spare", 1, "8Mi", 0)));
+    until("smaller replica", |servers| {
+        let far = named(servers, "far");
+        far.replicas[0].copies <= 2
+            && shape(servers)[1].2 >= 6
+            && says(far, "replica 0 reports 8 MiB, 2 MiB are declared; 2 MiB count")
+            && !says(far, "over its limit")
+    })
+    .await;
+    load.marks.mark("a capability that is reported and not declared");
+    home.write_registry(&format!("{}{}", able(&server("far", 1, "2Mi", 0), "\"other\""), server("spare", 1, "8Mi", 0)));
+    until("copies elsewhere", |servers| {
+        let far = named(servers, "far");
+        shape(servers)[1].2 == 8 && far.replicas[0].copies == 0 && says(far, "reports onnx, which is not declared")
+    })
+    .await;
+    load.more(50).await;
+    let account = load.stop().await;
+    assert!(account.sent > 0 && account.failed() == 0, "{}\n{:?}", account.line(), account.shown);
+    proof("declarations obeyed where agents are processes of their own", &account.line());
 }

@@ -271,6 +271,50 @@ mod tests {
             }
         }
 
+        /// However many looks it takes, and whoever holds what: what leaves is not held, was not used last, and no more than it
+        /// takes; once nothing is held the rest is within the capacity, or is the one that was used last.
+        #[test]
+        fn a_smaller_capacity_is_reached_by_what_is_used_least(mut occupants in occupants(), size in 0..20_u64, gpu in 0..8_u64) {
+            let capacity = bytes(size, gpu);
+            let last = |occupants: &[Occupant]| {
+                let stays = occupants.iter().filter(|one| one.standing != Standing::Leaving);
+                stays.max_by_key(|one| (one.last_used, one.copy)).cloned()
+            };
+            if let Some(victims) = excess(&occupants, &capacity) {
+                let kept = last(&occupants);
+                for one in occupants.iter().filter(|one| victims.contains(&one.copy)) {
+                    prop_assert_eq!((one.holds, one.standing), (0, Standing::Resident));
+                    prop_assert_ne!(Some(one.copy), kept.as_ref().map(|kept| kept.copy));
+                }
+            }
+            // Loads end, holds are given back, what leaves has left.
+            for one in &mut occupants {
+                one.holds = 0;
+                if one.standing == Standing::Entering {
+                    one.standing = Standing::Resident;
+                }
+            }
+            occupants.retain(|one| one.standing == Standing::Resident);
+            let last = last(&occupants);
+            if let Some(victims) = excess(&occupants, &capacity) {
+                prop_assert!(!victims.is_empty());
+                let without = |spared: Option<Generation>| -> Vec<Occupant> {
+                    let stays = |one: &&Occupant| !victims.contains(&one.copy) || Some(one.copy) == spared;
+                    occupants.iter().filter(stays).cloned().collect()
+                };
+                prop_assert_eq!(excess(&without(None), &capacity), None);
+                for victim in &victims {
+                    prop_assert!(excess(&without(Some(*victim)), &capacity).is_some(), "{victim} need not have left");
+                }
+                let rest = without(None);
+                let taken = total(&rest).expect("counted");
+                prop_assert!(capacity.covers(&taken) || last.is_some_and(|last| capacity.max(&last.bytes).covers(&taken)));
+            } else {
+                let taken = total(&occupants).expect("counted");
+                prop_assert!(last.map_or(capacity.clone(), |last| capacity.max(&last.bytes)).covers(&taken));
+            }
+        }
+
         #[test]
         fn the_order_of_the_occupants_does_not_matter(occupants in occupants(), size in 0..20_u64, need in 0..12_u64) {
             let mut reversed = occupants.clone();

@@ -297,20 +297,29 @@ mod tests {
         let (mut placement, requests) = holding(&[6, 2, 2]);
         placement.upsert_replica(&on("b"), facts(2));
         placement.upsert_replica(&on("a"), facts(7));
-        let first = placement.relieve(&on("a"), &requests, T0);
         // The large one would do alone, and has nowhere to go.
-        assert_eq!(uids(&first.moves), [1, 3]);
-        for moved in &first.moves {
-            replace(&mut placement, &requests[moved]);
-        }
+        let first = placement.relieve(&on("a"), &requests, T0);
+        assert_eq!(uids(&first.moves), [2, 3]);
+        let places: Vec<_> = first.moves.iter().map(|moved| replace(&mut placement, &requests[moved])).collect();
+        assert_eq!(places, [Some(on("b")), None], "there is room for one of them");
         let second = placement.relieve(&on("a"), &requests, T0);
-        assert_eq!(uids(&second.moves), [1, 3]);
-        assert_eq!(second.stuck.keys().map(|(model, _)| model.as_str()).collect::<Vec<_>>(), ["m1"]);
+        assert_eq!(uids(&second.moves), [2, 3]);
+        let stuck: Vec<_> = second.stuck.iter().map(|((model, _), why)| (model.as_str(), why.as_str())).collect();
+        let [("m3", why)] = stuck.as_slice() else { panic!("{stuck:?}") };
+        assert!(why.contains("2 B"), "{why}");
         // Room for it: it is tried again of itself.
-        placement.upsert_replica(&on("c"), facts(6));
+        placement.upsert_replica(&on("c"), facts(2));
         let retried = placement.retry(T0, 100);
         assert_eq!(retried.decisions[0].2.replica(), Some(&on("c")));
         assert!(placement.relieve(&on("a"), &requests, T0).stuck.is_empty());
+    }
+
+    #[test]
+    fn what_finds_no_place_is_to_move_all_the_same_when_the_rest_is_not_enough() {
+        let (mut placement, requests) = holding(&[6, 2, 1]);
+        placement.upsert_replica(&on("b"), facts(1));
+        placement.upsert_replica(&on("a"), facts(6));
+        assert_eq!(uids(&placement.relieve(&on("a"), &requests, T0).moves), [1, 3]);
     }
 
     #[test]
