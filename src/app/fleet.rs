@@ -63,6 +63,8 @@ pub(super) struct Fleet {
     removed: BTreeSet<ServerName>,
     /// The replica of each server that is emptied to be started anew somewhere else.
     emptied: BTreeMap<ServerName, u32>,
+    /// Servers that may be something else than the registry that was obeyed last says: they are tried at every look.
+    unsure: BTreeSet<ServerName>,
 }
 
 /// A replica of this process.
@@ -97,6 +99,7 @@ impl Fleet {
             registry: Registry::default(),
             removed: BTreeSet::new(),
             emptied: BTreeMap::new(),
+            unsure: BTreeSet::new(),
         }
     }
 
@@ -157,13 +160,17 @@ impl Fleet {
                 for earlier in changes[..=at].iter().rev() {
                     let before = self.registry.server(earlier.server()).cloned();
                     if let Err(stuck) = self.obey(earlier.server(), before.as_ref()).await {
-                        tracing::error!(target: "wharf::registry", server = %earlier.server(), problem = %stuck, "a refused edit of the server can't be taken back");
+                        tracing::error!(target: "wharf::registry", server = %earlier.server(), problem = %stuck, "a refused edit of the server can't be taken back yet");
+                        self.unsure.insert(earlier.server().clone());
                     }
                 }
                 return Err(problem);
             }
         }
         self.registry = registry;
+        for change in &changes {
+            self.unsure.remove(change.server());
+        }
         Ok(())
     }
 
@@ -303,7 +310,8 @@ impl Fleet {
                 tracing::info!(target: "wharf::registry", replica = %id, place, "the replica is started anew");
             }
             Err(problem) => {
-                tracing::error!(target: "wharf::registry", replica = %id, place, %problem, "the replica is not started anew; the next edit of the registry tries again");
+                tracing::error!(target: "wharf::registry", replica = %id, place, %problem, "the replica can't be started anew yet");
+                self.unsure.insert(id.server.clone());
             }
         }
     }
@@ -331,6 +339,12 @@ impl Fleet {
             }
             if self.emptied.get(&id.server) == Some(&id.index) {
                 self.start_anew(&id).await;
+            }
+        }
+        for name in self.unsure.clone() {
+            let wanted = self.registry.server(&name).cloned();
+            if self.obey(&name, wanted.as_ref()).await.is_ok() {
+                self.unsure.remove(&name);
             }
         }
         let board = Arc::clone(&self.board);

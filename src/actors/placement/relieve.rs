@@ -49,6 +49,10 @@ impl Handler<Look> for PlacementActor {
     }
 }
 
+fn copies(count: usize) -> String {
+    format!("{count} {}", if count == 1 { "copy" } else { "copies" })
+}
+
 impl PlacementActor {
     /// Looks at what is to be looked at, once for all that changes until then.
     pub(super) fn look_soon(&mut self, ctx: &mut Context<Self>) {
@@ -130,12 +134,12 @@ impl PlacementActor {
         conditions.extend(over.map(|over| format!("is {over}")));
         let (moving, stuck) = (relief.moves.len() - relief.stuck.len(), relief.stuck.len());
         if moving > 0 {
-            conditions.push(format!("has {moving} copies that do not fit any more and move away"));
+            conditions.push(format!("moves {} away", copies(moving)));
         }
         if stuck > 0 {
             let named = relief.stuck.iter().take(NAMED).map(|((model, _), why)| format!("{model}: {why}"));
             let named = named.collect::<Vec<_>>().join("; ");
-            conditions.push(format!("has {stuck} copies that do not fit any more and find no other place: {named}"));
+            conditions.push(format!("keeps {} for want of another place: {named}", copies(stuck)));
         }
         let registered = self.links.board.registered(id);
         self.links.board.put_registered(id.clone(), Registered { conditions, ..registered });

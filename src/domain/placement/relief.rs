@@ -22,6 +22,9 @@ use crate::domain::{
 /// Copies for which one look searches a place elsewhere at most; the rest count as having none until the next look.
 const SEARCHES: usize = 1024;
 
+/// Copies whose reasons are found anew at every look; those of the rest are as old as their last try.
+const EXPLAINED: usize = 8;
+
 /// A copy, by model and generation.
 pub type Key = (ModelName, Generation);
 
@@ -71,7 +74,7 @@ impl Placement {
             | ReplicaState::Pending
             | ReplicaState::Unknown { .. }
             | ReplicaState::Lost => {
-                return Relief { stuck: self.stuck(&before), moves: before, kept: BTreeSet::new() };
+                return Relief { stuck: self.stuck(&before, now), moves: before, kept: BTreeSet::new() };
             }
         }
         let mut moves = BTreeSet::new();
@@ -112,7 +115,7 @@ impl Placement {
             // Each of them was found on the replica just now.
             drop(self.set_displaced(&model, generation, displaced));
         }
-        Relief { stuck: self.stuck(&moves), moves, kept }
+        Relief { stuck: self.stuck(&moves, now), moves, kept }
     }
 
     fn displaced(&self, replica: &Replica) -> BTreeSet<Key> {
@@ -126,12 +129,15 @@ impl Placement {
         self.waiting_of(model).any(|entry| entry.request.generation.version == generation.version)
     }
 
-    fn stuck(&self, moves: &BTreeSet<Key>) -> BTreeMap<Key, String> {
-        let why = |(model, generation): &Key| {
-            let of_version = |entry: &&super::Waiting| entry.request.generation.version == generation.version;
-            self.waiting_of(model).find(of_version).map(|entry| entry.unplaced.summary())
-        };
-        moves.iter().filter_map(|key| Some((key.clone(), why(key)?))).collect()
+    fn stuck(&self, moves: &BTreeSet<Key>, now: Instant) -> BTreeMap<Key, String> {
+        let mut stuck = BTreeMap::new();
+        for key in moves {
+            let of_version = |entry: &&super::Waiting| entry.request.generation.version == key.1.version;
+            let Some(waits) = self.waiting_of(&key.0).find(of_version) else { continue };
+            let fresh = (stuck.len() < EXPLAINED).then(|| self.ledger().decide(&waits.request, now).outcome.err());
+            stuck.insert(key.clone(), fresh.flatten().as_ref().unwrap_or(&waits.unplaced).summary());
+        }
+        stuck
     }
 
     /// Marks a copy as one that is to move, or takes that back. While it is to move it keeps no other copy on its
@@ -328,7 +334,7 @@ mod tests {
         placement.upsert_replica(&on("b"), facts(100));
         let mut larger = facts(5);
         larger.overcommit_percent = 900;
-        placement.upsert_replica(&on("a"), larger.clone());
+        placement.upsert_replica(&on("a"), larger);
         assert_eq!(uids(&placement.relieve(&on("a"), &requests, T0).moves), [1], "it could never be in memory");
         for request in requests.values_mut().filter(|request| request.generation.uid.0 == 2) {
             request.requirements = Capabilities::new(["onnx", "gpu"]);
