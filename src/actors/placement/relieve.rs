@@ -37,7 +37,8 @@ impl Handler<Look> for PlacementActor {
         self.looking = false;
         // One at a time: placements do not wait for all of them.
         let Some(id) = self.looks.pop_first() else { return };
-        let relief = self.placement.relieve(&id, &self.requests(&id), self.links.clock.now());
+        let requests = if self.placement.is_judged(&id) { self.requests(&id) } else { BTreeMap::new() };
+        let relief = self.placement.relieve(&id, &requests, self.links.clock.now());
         self.tell_displaced(&relief);
         self.show_with(&id, &relief);
         if self.is_over_limit(&id) || !relief.moves.is_empty() {

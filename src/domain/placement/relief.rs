@@ -67,15 +67,8 @@ impl Placement {
         let ledger = self.ledger();
         let Some(replica) = ledger.replica(id) else { return Relief::default() };
         let before = self.displaced(replica);
-        match replica.facts().state {
-            ReplicaState::Available if !replica.draining() && replica.is_known() => {}
-            ReplicaState::Available
-            | ReplicaState::Draining
-            | ReplicaState::Pending
-            | ReplicaState::Unknown { .. }
-            | ReplicaState::Lost => {
-                return Relief { stuck: self.stuck(&before, now), moves: before, kept: BTreeSet::new() };
-            }
+        if !is_judged(replica) {
+            return Relief { stuck: self.stuck(&before, now), moves: before, kept: BTreeSet::new() };
         }
         let mut moves = BTreeSet::new();
         let mut registered = Tally::default();
@@ -118,6 +111,12 @@ impl Placement {
         Relief { stuck: self.stuck(&moves, now), moves, kept }
     }
 
+    /// Whether a look at the replica decides anything now: its agent is heard, and it is not drained anyway.
+    #[must_use]
+    pub fn is_judged(&self, id: &ReplicaId) -> bool {
+        self.ledger().replica(id).is_some_and(is_judged)
+    }
+
     fn displaced(&self, replica: &Replica) -> BTreeSet<Key> {
         let is_displaced =
             |key: &&Key| self.ledger().copy(&key.0, key.1).is_some_and(|copy| copy.displaced && !copy.leaving);
@@ -152,6 +151,13 @@ impl Placement {
         displaced: bool,
     ) -> Result<(), LedgerError> {
         self.edit_copy(model, |ledger| ledger.set_displaced(model, generation, displaced))
+    }
+}
+
+fn is_judged(replica: &Replica) -> bool {
+    match replica.facts().state {
+        ReplicaState::Available => !replica.draining() && replica.is_known(),
+        ReplicaState::Draining | ReplicaState::Pending | ReplicaState::Unknown { .. } | ReplicaState::Lost => false,
     }
 }
 
