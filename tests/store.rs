@@ -207,7 +207,18 @@ fn keeps_the_contract<S: Store>(steps: &[Step], mut open: impl FnMut(Option<S>) 
             }
             Step::Reopen => store = open(Some(store)),
         }
-        prop_assert_eq!(store.load().unwrap(), model.contents());
+        let contents = model.contents();
+        for row in &contents.servers {
+            prop_assert_eq!(store.load_server(&row.name).unwrap(), Some(row.clone()));
+        }
+        prop_assert_eq!(store.load_server(&ServerName::new("nobody-s").unwrap()).unwrap(), None);
+        for row in &contents.models {
+            let (found, versions, copies) = store.load_model(&row.name).unwrap().expect("a row");
+            prop_assert_eq!(&found, row);
+            prop_assert!(versions.iter().eq(contents.versions.iter().filter(|version| version.model == row.name)));
+            prop_assert!(copies.iter().eq(contents.copies.iter().filter(|copy| copy.model == row.name)));
+        }
+        prop_assert_eq!(store.load().unwrap(), contents);
         prop_assert_eq!(&store.load_events().unwrap(), &kept);
         prop_assert_eq!(store.identity(), whose.clone());
     }

@@ -86,6 +86,46 @@ pub fn step(state: ReplicaState, event: Event, patience: Patience, now: Instant)
     }
 }
 
+/// What decides whether a replica is forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rest {
+    /// Where it stands.
+    pub state: ReplicaState,
+    /// Since when.
+    pub since: Instant,
+    /// Whether nothing is there, nor wanted there, nor asked about.
+    pub idle: bool,
+    /// Whether its agent is connected.
+    pub connected: bool,
+    /// Whether its agent has called since the scheduler started. Until then nobody knows what it holds.
+    pub called: bool,
+    /// Whether an owner wants it; absent when there is no owner.
+    pub expected: Option<bool>,
+    /// Whether its server is taken away.
+    pub removing: bool,
+}
+
+/// Whether a replica is to be forgotten: it holds nothing and is wanted for nothing. One that no owner ever spoke of
+/// is kept for the grace period after it was Lost, for its agent may only be late.
+#[must_use]
+pub fn is_over(rest: Rest, patience: Patience, now: Instant) -> bool {
+    let unheard = match rest.state {
+        ReplicaState::Unknown { .. } => !rest.called,
+        ReplicaState::Pending | ReplicaState::Available | ReplicaState::Draining | ReplicaState::Lost => false,
+    };
+    if !rest.idle || unheard {
+        return false;
+    }
+    if rest.removing {
+        // While its agent is connected it stays: forgotten, it would be made anew by the next word.
+        return !rest.connected;
+    }
+    match rest.expected {
+        Some(expected) => !expected,
+        None => rest.state == ReplicaState::Lost && !rest.connected && now.since(rest.since) > patience.grace,
+    }
+}
+
 /// The state with the operator's mark: what people and the placement see.
 #[must_use]
 pub const fn shown(state: ReplicaState, draining: bool) -> ReplicaState {
@@ -96,5 +136,55 @@ pub const fn shown(state: ReplicaState, draining: bool) -> ReplicaState {
         | ReplicaState::Pending
         | ReplicaState::Unknown { .. }
         | ReplicaState::Lost => state,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRACE: Duration = Duration::from_secs(10);
+    const PATIENCE: Patience = Patience { lease: Duration::from_secs(1), grace: GRACE };
+    const T0: Instant = Instant::from_micros(1_000_000);
+
+    fn lost() -> Rest {
+        Rest {
+            state: ReplicaState::Lost,
+            since: T0,
+            idle: true,
+            connected: false,
+            called: true,
+            expected: None,
+            removing: false,
+        }
+    }
+
+    #[test]
+    fn a_replica_that_no_owner_spoke_of_is_kept_for_the_grace_period_after_it_was_lost() {
+        let second = Duration::from_secs(1);
+        assert!(!is_over(lost(), PATIENCE, T0 + GRACE));
+        assert!(is_over(lost(), PATIENCE, T0 + GRACE + second));
+        for kept in [
+            Rest { idle: false, ..lost() },
+            Rest { connected: true, ..lost() },
+            Rest { state: ReplicaState::Available, ..lost() },
+            Rest { state: ReplicaState::Unknown { since: T0 }, ..lost() },
+            Rest { expected: Some(true), ..lost() },
+        ] {
+            assert!(!is_over(kept, PATIENCE, T0 + GRACE + second), "{kept:?}");
+        }
+    }
+
+    #[test]
+    fn a_replica_that_is_not_expected_goes_once_it_holds_nothing_and_somebody_knows_that() {
+        let unexpected = Rest { expected: Some(false), state: ReplicaState::Available, connected: true, ..lost() };
+        assert!(is_over(unexpected, PATIENCE, T0));
+        assert!(!is_over(Rest { idle: false, ..unexpected }, PATIENCE, T0));
+        let unknown = Rest { state: ReplicaState::Unknown { since: T0 }, connected: false, ..unexpected };
+        assert!(is_over(unknown, PATIENCE, T0), "its agent said what it holds before it went");
+        assert!(!is_over(Rest { called: false, ..unknown }, PATIENCE, T0), "nobody has said yet what it holds");
+        let removed = Rest { removing: true, expected: Some(true), ..unexpected };
+        assert!(!is_over(removed, PATIENCE, T0), "its agent's next word would make it anew");
+        assert!(is_over(Rest { connected: false, ..removed }, PATIENCE, T0));
     }
 }

@@ -23,6 +23,17 @@ pub struct Claim {
     pub kubernetes: Option<KubernetesMeta>,
 }
 
+/// What an operator marks replicas with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// Nothing new is placed there.
+    Cordon,
+    /// That, and what is there moves away.
+    Drain,
+    /// Neither.
+    Clear,
+}
+
 impl ServerRow {
     /// A server that is known only because an agent called.
     #[must_use]
@@ -63,6 +74,50 @@ impl ServerRow {
             kubernetes: claim.kubernetes.clone(),
             ..self.clone()
         })
+    }
+
+    /// Whether `owner` may take the server away.
+    ///
+    /// # Errors
+    /// When another owns it.
+    pub fn released(&self, owner: Owner) -> Result<(), Refusal> {
+        if self.owner == owner {
+            return Ok(());
+        }
+        let text = format!("server {} belongs to the {}", self.name, self.owner.name());
+        Err(Refusal::new(Code::PermissionDenied, text))
+    }
+
+    /// Sets an operator's mark on replicas.
+    pub fn mark(&mut self, mark: Mark, replicas: &BTreeSet<u32>) {
+        match mark {
+            Mark::Cordon => self.cordoned.extend(replicas),
+            Mark::Drain => self.draining.extend(replicas),
+            Mark::Clear => {
+                self.cordoned.retain(|index| !replicas.contains(index));
+                self.draining.retain(|index| !replicas.contains(index));
+            }
+        }
+    }
+
+    /// Forgets what is kept of every replica that is not among these. Says whether there was any.
+    pub fn keep_only(&mut self, known: impl Fn(u32) -> bool) -> bool {
+        let kept = self.doors.len() + self.cordoned.len() + self.draining.len();
+        self.doors.retain(|index, _| known(*index));
+        self.cordoned.retain(|index| known(*index));
+        self.draining.retain(|index| known(*index));
+        kept != self.doors.len() + self.cordoned.len() + self.draining.len()
+    }
+
+    /// Every replica of which something is kept.
+    pub fn kept(&self) -> impl Iterator<Item = u32> {
+        self.doors.keys().chain(&self.cordoned).chain(&self.draining).copied()
+    }
+
+    /// Whether nobody but an agent ever spoke of the server: then it goes when its replicas have.
+    #[must_use]
+    pub fn is_only_called(&self) -> bool {
+        self.owner == Owner::Agent
     }
 
     /// Whether copies are to leave the replica: it is drained, or its owner does not expect it any more.

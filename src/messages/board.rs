@@ -4,7 +4,7 @@
 //! reader: a feed that is read too slowly keeps the latest of each model instead of every step.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
@@ -109,6 +109,12 @@ impl Board {
         let mut models: Vec<_> = self.models.iter().map(|model| Arc::clone(&model)).collect();
         models.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         models
+    }
+
+    /// The names of the models that are so. Looks at each.
+    #[must_use]
+    pub fn models_that(&self, so: impl Fn(&Model) -> bool) -> BTreeSet<ModelName> {
+        self.models.iter().filter(|model| so(model)).map(|model| model.name.clone()).collect()
     }
 
     /// Publishes a server.

@@ -5,8 +5,8 @@ use std::fmt;
 use thiserror::Error;
 
 use crate::domain::{
-    names::ModelName,
-    record::{Contents, CopyRow, ModelRow, VersionRow, Write},
+    names::{ModelName, ServerName},
+    record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow, Write},
 };
 
 /// Keeps the journal's rows. Its tables are the state: there is no log beside them.
@@ -25,6 +25,12 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// # Errors
     /// When it can't be read.
     fn load_model(&self, name: &ModelName) -> Result<Option<ModelRows>, OpenError>;
+
+    /// What it holds of one server.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    fn load_server(&self, name: &ServerName) -> Result<Option<ServerRow>, OpenError>;
 
     /// Applies `writes` in order, all or none, and returns once they would survive a power cut. Blocks.
     ///

@@ -24,8 +24,8 @@ use super::{
 };
 use crate::{
     domain::{
-        names::ModelName,
-        record::{Contents, Write},
+        names::{ModelName, ServerName},
+        record::{Contents, ServerRow, Write},
     },
     ports::{CommitError, Identity, ModelRows, OpenError, Store},
 };
@@ -209,6 +209,10 @@ impl Store for EmbeddedStore {
 
     fn load_model(&self, name: &ModelName) -> Result<Option<ModelRows>, OpenError> {
         self.read(|transaction| schema::read_model(transaction, name))
+    }
+
+    fn load_server(&self, name: &ServerName) -> Result<Option<ServerRow>, OpenError> {
+        self.read(|transaction| schema::read_server(transaction, name))
     }
 
     fn commit(&self, writes: &[Write]) -> Result<(), CommitError> {

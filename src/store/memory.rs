@@ -180,6 +180,10 @@ impl Store for MemoryStore {
         })
     }
 
+    fn load_server(&self, name: &ServerName) -> Result<Option<ServerRow>, OpenError> {
+        self.read(|kept| kept.tables.servers.get(name).cloned())
+    }
+
     fn commit(&self, writes: &[Write]) -> Result<(), CommitError> {
         if writes.is_empty() {
             return Ok(());

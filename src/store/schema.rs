@@ -9,7 +9,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     domain::{
-        names::ModelName,
+        names::{ModelName, ServerName},
         record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow, Write},
         version::{Generation, Version},
     },
@@ -219,6 +219,15 @@ pub(super) fn read_model(transaction: &redb::ReadTransaction, name: &ModelName) 
         copies.push(decode("copies", entry?.1.value())?);
     }
     Ok(Some((decode("models", row.value())?, versions, copies)))
+}
+
+/// Reads the row of one server.
+pub(super) fn read_server(
+    transaction: &redb::ReadTransaction,
+    name: &ServerName,
+) -> Result<Option<ServerRow>, RowError> {
+    let row = transaction.open_table(SERVERS)?.get(name.as_str().as_bytes())?;
+    row.map(|row| decode("servers", row.value())).transpose()
 }
 
 /// Lets the rows of one model share its name, and the copies of one server the server's: with a million

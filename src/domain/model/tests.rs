@@ -682,3 +682,19 @@ fn copies_of_a_lost_journal_are_adopted_as_they_are() {
     let decision = model.apply(Event::Adopt(Box::new(found)), &old.policy, old.now).expect("nobody asked");
     assert!(decision.effects.iter().any(|effect| matches!(effect, Effect::Unregister { .. })), "{decision:?}");
 }
+
+#[test]
+fn a_later_event_replaces_those_that_say_no_more_and_no_user_is_passed_over() {
+    let on = |index| ReplicaId::new(ServerName::new("s").unwrap(), index);
+    let lost = |index, event| Event::Replica(on(index), event);
+    let leaving = |server: &str, index| Event::Leaving(ServerName::new(server).unwrap(), [index].into());
+    assert!(Event::Reconcile.replaces(&Event::Reconcile));
+    assert!(leaving("s", 1).replaces(&leaving("s", 2)) && !leaving("s", 1).replaces(&leaving("t", 1)));
+    assert!(Event::RoutesSettled(2).replaces(&Event::RoutesReached(2)));
+    assert!(Event::RoutesSettled(2).replaces(&Event::RoutesSettled(1)));
+    assert!(!Event::RoutesReached(2).replaces(&Event::RoutesSettled(1)), "it says less");
+    assert!(!Event::RoutesReached(1).replaces(&Event::RoutesReached(2)), "it is older");
+    assert!(lost(1, copy::Event::AgentLost).replaces(&lost(1, copy::Event::AgentLost)));
+    assert!(!lost(1, copy::Event::AgentLost).replaces(&lost(1, copy::Event::ReplicaLost)));
+    assert!(!Event::Scale(1).replaces(&Event::Scale(1)) && !Event::Reconcile.replaces(&Event::Delete(None)));
+}

@@ -47,6 +47,37 @@ pub enum Event {
     Reconcile,
 }
 
+impl Event {
+    /// Whether `earlier`, which still waits, need not be taken when this one is: this one says all that it says, or
+    /// what became of it since.
+    #[must_use]
+    pub fn replaces(&self, earlier: &Self) -> bool {
+        match self {
+            // Only the latest word about a copy counts.
+            Self::Reported(on, generation, _) => {
+                matches!(earlier, Self::Reported(other, number, _) if (on, generation) == (other, number))
+            }
+            Self::Replica(on, event) => {
+                matches!(earlier, Self::Replica(other, before) if (on, event) == (other, before))
+            }
+            Self::Leaving(server, _) => matches!(earlier, Self::Leaving(other, _) if server == other),
+            Self::RoutesReached(revision) => matches!(earlier, Self::RoutesReached(before) if before <= revision),
+            Self::RoutesSettled(revision) => matches!(
+                earlier,
+                Self::RoutesReached(before) | Self::RoutesSettled(before) if before <= revision
+            ),
+            Self::Displaced(_) => matches!(earlier, Self::Displaced(_)),
+            Self::Reconcile => matches!(earlier, Self::Reconcile),
+            Self::Submit(..)
+            | Self::Rollback(_)
+            | Self::Scale(_)
+            | Self::Delete(_)
+            | Self::Copy(..)
+            | Self::Adopt(_) => false,
+        }
+    }
+}
+
 /// What an event leads to. Nothing of it may leave the process before `writes` are durable.
 #[derive(Debug, Default)]
 pub struct Decision {

@@ -217,6 +217,15 @@ impl Placement {
         Some(released)
     }
 
+    /// Forgets every copy of `model` but these. Says what was given back.
+    pub fn keep_only(&mut self, model: &ModelName, generations: &BTreeSet<Generation>) -> Vec<Registered> {
+        let placed = self.ledger.copies_of(model).map(|(generation, _)| *generation);
+        let waiting = self.waiting.of_model(model).map(|entry| entry.request.generation);
+        let over: BTreeSet<Generation> =
+            placed.chain(waiting).filter(|generation| !generations.contains(generation)).collect();
+        over.into_iter().filter_map(|generation| self.release(model, generation)).collect()
+    }
+
     /// Offers what has come free since the last time to the copies that wait for it: in their order, at most `limit`
     /// looks. Call it after every change, and again while it says that there is more; then no copy waits that could
     /// be placed. Copies that nothing changed for are not tried.

@@ -57,6 +57,7 @@ enum Op {
     Place(PlacementRequest),
     PlaceAll(Vec<PlacementRequest>),
     Release(ModelName, Generation),
+    KeepOnly(ModelName, Generation),
     Restore(ModelName, Generation, ReplicaId, Resources),
     Resize(ModelName, Generation, Resources),
     Leave(ModelName, Generation),
@@ -158,6 +159,7 @@ fn ops() -> impl Strategy<Value = Op> {
         12 => requests().prop_map(Op::Place),
         1 => prop::collection::vec(requests(), 0..5).prop_map(Op::PlaceAll),
         4 => generations().prop_map(|(model, generation)| Op::Release(model, generation)),
+        1 => generations().prop_map(|(model, generation)| Op::KeepOnly(model, generation)),
         2 => (generations(), replicas(), resources()).prop_map(|((m, g), id, need)| Op::Restore(m, g, id, need)),
         1 => (generations(), resources()).prop_map(|((m, g), need)| Op::Resize(m, g, need)),
         1 => generations().prop_map(|(m, g)| Op::Leave(m, g)),
@@ -214,6 +216,12 @@ fn apply(placement: &mut Placement, op: Op, now: &mut Instant) -> Result<(), Tes
             prop_assert_eq!(decisions.len(), requests.len());
         }
         Op::Release(model, generation) => drop(placement.release(&model, generation)),
+        Op::KeepOnly(model, generation) => {
+            placement.keep_only(&model, &[generation].into());
+            prop_assert!(placement.ledger().copies_of(&model).all(|(kept, _)| *kept == generation));
+            let waits = |entry: &&Waiting| entry.request.model == model && entry.request.generation != generation;
+            prop_assert_eq!(placement.waiting().filter(waits).count(), 0);
+        }
         Op::Restore(model, generation, id, need) => drop(placement.restore(&model, generation, &id, need)),
         Op::Resize(model, generation, need) => drop(placement.resize(&model, generation, need)),
         Op::Leave(model, generation) => drop(placement.mark_leaving(&model, generation)),
