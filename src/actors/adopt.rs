@@ -5,14 +5,11 @@
 
 use actix::Context;
 
-use super::supervisor::Supervisor;
-use crate::{
-    domain::model::{Event, Found, Model},
-    messages::{model::Happened, server::Hello},
-};
+use super::{absent::ForModel, supervisor::Supervisor};
+use crate::{domain::model::Found, messages::server::Hello};
 
 impl Supervisor {
-    pub(super) fn adopt(&mut self, hello: &Hello, ctx: &Context<Self>) {
+    pub(super) fn adopt(&mut self, hello: &Hello, ctx: &mut Context<Self>) {
         for held in &hello.inventory {
             // A number that was given before is never given again, not even by a journal that forgot: an older copy of
             // it that was put back has given the same numbers to other models.
@@ -26,9 +23,7 @@ impl Supervisor {
         for held in &hello.inventory {
             let found = held.order.as_ref().and_then(|order| Found::of(&hello.replica, order, &held.report));
             let Some((name, found)) = found else { continue };
-            let known = self.links.models.get(&name).map(|addr| addr.clone());
-            let addr = known.unwrap_or_else(|| self.start_model(Model::unborn(name, self.links.clock.now()), ctx));
-            addr.do_send(Happened(Event::Adopt(Box::new(found))));
+            self.for_model(ForModel::Adopt(name, Box::new(found)), ctx);
             count += 1;
         }
         tracing::warn!(target: "wharf::supervision", event = "adopted", replica = %hello.replica, lineage = hello.lineage, copies = count, "an agent of another journal called; its copies are kept");

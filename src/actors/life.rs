@@ -7,6 +7,7 @@ use std::{cell::RefCell, sync::Once, thread};
 
 use actix::Recipient;
 
+use super::journal::Fatal;
 use crate::messages::supervisor::{Ended, Who};
 
 thread_local! {
@@ -48,9 +49,31 @@ impl Life {
 
 impl Drop for Life {
     fn drop(&mut self) {
-        let panic = thread::panicking().then(|| {
-            LAST_PANIC.with(|last| last.borrow_mut().take()).unwrap_or_else(|| "a panic without a message".to_owned())
-        });
-        self.supervisor.do_send(Ended { who: self.who.clone(), panic });
+        self.supervisor.do_send(Ended { who: self.who.clone(), panic: panic_now() });
+    }
+}
+
+/// The message of the panic that this thread unwinds from, if it does.
+fn panic_now() -> Option<String> {
+    thread::panicking().then(|| {
+        LAST_PANIC.with(|last| last.borrow_mut().take()).unwrap_or_else(|| "a panic without a message".to_owned())
+    })
+}
+
+/// The supervisor's own life. Nobody watches it: without it nothing is started, found or made anew, so the process
+/// exits.
+pub(super) struct LastWords(Fatal);
+
+impl LastWords {
+    pub(super) const fn new(fatal: Fatal) -> Self {
+        Self(fatal)
+    }
+}
+
+impl Drop for LastWords {
+    fn drop(&mut self) {
+        if let Some(cause) = panic_now() {
+            (self.0)(format!("the supervisor panicked ({cause})"));
+        }
     }
 }

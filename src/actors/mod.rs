@@ -5,6 +5,7 @@
 //! No actor awaits another; a message that is lost with a restart is repaired by the comparison of wanted
 //! with reported that every actor runs on each message and on a timer.
 
+mod absent;
 mod adopt;
 mod journal;
 mod life;
@@ -17,6 +18,8 @@ mod server;
 mod spawn;
 mod start;
 mod supervisor;
+#[cfg(test)]
+mod tests;
 
 pub use journal::Fatal;
 pub use links::{Identity, Links, Timing};

@@ -2,16 +2,17 @@
 
 use std::{collections::VecDeque, mem, sync::Arc};
 
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, SpawnHandle};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, Message, SpawnHandle};
 use serde_json::json;
 use tracing::Span;
 
-use super::{life::Life, links::Links};
+use super::{life::Life, links::Links, server::ServerActor};
 use crate::{
     domain::{
-        copy::{Copy, Drain, State},
+        copy::{self, Copy, Drain, State},
         error::{Code, Refusal},
         model::{Effect, Event, Model, Submitted},
+        names::ReplicaId,
         order::Order,
         record::Write,
         time::Instant,
@@ -20,11 +21,11 @@ use crate::{
     messages::{
         Reply,
         journal::{Commit, Committed},
-        model::{Announce, Happened, Request, Stop},
+        model::{Announce, Happened, Request},
         placement::{Leave, Place, Release, Restore},
         router::Publish,
         server::{Enquire, SetOrder},
-        supervisor::{Begin, Observe, Terminated, Who},
+        supervisor::{Begin, Observe, Stays, Stop, Terminated, Who},
     },
     telemetry::metrics::Submission,
 };
@@ -77,11 +78,14 @@ impl ModelActor {
         }
     }
 
+    fn who(&self) -> Who {
+        Who::Model(self.model.name.clone())
+    }
+
     fn take(&mut self, pending: Pending, ctx: &mut Context<Self>) {
-        if let Event::Reported(on, generation, _) = &pending.event {
-            // Only the latest word about a copy counts, and words may come faster than the disk turns.
-            let same = |other: &Pending| matches!(&other.event, Event::Reported(o, g, _) if (o, g) == (on, generation));
-            self.waiting.retain(|other| !same(other));
+        if pending.reply.is_none() {
+            // Words may come faster than the disk turns, and for as long as the journal refuses.
+            self.waiting.retain(|other| other.reply.is_some() || !pending.event.replaces(&other.event));
         }
         self.waiting.push_back(pending);
         self.decide(ctx);
@@ -129,7 +133,7 @@ impl ModelActor {
         }
         if !self.model.is_born() && !tentative.answers.is_empty() && self.waiting.is_empty() {
             // What was asked was refused: there is no model, and nothing is to stay of the question.
-            self.links.supervisor.tell(Terminated(self.model.name.clone()));
+            self.links.supervisor.tell(Terminated(self.who()));
         }
         for (reply, answer) in tentative.answers {
             let outcome = if answer.is_ok() { Submission::Accepted } else { Submission::Refused };
@@ -178,11 +182,11 @@ impl ModelActor {
             }
             Effect::Register { on, generation, spec, need, attempt } => {
                 let order = Order::Register { model: name.clone(), generation, spec, need, attempt };
-                links.tell_server(&on.server.clone(), SetOrder { replica: on, order });
+                self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
             }
             Effect::Unregister { on, generation } => {
                 let order = Order::Unregister { model: name.clone(), generation, drain: links.timing.drain };
-                links.tell_server(&on.server.clone(), SetOrder { replica: on, order });
+                self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
             }
             Effect::Keep(generation) => {
                 let kept = model.copies.iter().find(|copy| copy.generation == generation);
@@ -194,7 +198,7 @@ impl ModelActor {
             Effect::Publish(revision) => self.publish(revision),
             Effect::Wake(at) => self.wake_at(at, ctx),
             Effect::Note(note) => links.note(&Who::Model(name.clone()), note),
-            Effect::Terminated => links.supervisor.tell(Terminated(name.clone())),
+            Effect::Terminated => links.supervisor.tell(Terminated(Who::Model(name.clone()))),
         }
     }
 
@@ -219,7 +223,19 @@ impl ModelActor {
         self.wake = Some((at, handle));
     }
 
-    fn announce(&self, to: Announce) {
+    /// Tells the server of a replica. A server that nobody knows has none: then the replica is lost.
+    fn tell_server<M>(&self, on: ReplicaId, message: M, ctx: &mut Context<Self>)
+    where
+        M: Message + Send + 'static,
+        M::Result: Send,
+        ServerActor: Handler<M>,
+    {
+        if !self.links.tell_server(&on.server, message) {
+            ctx.notify(Happened(Event::Replica(on, copy::Event::ReplicaLost)));
+        }
+    }
+
+    fn announce(&self, to: Announce, ctx: &mut Context<Self>) {
         for copy in &self.model.copies {
             let restored = copy.state.replica().cloned();
             match (to, &copy.state) {
@@ -241,12 +257,12 @@ impl ModelActor {
                 (Announce::ToServer, State::Draining { on, phase: Drain::Unloading }) => {
                     let (model, generation) = (self.model.name.clone(), copy.generation);
                     let order = Order::Unregister { model, generation, drain: self.links.timing.drain };
-                    self.links.tell_server(&on.server, SetOrder { replica: on.clone(), order });
+                    self.tell_server(on.clone(), SetOrder { replica: on.clone(), order }, ctx);
                 }
                 (Announce::ToServer, _) if copy.draining => {
                     if let Some(on) = restored {
                         let (model, generation) = (self.model.name.clone(), copy.generation);
-                        self.links.tell_server(&on.server.clone(), Enquire { replica: on, model, generation });
+                        self.tell_server(on.clone(), Enquire { replica: on, model, generation }, ctx);
                     }
                 }
                 (Announce::ToServer, _) => {
@@ -255,7 +271,7 @@ impl ModelActor {
                     {
                         let model = self.model.name.clone();
                         let order = Order::Register { model, generation, spec, need, attempt };
-                        self.links.tell_server(&on.server.clone(), SetOrder { replica: on, order });
+                        self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
                     }
                 }
                 (Announce::ToRouter, _) => {}
@@ -278,7 +294,7 @@ impl Handler<Begin> for ModelActor {
         if self.model.is_born() {
             self.links.board.put_model(Arc::clone(&self.model));
             // The placement and the router were told before it was started.
-            self.announce(Announce::ToServer);
+            self.announce(Announce::ToServer, ctx);
         }
         self.take(Pending { event: Event::Reconcile, reply: None }, ctx);
     }
@@ -307,6 +323,8 @@ impl Handler<Stop> for ModelActor {
         let over = self.model.deleted.is_some() && self.model.copies.is_empty();
         if over && self.committing.is_none() && self.waiting.is_empty() {
             ctx.stop();
+        } else {
+            self.links.supervisor.tell(Stays(self.who()));
         }
     }
 }
@@ -314,8 +332,8 @@ impl Handler<Stop> for ModelActor {
 impl Handler<Announce> for ModelActor {
     type Result = ();
 
-    fn handle(&mut self, to: Announce, _: &mut Self::Context) {
-        self.announce(to);
+    fn handle(&mut self, to: Announce, ctx: &mut Self::Context) {
+        self.announce(to, ctx);
     }
 }
 
@@ -335,7 +353,7 @@ impl Handler<Committed> for ModelActor {
                     drop(reply.send(Err(Refusal::new(Code::Unavailable, text))));
                 }
                 if !self.model.is_born() && self.waiting.is_empty() {
-                    self.links.supervisor.tell(Terminated(self.model.name.clone()));
+                    self.links.supervisor.tell(Terminated(self.who()));
                 }
                 for event in mem::take(&mut tentative.happened).into_iter().rev() {
                     self.waiting.push_front(Pending { event, reply: None });

@@ -24,7 +24,7 @@ use crate::{
     messages::{
         Ask,
         model::{Announce, Happened},
-        placement::{Explain, Explanation, Leave, Place, Release, ReplicaChanged, Restore},
+        placement::{Explain, Explanation, Leave, Only, Place, Release, ReplicaChanged, Restore},
         supervisor::Observe,
     },
     telemetry::metrics::Placement as Outcome,
@@ -217,6 +217,18 @@ impl Handler<Restore> for PlacementActor {
         }
         self.show(&on);
         self.look_if_strained(&on, ctx);
+    }
+}
+
+impl Handler<Only> for PlacementActor {
+    type Result = ();
+
+    fn handle(&mut self, Only { model, generations }: Only, ctx: &mut Self::Context) {
+        for released in self.placement.keep_only(&model, &generations) {
+            self.show(&released.replica);
+            self.look_if_strained(&released.replica, ctx);
+        }
+        self.retry_soon(ctx);
     }
 }
 

@@ -30,12 +30,12 @@ impl Supervisor {
         let mut known: BTreeSet<ServerName> = BTreeSet::new();
         for row in contents.servers {
             known.insert(row.name.clone());
-            self.start_server(row, ctx);
+            self.start_server(row, None, ctx);
         }
         for copy in &contents.copies {
             // Its row may have been refused when its agent called: somebody has to wait for that agent all the same.
             if known.insert(copy.replica.server.clone()) {
-                self.start_server(ServerRow::called(copy.replica.server.clone()), ctx);
+                self.start_server(ServerRow::called(copy.replica.server.clone()), None, ctx);
             }
         }
         let mut versions = group(contents.versions, |row: &VersionRow| row.model.clone());
@@ -51,7 +51,6 @@ impl Supervisor {
             self.start_model(model, ctx);
         }
         self.restoring = false;
-        self.terminated.make_contiguous().sort_unstable();
         tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader_epoch, "the journal is read");
     }
 
@@ -60,17 +59,16 @@ impl Supervisor {
         row: ModelRow,
         versions: Vec<VersionRow>,
         copies: Vec<CopyRow>,
-        now: Instant,
         ctx: &Context<Self>,
     ) {
-        let model = self.rebuilt(row, versions, copies, now);
+        let model = self.rebuilt(row, versions, copies, self.links.clock.now());
         self.start_model(model, ctx);
     }
 
     /// A model as its rows have it. The placement and the router know of it from here on.
     fn rebuilt(&mut self, row: ModelRow, versions: Vec<VersionRow>, copies: Vec<CopyRow>, now: Instant) -> Model {
         if let (Some(deleted), true) = (row.deleted, copies.is_empty()) {
-            self.terminated.push_back((deleted, row.name.clone()));
+            self.terminated.insert((deleted, row.name.clone()));
         }
         // One that was adopted may be above what the journal reserved.
         self.next_uid = self.next_uid.max(row.uid.0);

@@ -5,37 +5,35 @@
 
 mod leave;
 mod replica;
+mod rows;
 mod view;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
-use actix::{Actor, AsyncContext as _, Context, Handler};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler};
 use serde_json::json;
 
-use self::replica::Replica;
+use self::{
+    replica::Replica,
+    rows::{Change, Tentative},
+};
 use super::{life::Life, links::Links};
 use crate::{
     domain::{
         copy::Event as CopyEvent,
-        error::{Code, Refusal},
-        model::{Event, Note},
+        model::{Event, Model, Note},
         names::{ModelName, ReplicaId},
-        record::{ServerRow, Write},
+        record::ServerRow,
         replica::{Event as ReplicaEvent, Patience, ReplicaState, step},
-        server::Claim,
+        time::Instant,
     },
     messages::{
-        Ask, Reply,
-        journal::{Commit, Committed},
         model::{Announce, Happened},
-        server::{
-            AgentConnected, AgentSpoke, Declaration, Declare, DeclareServer, Down, Enquire, Mark, MarkReplica, SetMark,
-            SetOrder, Word,
-        },
-        supervisor::{Begin, Observe, Who},
+        server::{AgentConnected, AgentSpoke, Declaration, Declare, Down, Enquire, Recall, SetOrder, Word},
+        supervisor::{Begin, Observe, Stays, Stop, Who},
     },
 };
 
@@ -43,44 +41,55 @@ pub(super) struct ServerActor {
     row: ServerRow,
     declaration: Option<Declaration>,
     removing: bool,
+    begun: Instant,
     /// Whether new orders are about to be said.
     saying: bool,
+    /// Whether readers are about to be shown how the server is.
+    showing: bool,
     replicas: BTreeMap<u32, Replica>,
+    /// Models that were told to leave a replica and not yet that they may stay.
+    leavers: BTreeSet<ModelName>,
     links: Arc<Links>,
-    /// Rows on their way to the journal, oldest first, with who waits for each.
-    committing: std::collections::VecDeque<(ServerRow, Done)>,
+    /// The row on its way to the journal.
+    committing: Option<Tentative>,
+    /// Changes that wait for it.
+    changes: VecDeque<Change>,
     _life: Life,
 }
 
-/// Who is told once a row is durable.
-enum Done {
-    Declared(Reply<Result<(), Refusal>>),
-    Marked(Reply<Result<BTreeSet<u32>, Refusal>>, BTreeSet<u32>),
-    Seen,
-    Removed,
-}
-
 impl ServerActor {
-    pub(super) fn new(row: ServerRow, declaration: Option<Declaration>, links: Arc<Links>, life: Life) -> Self {
+    /// A server as its row has it. `declared` is what the actor before this one took of the owner.
+    pub(super) fn new(row: ServerRow, declared: Option<Declare>, links: Arc<Links>, life: Life) -> Self {
         let mut actor = Self {
+            removing: declared.as_ref().is_some_and(|declare| declare.declaration.is_none()),
+            declaration: declared.and_then(|declare| declare.declaration),
+            begun: links.clock.now(),
             row,
-            declaration,
-            removing: false,
             saying: false,
+            showing: false,
             replicas: BTreeMap::new(),
+            leavers: BTreeSet::new(),
             links,
-            committing: std::collections::VecDeque::new(),
+            committing: None,
+            changes: VecDeque::new(),
             _life: life,
         };
         actor.expect();
+        // What an operator said of one that called before is kept until it is known to be gone.
+        let called: Vec<u32> = actor.row.doors.keys().copied().collect();
+        actor.make_room(called);
         actor
     }
 
     /// Makes room for every replica that is expected.
     fn expect(&mut self) {
-        let now = self.links.clock.now();
         let expected = if self.removing { 0 } else { self.row.expected.unwrap_or(0) };
-        for index in 0..expected {
+        self.make_room(0..expected);
+    }
+
+    fn make_room(&mut self, indexes: impl IntoIterator<Item = u32>) {
+        let now = self.links.clock.now();
+        for index in indexes {
             // One whose agent has called before may hold copies: it is not waited for longer than the grace period.
             let called = self.row.doors.contains_key(&index);
             let state = if called { ReplicaState::Unknown { since: now } } else { ReplicaState::Pending };
@@ -115,9 +124,12 @@ impl ServerActor {
         self.links.note(&Who::Server(self.row.name.clone()), Note { kind, message, data });
     }
 
-    fn set_state(&mut self, index: u32, event: ReplicaEvent) {
-        let now = self.links.clock.now();
-        let patience = Patience { lease: self.links.timing.lease, grace: self.links.timing.grace };
+    fn patience(&self) -> Patience {
+        Patience { lease: self.links.timing.lease, grace: self.links.timing.grace }
+    }
+
+    fn set_state(&mut self, index: u32, event: ReplicaEvent, ctx: &mut Context<Self>) {
+        let (now, patience) = (self.links.clock.now(), self.patience());
         let id = self.id(index);
         let Some(replica) = self.replicas.get_mut(&index) else { return };
         let before = replica.state;
@@ -144,33 +156,31 @@ impl ServerActor {
                 self.links.tell_model(&model, Happened(Event::Replica(id.clone(), event.clone())));
             }
         }
-        self.publish();
+        self.publish_one(index);
+        self.show_soon(ctx);
     }
 
-    fn tick(&mut self, ctx: &Context<Self>) {
+    fn tick(&mut self, ctx: &mut Context<Self>) {
         let now = self.links.clock.now();
         let indexes: Vec<u32> = self.replicas.keys().copied().collect();
         for index in indexes {
             let heard = self.replicas[&index].heard;
-            self.set_state(index, ReplicaEvent::Passed { heard });
+            self.set_state(index, ReplicaEvent::Passed { heard }, ctx);
             if let Some(replica) = self.replicas.get_mut(&index) {
                 replica.repeat(now, &self.links);
             }
         }
-        self.forget_empty(ctx);
+        self.forget_over(ctx);
+        self.compare(ctx);
         self.show();
     }
 
-    fn commit(&mut self, row: ServerRow, done: Done, ctx: &Context<Self>) {
-        self.links
-            .journal
-            .tell(Commit { writes: vec![Write::PutServer(Box::new(row.clone()))], by: ctx.address().recipient() });
-        self.committing.push_back((row, done));
-    }
-
-    /// The row that will be, once all that is on its way is durable.
-    fn latest_row(&self) -> &ServerRow {
-        self.committing.back().map_or(&self.row, |(row, _)| row)
+    /// Shows readers how the server is, once for all that is in the mailbox by then.
+    fn show_soon(&mut self, ctx: &mut Context<Self>) {
+        if !self.showing {
+            self.showing = true;
+            ctx.notify(Show);
+        }
     }
 }
 
@@ -192,10 +202,8 @@ impl Handler<Begin> for ServerActor {
     type Result = ();
 
     fn handle(&mut self, _: Begin, ctx: &mut Self::Context) {
-        for model in self.links.all_models() {
-            model.do_send(Announce::ToServer);
-        }
         self.publish();
+        self.show();
         let often = (self.links.timing.lease / 4).max(std::time::Duration::from_millis(10));
         ctx.run_interval(often, |server, ctx| server.tick(ctx));
     }
@@ -230,17 +238,17 @@ impl Handler<AgentConnected> for ServerActor {
         drop(connected.link.try_send(Down::Welcome { lease, heartbeat }));
         let door = connected.hello.door.clone();
         let moved = self.links.doors.insert(id.clone(), door.clone()).is_none_or(|before| before != door);
-        if self.latest_row().doors.get(&id.index) != Some(&door) {
-            let mut row = self.latest_row().clone();
-            row.doors.insert(id.index, door);
-            self.commit(row, Done::Seen, ctx);
-        }
         let replica = self.replicas.entry(id.index).or_insert_with(|| Replica::new(ReplicaState::Pending, now));
+        let stopping = replica.stopping;
         let reports = replica.connect(connected, now);
         let models = replica.models();
         replica.repeat(now, &self.links);
-        self.set_state(id.index, ReplicaEvent::Heard);
-        self.publish();
+        if self.row.doors.get(&id.index) != Some(&door) {
+            self.change(Change::Door(id.index, door), ctx);
+        }
+        self.set_state(id.index, ReplicaEvent::Heard, ctx);
+        self.publish_one(id.index);
+        self.show_soon(ctx);
         for (model, generation, report) in reports {
             let happened = Happened(Event::Reported(id.clone(), generation, report));
             if !self.links.tell_model(&model, happened)
@@ -255,14 +263,16 @@ impl Handler<AgentConnected> for ServerActor {
                 self.links.tell_model(model, Announce::ToRouter);
             }
         }
-        self.tell_leaving(&models.into_iter().collect());
+        // One that was about to stop and is back may be used again, also by those that have left it.
+        let others = self.leavers.iter().filter(|_| stopping).cloned().collect::<Vec<_>>();
+        self.tell_leaving(&models.into_iter().chain(others).collect());
     }
 }
 
 impl Handler<AgentSpoke> for ServerActor {
     type Result = ();
 
-    fn handle(&mut self, spoke: AgentSpoke, _: &mut Self::Context) {
+    fn handle(&mut self, spoke: AgentSpoke, ctx: &mut Self::Context) {
         let now = self.links.clock.now();
         let index = spoke.replica.index;
         let Some(replica) = self.replicas.get_mut(&index).filter(|replica| replica.session == spoke.session) else {
@@ -271,23 +281,26 @@ impl Handler<AgentSpoke> for ServerActor {
         match spoke.word {
             Word::Gone => {
                 replica.link = None;
-                self.set_state(index, ReplicaEvent::Gone);
+                self.set_state(index, ReplicaEvent::Gone, ctx);
             }
             Word::Goodbye => {
                 replica.stopping = true;
+                let models = replica.models().into_iter().collect();
                 self.note("Goodbye", format!("replica {index} is about to stop; its models move first"));
-                self.publish();
-                self.tell_leaving(&self.concerned());
+                self.publish_one(index);
+                self.show_soon(ctx);
+                self.tell_leaving(&models);
             }
             Word::Restated(restated) => {
                 replica.restate(*restated, now);
-                self.publish();
+                self.publish_one(index);
+                self.show_soon(ctx);
             }
             Word::Heartbeat { sequence, resident } => {
                 replica.heard = now;
                 replica.resident = resident;
                 replica.tell(Down::Heard(sequence));
-                self.set_state(index, ReplicaEvent::Heard);
+                self.set_state(index, ReplicaEvent::Heard, ctx);
             }
             Word::Reports(reports) => {
                 replica.heard = now;
@@ -298,7 +311,7 @@ impl Handler<AgentSpoke> for ServerActor {
                         replica.stray(model, generation, self.links.timing.drain);
                     }
                 }
-                self.set_state(index, ReplicaEvent::Heard);
+                self.set_state(index, ReplicaEvent::Heard, ctx);
             }
         }
     }
@@ -359,115 +372,52 @@ impl Handler<Announce> for ServerActor {
     type Result = ();
 
     fn handle(&mut self, _: Announce, _: &mut Self::Context) {
+        for replica in self.replicas.values_mut() {
+            replica.facts = None;
+        }
         self.publish();
     }
 }
 
-impl Handler<DeclareServer> for ServerActor {
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+struct Show;
+
+impl Handler<Show> for ServerActor {
     type Result = ();
 
-    fn handle(&mut self, Ask { question, reply }: DeclareServer, ctx: &mut Self::Context) {
-        let Declare { owner, declaration, .. } = question;
-        let Some(declaration) = declaration else {
-            if self.row.owner != owner {
-                let text = format!("server {} belongs to the {}", self.row.name, self.row.owner.name());
-                drop(reply.send(Err(Refusal::new(Code::PermissionDenied, text))));
-                return;
-            }
-            self.removing = true;
-            self.note("Removing", "its owner took it away; its models move first".to_owned());
-            self.publish();
-            self.tell_leaving(&self.concerned());
-            drop(reply.send(Ok(())));
-            return;
-        };
-        let claim = Claim {
-            replicas: declaration.replicas,
-            bounds: declaration.bounds,
-            kubernetes: declaration.kubernetes.clone(),
-        };
-        match self.latest_row().claimed(owner, &claim) {
-            Err(refusal) => drop(reply.send(Err(refusal))),
-            Ok(row) => {
-                self.removing = false;
-                self.declaration = Some(declaration);
-                let goes = self.committing.back().is_some_and(|(_, done)| matches!(done, Done::Removed));
-                if row == *self.latest_row() && !goes {
-                    self.expect();
-                    self.publish();
-                    self.tell_leaving(&self.concerned());
-                    drop(reply.send(Ok(())));
-                } else {
-                    self.commit(row, Done::Declared(reply), ctx);
-                }
-            }
-        }
+    fn handle(&mut self, _: Show, _: &mut Self::Context) {
+        self.showing = false;
+        self.show();
     }
 }
 
-impl Handler<MarkReplica> for ServerActor {
+impl Handler<Recall> for ServerActor {
     type Result = ();
 
-    fn handle(&mut self, Ask { question, reply }: MarkReplica, ctx: &mut Self::Context) {
-        let SetMark { replica, mark, server } = question;
-        let chosen: BTreeSet<u32> =
-            self.replicas.keys().copied().filter(|index| replica.is_none_or(|wanted| wanted == *index)).collect();
-        if chosen.is_empty() {
-            let known: Vec<String> = self.replicas.keys().map(u32::to_string).collect();
-            let text = format!(
-                "server {server} has no replica {}; it has {}",
-                replica.map_or_else(String::new, |index| index.to_string()),
-                if known.is_empty() { "none".to_owned() } else { known.join(", ") }
-            );
-            drop(reply.send(Err(Refusal::new(Code::NotFound, text))));
-            return;
+    fn handle(&mut self, _: Recall, _: &mut Self::Context) {
+        let name = &self.row.name;
+        let here =
+            |model: &Model| model.copies.iter().any(|copy| copy.state.replica().is_some_and(|on| on.server == *name));
+        let told = |model: &Model| model.leaving().iter().any(|replica| replica.server == *name);
+        self.leavers = self.links.board.models_that(told);
+        for model in self.links.board.models_that(here) {
+            self.links.tell_model(&model, Announce::ToServer);
         }
-        let mut row = self.latest_row().clone();
-        for index in &chosen {
-            match mark {
-                Mark::Cordon => drop(row.cordoned.insert(*index)),
-                Mark::Drain => drop(row.draining.insert(*index)),
-                Mark::Clear => {
-                    row.cordoned.remove(index);
-                    row.draining.remove(index);
-                }
-            }
-        }
-        if row == *self.latest_row() {
-            drop(reply.send(Ok(chosen)));
+        self.tell_leaving(&self.leavers.clone());
+    }
+}
+
+impl Handler<Stop> for ServerActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Stop, ctx: &mut Self::Context) {
+        if self.is_over() {
+            self.note("Removed", "nothing of it is left".to_owned());
+            self.links.board.remove_server(&self.row.name);
+            ctx.stop();
         } else {
-            self.commit(row, Done::Marked(reply, chosen), ctx);
-        }
-    }
-}
-
-impl Handler<Committed> for ServerActor {
-    type Result = ();
-
-    fn handle(&mut self, Committed(result): Committed, ctx: &mut Self::Context) {
-        let Some((row, done)) = self.committing.pop_front() else { return };
-        let result = result.map_err(|problem| {
-            Refusal::new(
-                Code::Unavailable,
-                format!("the journal could not be written ({problem}); nothing was changed"),
-            )
-        });
-        let durable = result.is_ok();
-        if durable && !matches!(done, Done::Removed) {
-            let same = row.expected == self.row.expected && row.draining == self.row.draining;
-            self.row = row;
-            self.expect();
-            self.publish();
-            // Where a door is is no news to models; to ask all of them whenever an agent calls would take too long.
-            if !same {
-                self.tell_leaving(&self.concerned());
-            }
-        }
-        match done {
-            Done::Removed if durable => self.end(ctx),
-            Done::Seen | Done::Removed => {}
-            Done::Declared(reply) => drop(reply.send(result)),
-            Done::Marked(reply, chosen) => drop(reply.send(result.map(|()| chosen))),
+            self.links.supervisor.tell(Stays(Who::Server(self.row.name.clone())));
         }
     }
 }
@@ -481,7 +431,8 @@ impl Handler<Observe> for ServerActor {
             "owner": self.row.owner.name(),
             "expected": self.row.expected,
             "removing": self.removing,
-            "committing": self.committing.len(),
+            "committing": self.committing.is_some(),
+            "waiting": self.changes.len(),
             "replicas": replicas.collect::<BTreeMap<_, _>>(),
         });
         round.answer(&format!("server/{}", self.row.name), state);

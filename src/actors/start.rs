@@ -5,14 +5,14 @@ use std::{
     sync::Arc,
 };
 
-use actix::{Actor as _, Addr, Recipient};
+use actix::{Addr, Recipient};
 
 use super::{
     journal::Fatal,
-    life::remember_panics,
+    life::{LastWords, remember_panics},
     links::{Identity, Links, Slot, Timing},
     spawn::{Spawner, Work},
-    supervisor::{RESERVED, Supervisor, Unheard},
+    supervisor::{RESERVED, Supervisor},
 };
 use crate::{
     domain::{
@@ -121,6 +121,7 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
     let supervisor = {
         let links = Arc::clone(&links);
         let (store, blocking, fatal) = (scheduler.store, scheduler.blocking, scheduler.fatal);
+        let last_words = LastWords::new(Arc::clone(&fatal));
         let spawner = Arc::clone(&links);
         spawner.spawner.start(Work::Supervision, move || Supervisor {
             links,
@@ -133,11 +134,15 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
             declared: BTreeMap::new(),
             panics: VecDeque::new(),
             restarts: 0,
-            terminated: VecDeque::new(),
-            retiring: BTreeSet::new(),
-            unheard: Unheard.start().recipient(),
+            names: BTreeSet::new(),
+            absent_models: BTreeMap::new(),
+            absent_servers: BTreeMap::new(),
+            terminated: BTreeSet::new(),
+            forgetting: VecDeque::new(),
+            unforgotten: BTreeSet::new(),
             restoring: false,
             scanned: None,
+            _last_words: last_words,
         })
     };
     Ok(Handle { supervisor, links })

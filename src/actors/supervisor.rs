@@ -6,15 +6,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    ops::Bound,
     sync::Arc,
 };
 
-use actix::{Actor, Addr, AsyncContext as _, Context, Handler, Recipient};
+use actix::{Actor, Addr, AsyncContext as _, Context, Handler};
 use serde_json::json;
 
 use super::{
+    absent::{Absent, ForModel, ForServer},
     journal::{Fatal, Journal},
-    life::Life,
+    life::{LastWords, Life},
     links::Links,
     model::ModelActor,
     placement::PlacementActor,
@@ -24,22 +26,20 @@ use super::{
 };
 use crate::{
     domain::{
-        error::{Code, Refusal},
         model::{Event, Model},
         names::{ModelName, ReplicaId, ServerName},
-        record::{Contents, ServerRow, Write},
+        record::{Contents, ServerRow},
         routes::Epoch,
         time::Instant,
-        version::Uid,
     },
     messages::{
         Ask,
-        journal::{Commit, Committed},
-        model::{Announce, Happened, Request, Stop},
+        journal::At,
+        model::{Announce, Happened},
         placement::Explain,
         router::{GatewayAcknowledged, GatewayConnected, GatewayGone},
         server::{AgentConnected, AgentSpoke, Declare, DeclareServer, MarkReplica},
-        supervisor::{Action, AskModel, Begin, Ended, Inspect, Observe, OnModel, Terminated, Who},
+        supervisor::{AskModel, Begin, Ended, Inspect, Observe, Taken, Who},
     },
     ports::Store,
     telemetry::metrics::{ActorEvent, Name},
@@ -61,19 +61,25 @@ pub(super) struct Supervisor {
     pub(super) next_route_epoch: u64,
     /// What the journal held at start, until every actor has its part.
     pub(super) contents: Option<Contents>,
-    /// Servers as their owners last wanted them, for an actor that is made anew.
+    /// What servers' actors took of their owners last, for an actor that is made anew.
     pub(super) declared: BTreeMap<ServerName, Declare>,
     pub(super) panics: VecDeque<Instant>,
     pub(super) restarts: u64,
+    /// Every model that has an actor, or is to have one again.
+    pub(super) names: BTreeSet<ModelName>,
+    pub(super) absent_models: BTreeMap<ModelName, Absent<ForModel>>,
+    pub(super) absent_servers: BTreeMap<ServerName, Absent<ForServer>>,
     /// Deleted models, the first to be forgotten first.
-    pub(super) terminated: VecDeque<(Instant, ModelName)>,
-    /// Models whose actors were asked to end.
-    pub(super) retiring: BTreeSet<ModelName>,
-    pub(super) unheard: Recipient<Committed>,
+    pub(super) terminated: BTreeSet<(Instant, ModelName)>,
+    /// Models that are being removed from the journal, in the order of the commits.
+    pub(super) forgetting: VecDeque<ModelName>,
+    /// Models that the journal would not let go.
+    pub(super) unforgotten: BTreeSet<ModelName>,
     /// Whether the journal's models are being started, all at once.
     pub(super) restoring: bool,
     /// The last model that a scan reached.
     pub(super) scanned: Option<ModelName>,
+    pub(super) _last_words: LastWords,
 }
 
 impl Supervisor {
@@ -108,35 +114,35 @@ impl Supervisor {
         self.links.router.fill(addr);
     }
 
-    pub(super) fn start_server(&self, row: ServerRow, ctx: &Context<Self>) -> Addr<ServerActor> {
-        let declaration = self.declared.get(&row.name).and_then(|declare| declare.declaration.clone());
+    pub(super) fn start_server(
+        &self,
+        row: ServerRow,
+        declared: Option<Declare>,
+        ctx: &Context<Self>,
+    ) -> Addr<ServerActor> {
         let (links, life) = (Arc::clone(&self.links), self.life(Who::Server(row.name.clone()), ctx));
         let name = row.name.clone();
         // Before any model asks for them: a route without its doors would be a route to nowhere.
         for (index, door) in &row.doors {
             self.links.doors.insert(ReplicaId::new(name.clone(), *index), door.clone());
         }
-        let addr = self.links.spawner.start(Work::Servers, move || ServerActor::new(row, declaration, links, life));
+        let addr = self.links.spawner.start(Work::Servers, move || ServerActor::new(row, declared, links, life));
         self.links.servers.insert(name, addr.clone());
         addr.do_send(Begin);
         addr
     }
 
-    fn server(&self, name: &ServerName, ctx: &Context<Self>) -> Addr<ServerActor> {
-        let known = self.links.servers.get(name).map(|addr| addr.clone());
-        known.unwrap_or_else(|| self.start_server(ServerRow::called(name.clone()), ctx))
-    }
-
-    pub(super) fn start_model(&self, model: Model, ctx: &Context<Self>) -> Addr<ModelActor> {
+    pub(super) fn start_model(&mut self, model: Model, ctx: &Context<Self>) -> Addr<ModelActor> {
         let name = model.name.clone();
         let (links, life) = (Arc::clone(&self.links), self.life(Who::Model(name.clone()), ctx));
         let addr = self.links.spawner.start(Work::Models, move || ModelActor::new(model, links, life));
-        self.links.models.insert(name, addr.clone());
+        self.links.models.insert(name.clone(), addr.clone());
+        self.names.insert(name);
         addr.do_send(Begin);
         addr
     }
 
-    fn fatal(&self, why: String) {
+    pub(super) fn fatal(&self, why: String) {
         tracing::error!(target: "wharf::supervision", event = "escalated", why, "the process exits");
         (self.fatal)(why);
     }
@@ -171,89 +177,57 @@ impl Supervisor {
                 self.start_router(ctx);
             }
             Who::Server(name) => {
-                self.links.servers.remove(name);
-                let row = self.links.board.server(name).map(|view| view.row.clone());
-                self.start_server(row.unwrap_or_else(|| ServerRow::called(name.clone())), ctx);
+                self.rebuild(At::Server(name.clone()), cause, ctx);
+                return;
             }
             Who::Model(name) => {
-                self.links.models.remove(name);
-                match self.store.load_model(name) {
-                    Ok(Some((row, versions, copies))) => self.restore_model(row, versions, copies, now, ctx),
-                    Ok(None) => self.links.board.remove_model(name),
-                    Err(error) => {
-                        self.fatal(format!("model {name} can't be rebuilt from the journal: {error}"));
-                        return;
-                    }
-                }
+                self.rebuild(At::Model(name.clone()), cause, ctx);
+                return;
             }
         }
+        self.restarted(who, cause);
+    }
+
+    pub(super) fn restarted(&self, who: &Who, cause: &str) {
         tracing::warn!(target: "wharf::supervision", event = "actor_restarted", actor = %who, cause, restarts = self.restarts, "actor restarted");
     }
 
     /// Forgets deleted models whose retention is over.
-    fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         let now = self.links.clock.now();
         let (retention, retained) = (self.links.timing.retention, self.links.timing.retained);
-        while let Some((at, _)) = self.terminated.front() {
+        while let Some((at, _)) = self.terminated.first() {
             if self.terminated.len() <= retained && now.since(*at) < retention {
                 return;
             }
-            let Some((_, name)) = self.terminated.pop_front() else { return };
+            let Some((at, name)) = self.terminated.pop_first() else { return };
+            // One that was submitted again since, and deleted again, is another model.
             let over =
-                self.links.board.model(&name).is_some_and(|model| model.deleted.is_some() && model.copies.is_empty());
-            if !over {
-                continue;
+                self.links.board.model(&name).is_some_and(|model| model.deleted == Some(at) && model.copies.is_empty());
+            if over {
+                self.retire(name);
             }
-            self.retire(name);
-        }
-    }
-
-    /// Asks a model's actor to end. What is left of the model goes when it has.
-    fn retire(&mut self, name: ModelName) {
-        if self.links.tell_model(&name, Stop) {
-            self.retiring.insert(name);
-        }
-    }
-
-    /// A model's actor has ended by intent.
-    fn retired(&mut self, name: &ModelName) {
-        if !self.retiring.remove(name) {
-            return;
-        }
-        self.links.models.remove(name);
-        // One that was submitted again since it was asked to end is another model.
-        if self.links.board.model(name).is_some_and(|model| model.deleted.is_some() && model.copies.is_empty()) {
-            self.links.board.remove_model(name);
-            let by = self.unheard.clone();
-            self.links.journal.tell(Commit { writes: vec![Write::RemoveModel(name.clone())], by });
         }
     }
 
     /// Has a part of all models compare wanted with reported, so that each does once a minute or so.
     fn scan(&mut self) {
-        let share = (self.links.models.len() / SCANS).max(100);
-        let mut names: Vec<ModelName> = self.links.models.iter().map(|entry| entry.key().clone()).collect();
-        names.sort_unstable();
-        let from = self.scanned.take().map_or(0, |last| names.partition_point(|name| *name <= last));
-        for name in names.iter().skip(from).take(share) {
-            self.links.tell_model(name, Happened(Event::Reconcile));
-            self.links.tell_model(name, Announce::ToServer);
+        let share = self.names.len().div_ceil(SCANS).max(100);
+        let after = self.scanned.take().map_or(Bound::Unbounded, Bound::Excluded);
+        let names: Vec<ModelName> = self.names.range((after, Bound::Unbounded)).take(share).cloned().collect();
+        if names.len() == share {
+            self.scanned = names.last().cloned();
         }
-        self.scanned = names.get(from + share).map(|_| names[from + share - 1].clone());
+        for name in names {
+            if self.links.board.model(&name).is_some() {
+                self.links.tell_model(&name, Happened(Event::Reconcile));
+                self.links.tell_model(&name, Announce::ToServer);
+            } else {
+                // It never became a model. Should it be about to become one, it says so.
+                self.retire(name);
+            }
+        }
     }
-}
-
-/// Hears the end of a commit that nobody waits for.
-pub(super) struct Unheard;
-
-impl Actor for Unheard {
-    type Context = Context<Self>;
-}
-
-impl Handler<Committed> for Unheard {
-    type Result = ();
-
-    fn handle(&mut self, _: Committed, _: &mut Self::Context) {}
 }
 
 impl Actor for Supervisor {
@@ -267,7 +241,8 @@ impl Actor for Supervisor {
         if let Some(contents) = self.contents.take() {
             self.restore(contents, ctx);
         }
-        ctx.run_interval(self.links.timing.scan, |supervisor, _| {
+        ctx.run_interval(self.links.timing.scan, |supervisor, ctx| {
+            supervisor.forget_again(ctx);
             supervisor.forget();
             supervisor.scan();
         });
@@ -288,9 +263,9 @@ impl Handler<Ended> for Supervisor {
                 self.count(&ended.who, ActorEvent::Stopped);
                 tracing::info!(target: "wharf::supervision", event = "actor_stopped", actor = %ended.who, "actor stopped");
                 match &ended.who {
-                    Who::Model(name) => self.retired(name),
-                    Who::Server(name) if !self.links.servers.contains_key(name) => drop(self.declared.remove(name)),
-                    Who::Server(_) | Who::Journal | Who::Placement | Who::Router => {}
+                    Who::Model(name) => self.model_ended(name, ctx),
+                    Who::Server(name) => self.server_ended(name, ctx),
+                    Who::Journal | Who::Placement | Who::Router => {}
                 }
             }
         }
@@ -300,41 +275,8 @@ impl Handler<Ended> for Supervisor {
 impl Handler<AskModel> for Supervisor {
     type Result = ();
 
-    fn handle(&mut self, Ask { question, reply }: AskModel, ctx: &mut Self::Context) {
-        let OnModel { name, action } = question;
-        let known = self.links.models.get(&name).map(|addr| addr.clone());
-        let event = match action {
-            Action::Submit(definition) => {
-                self.next_uid += 1;
-                let addr = known.unwrap_or_else(|| self.start_model(Model::unborn(name, self.links.clock.now()), ctx));
-                addr.do_send(Request { event: Event::Submit(definition, Uid(self.next_uid)), reply });
-                return;
-            }
-            Action::Delete(kubernetes) => Event::Delete(kubernetes),
-            Action::Rollback(to) => Event::Rollback(to),
-            Action::Scale(replicas) => Event::Scale(replicas),
-        };
-        match known {
-            Some(addr) => addr.do_send(Request { event, reply }),
-            None => {
-                let text = format!("model {name} is not known");
-                drop(reply.send(Err(Refusal::new(Code::FailedPrecondition, text))));
-            }
-        }
-    }
-}
-
-impl Handler<Terminated> for Supervisor {
-    type Result = ();
-
-    fn handle(&mut self, Terminated(name): Terminated, _: &mut Self::Context) {
-        if self.links.board.model(&name).is_some() {
-            self.terminated.push_back((self.links.clock.now(), name));
-            self.forget();
-        } else {
-            // Its first submission was refused: it never was a model.
-            self.retire(name);
-        }
+    fn handle(&mut self, ask: AskModel, ctx: &mut Self::Context) {
+        self.for_model(ForModel::Asked(ask), ctx);
     }
 }
 
@@ -342,30 +284,23 @@ impl Handler<DeclareServer> for Supervisor {
     type Result = ();
 
     fn handle(&mut self, ask: DeclareServer, ctx: &mut Self::Context) {
-        let name = ask.question.server.clone();
-        if ask.question.declaration.is_none() && !self.links.servers.contains_key(&name) {
-            drop(ask.reply.send(Err(Refusal::new(Code::NotFound, format!("server {name} is not known")))));
-            return;
-        }
-        self.declared.insert(name.clone(), ask.question.clone());
-        self.server(&name, ctx).do_send(ask);
+        self.for_server(ForServer::Declare(ask), ctx);
     }
 }
 
 impl Handler<MarkReplica> for Supervisor {
     type Result = ();
 
-    fn handle(&mut self, ask: MarkReplica, _: &mut Self::Context) {
-        let name = ask.question.server.clone();
-        match self.links.servers.get(&name).map(|addr| addr.clone()) {
-            Some(addr) => addr.do_send(ask),
-            None => {
-                let known: Vec<String> =
-                    self.links.board.servers().iter().map(|server| server.row.name.to_string()).collect();
-                let text = format!("server {name} is not known; known are: {}", known.join(", "));
-                drop(ask.reply.send(Err(Refusal::new(Code::NotFound, text))));
-            }
-        }
+    fn handle(&mut self, ask: MarkReplica, ctx: &mut Self::Context) {
+        self.for_server(ForServer::Mark(ask), ctx);
+    }
+}
+
+impl Handler<Taken> for Supervisor {
+    type Result = ();
+
+    fn handle(&mut self, Taken(declare): Taken, _: &mut Self::Context) {
+        self.declared.insert(declare.server.clone(), declare);
     }
 }
 
@@ -373,7 +308,13 @@ impl Handler<AgentConnected> for Supervisor {
     type Result = ();
 
     fn handle(&mut self, connected: AgentConnected, ctx: &mut Self::Context) {
-        let server = self.server(&connected.hello.replica.server, ctx);
+        let name = &connected.hello.replica.server;
+        if self.absent_servers.contains_key(name) {
+            // Its session ends with this; the agent calls again, and by then there is an actor to hear it.
+            return;
+        }
+        let known = self.links.servers.get(name).map(|addr| addr.clone());
+        let server = known.unwrap_or_else(|| self.start_server(ServerRow::called(name.clone()), None, ctx));
         self.adopt(&connected.hello, ctx);
         server.do_send(connected);
     }
@@ -434,7 +375,7 @@ impl Handler<Inspect> for Supervisor {
                 "servers": links.servers.len(),
                 "restarts": self.restarts,
                 "terminated": self.terminated.len(),
-                "retiring": self.retiring.len(),
+                "absent": self.absent_models.len() + self.absent_servers.len(),
             }),
         );
         links.journal.tell(round.clone());
@@ -443,8 +384,8 @@ impl Handler<Inspect> for Supervisor {
         for server in links.servers.iter() {
             server.do_send(round.clone());
         }
-        for model in links.all_models().into_iter().take(OBSERVED) {
-            model.do_send(round.clone());
+        for name in self.names.iter().take(OBSERVED) {
+            links.tell_model(name, round.clone());
         }
     }
 }

@@ -34,8 +34,3 @@ pub enum Announce {
     /// The server: every copy on it.
     ToServer,
 }
-
-/// End, if nothing is left of the model and nothing waits.
-#[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "()")]
-pub struct Stop;

@@ -1,5 +1,7 @@
 //! To the placement.
 
+use std::collections::BTreeSet;
+
 use actix::Message;
 
 use super::Ask;
@@ -53,6 +55,16 @@ pub struct Restore {
     pub on: ReplicaId,
     /// Its memory.
     pub need: Resources,
+}
+
+/// These are all the copies of the model that may have a place or want one: what is kept for any other is free.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Only {
+    /// The model.
+    pub model: ModelName,
+    /// Its copies.
+    pub generations: BTreeSet<Generation>,
 }
 
 /// A replica is there, or is another than before.

@@ -6,6 +6,7 @@ use actix::Message;
 use tokio::sync::mpsc;
 
 use super::Ask;
+pub use crate::domain::server::Mark;
 use crate::domain::{
     copy::Report,
     error::Refusal,
@@ -186,17 +187,6 @@ pub struct Declaration {
 /// Asks for a declaration to be taken.
 pub type DeclareServer = Ask<Declare, Result<(), Refusal>>;
 
-/// What an operator marks replicas with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mark {
-    /// Nothing new is placed there.
-    Cordon,
-    /// That, and what is there moves away.
-    Drain,
-    /// Neither.
-    Clear,
-}
-
 /// An operator's mark on a replica, or on all of a server's.
 #[derive(Clone, Debug)]
 pub struct SetMark {
@@ -210,6 +200,11 @@ pub struct SetMark {
 
 /// Asks for a mark; answers with the replicas that have it now.
 pub type MarkReplica = Ask<SetMark, Result<BTreeSet<u32>, Refusal>>;
+
+/// The actor before you panicked: ask for what it knew.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Recall;
 
 /// The route of every copy on a replica needs its door.
 pub type Doors = Arc<dashmap::DashMap<ReplicaId, String>>;

@@ -7,10 +7,10 @@ use std::{
 
 use actix::Message;
 
-use super::{Ask, Reply};
+use super::{Ask, Reply, server::Declare};
 use crate::domain::{
     error::Refusal,
-    model::{Event, Submitted},
+    model::Submitted,
     names::{ModelName, ServerName},
     spec::{Definition, KubernetesMeta},
     version::Version,
@@ -40,16 +40,6 @@ pub struct OnModel {
 
 /// Asks for it; answered once it is durable.
 pub type AskModel = Ask<OnModel, Result<Option<Submitted>, Refusal>>;
-
-/// Something happened to a model that may have no actor any more.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct TellModel {
-    /// The model.
-    pub name: ModelName,
-    /// What happened.
-    pub event: Event,
-}
 
 /// An actor ended.
 #[derive(Debug, Message)]
@@ -140,10 +130,25 @@ impl std::fmt::Display for Who {
     }
 }
 
-/// Nothing is left of a deleted model but its retention.
+/// Nothing is left of a deleted model but its retention; or of a server nothing at all.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
-pub struct Terminated(pub ModelName);
+pub struct Terminated(pub Who);
+
+/// End, if nothing is left and nothing waits. Whoever stays says so with [`Stays`].
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Stop;
+
+/// It was asked to end, and is needed.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Stays(pub Who);
+
+/// A server's actor took what its owner says; one that is made anew is to know it.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Taken(pub Declare);
 
 /// You can be found now: begin. What others answer to an actor's first words must find it.
 #[derive(Clone, Copy, Debug, Message)]

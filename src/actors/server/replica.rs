@@ -20,7 +20,10 @@ use crate::{
         time::Instant,
         version::Generation,
     },
-    messages::server::{AgentConnected, Down, Hello, Restated},
+    messages::{
+        placement::ReplicaFacts,
+        server::{AgentConnected, Down, Hello, Restated},
+    },
 };
 
 /// An order that had no visible effect is sent again after this long.
@@ -44,6 +47,16 @@ pub(super) struct Replica {
     asked: BTreeMap<Generation, ModelName>,
     /// What the agent said last of each copy that it holds.
     reported: BTreeMap<Generation, (ModelName, Report)>,
+    /// Of those, how many are in memory.
+    residents: u32,
+    /// Copies of which what is wanted can't be seen to be so.
+    unmet: BTreeSet<Generation>,
+    /// What the placement was told last.
+    pub(super) facts: Option<ReplicaFacts>,
+}
+
+const fn is_resident(report: &Report) -> bool {
+    matches!(report, Report::Available { residency: Residency::Resident, .. })
 }
 
 struct Wish {
@@ -66,6 +79,9 @@ impl Replica {
             unsaid: BTreeSet::new(),
             asked: BTreeMap::new(),
             reported: BTreeMap::new(),
+            residents: 0,
+            unmet: BTreeSet::new(),
+            facts: None,
         }
     }
 
@@ -88,11 +104,8 @@ impl Replica {
         models
     }
 
-    pub(super) fn copies_resident(&self) -> u32 {
-        let resident = |(_, report): &&(ModelName, Report)| {
-            matches!(report, Report::Available { residency: Residency::Resident, .. })
-        };
-        u32::try_from(self.reported.values().filter(resident).count()).unwrap_or(u32::MAX)
+    pub(super) const fn copies_resident(&self) -> u32 {
+        self.residents
     }
 
     /// The door of the agent whose session is open, if it is not the one at `door`.
@@ -114,6 +127,8 @@ impl Replica {
         self.link = Some(connected.link);
         self.heard = now;
         self.reported.clear();
+        self.residents = 0;
+        self.unmet.extend(self.wanted.keys().copied());
         for held in &connected.hello.inventory {
             // Among them are last words about copies that are gone: those are wanted and held no more.
             self.reported(&held.model, held.generation, &held.report);
@@ -167,6 +182,7 @@ impl Replica {
         if wished.is_none_or(|wish| *wish.order != order) {
             self.wanted.insert(generation, Wish { order: Arc::new(order), said: None });
             self.unsaid.insert(generation);
+            self.look(generation);
         }
         known.map(Some)
     }
@@ -182,11 +198,24 @@ impl Replica {
     }
 
     pub(super) fn reported(&mut self, model: &ModelName, generation: Generation, report: &Report) {
-        if matches!(report, Report::Unloaded | Report::Failed { freed: true, .. }) {
-            self.reported.remove(&generation);
+        let before = if matches!(report, Report::Unloaded | Report::Failed { freed: true, .. }) {
             self.wanted.remove(&generation);
+            self.reported.remove(&generation)
         } else {
-            self.reported.insert(generation, (model.clone(), report.clone()));
+            self.residents += u32::from(is_resident(report));
+            self.reported.insert(generation, (model.clone(), report.clone()))
+        };
+        self.residents -= u32::from(before.is_some_and(|(_, report)| is_resident(&report)));
+        self.look(generation);
+    }
+
+    /// Notes whether what is wanted of a copy can be seen to be so.
+    fn look(&mut self, generation: Generation) {
+        let reported = self.reported.get(&generation).map(|(_, report)| report);
+        if self.wanted.get(&generation).is_some_and(|wish| !is_met(&wish.order, reported)) {
+            self.unmet.insert(generation);
+        } else {
+            self.unmet.remove(&generation);
         }
     }
 
@@ -195,6 +224,7 @@ impl Replica {
         if self.reported.contains_key(&generation) {
             let order = Arc::new(Order::Unregister { model, generation, drain });
             self.wanted.insert(generation, Wish { order, said: None });
+            self.look(generation);
         }
     }
 
@@ -202,7 +232,8 @@ impl Replica {
     pub(super) fn repeat(&mut self, now: Instant, links: &Links) {
         self.unsaid.clear();
         let is_due = |wish: &Wish| wish.said.is_none_or(|said| now.since(said) >= AGAIN);
-        let due = self.wanted.iter().filter(|(_, wish)| is_due(wish)).map(|(generation, _)| *generation).collect();
+        let is_due = |generation: &&Generation| self.wanted.get(generation).is_some_and(is_due);
+        let due = self.unmet.iter().filter(is_due).copied().collect();
         self.say(due, now, links);
     }
 
@@ -218,15 +249,11 @@ impl Replica {
         for generation in which {
             let Some(wish) = self.wanted.get_mut(&generation) else { continue };
             let reported = self.reported.get(&generation).map(|(_, report)| report);
-            let due = match (&*wish.order, reported) {
-                (Order::Register { .. }, None) => true,
-                (Order::Register { .. }, Some(_)) => false,
-                // Gateways of the scheduler before this one may still send there.
-                (Order::Unregister { .. }, _) if now < links.unloads_from() => continue,
-                (Order::Unregister { .. }, Some(Report::Draining { .. })) => false,
-                (Order::Unregister { .. }, _) => true,
-            };
-            if due {
+            // Gateways of the scheduler before this one may still send there.
+            if matches!(*wish.order, Order::Unregister { .. }) && now < links.unloads_from() {
+                continue;
+            }
+            if !is_met(&wish.order, reported) {
                 orders.push(wish.order.as_ref().clone());
             }
             wish.said = Some(now);
@@ -261,7 +288,54 @@ impl Replica {
         self.unsaid.clear();
         self.asked.clear();
         self.reported.clear();
+        self.residents = 0;
+        self.unmet.clear();
         self.link = None;
         self.resident = Resources::default();
+    }
+}
+
+/// Whether what an agent says of a copy is on the way to what is wanted of it.
+const fn is_met(order: &Order, reported: Option<&Report>) -> bool {
+    match (order, reported) {
+        (Order::Register { .. }, reported) => reported.is_some(),
+        (Order::Unregister { .. }, reported) => matches!(reported, Some(Report::Draining { .. })),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::version::{Uid, Version};
+
+    fn generation(number: u32) -> Generation {
+        Generation { uid: Uid(1), version: Version(1), number }
+    }
+
+    fn letting_go(number: u32) -> Order {
+        let model = ModelName::new("m").unwrap();
+        Order::Unregister { model, generation: generation(number), drain: Duration::ZERO }
+    }
+
+    #[test]
+    fn only_what_can_not_be_seen_to_be_so_is_said_again_and_what_is_in_memory_is_counted() {
+        let name = ModelName::new("m").unwrap();
+        let mut replica = Replica::new(ReplicaState::Available, Instant::default());
+        let resident = Report::Available { residency: Residency::Resident, measured: None };
+        for number in 0..3 {
+            replica.reported(&name, generation(number), &resident);
+            replica.reported(&name, generation(number), &resident);
+        }
+        assert_eq!((replica.copies_resident(), replica.unmet.len()), (3, 0));
+        assert!(replica.set(letting_go(0)).is_some());
+        replica.stray(name.clone(), generation(1), Duration::ZERO);
+        assert_eq!(replica.unmet, [generation(0), generation(1)].into());
+        replica.reported(&name, generation(0), &Report::Draining { holds: 1 });
+        replica.reported(&name, generation(1), &Report::Unloaded);
+        assert_eq!((replica.copies_resident(), replica.unmet.len()), (1, 0));
+        replica.reported(&name, generation(0), &resident);
+        assert_eq!(replica.unmet, [generation(0)].into(), "it was not let go after all");
+        replica.forget();
+        assert_eq!((replica.copies_resident(), replica.unmet.len()), (0, 0));
     }
 }

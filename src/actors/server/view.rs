@@ -49,13 +49,25 @@ impl ServerActor {
         }
     }
 
-    /// Tells everyone how the server is now.
-    pub(super) fn publish(&self) {
-        for (index, replica) in &self.replicas {
-            let facts = Some(self.facts(*index, replica));
-            self.links.placement.tell(ReplicaChanged { replica: self.id(*index), facts });
+    /// Tells the placement of every replica that is another than it was last told.
+    pub(super) fn publish(&mut self) {
+        let indexes: Vec<u32> = self.replicas.keys().copied().collect();
+        for index in indexes {
+            self.publish_one(index);
         }
-        self.show();
+    }
+
+    /// Tells the placement of the replica, if it is another than it was last told.
+    pub(super) fn publish_one(&mut self, index: u32) {
+        let Some(replica) = self.replicas.get(&index) else { return };
+        let facts = self.facts(index, replica);
+        if replica.facts.as_ref() == Some(&facts) {
+            return;
+        }
+        self.links.placement.tell(ReplicaChanged { replica: self.id(index), facts: Some(facts.clone()) });
+        if let Some(replica) = self.replicas.get_mut(&index) {
+            replica.facts = Some(facts);
+        }
     }
 
     /// Shows readers how the server is now.
