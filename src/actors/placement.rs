@@ -171,14 +171,9 @@ impl Handler<Place> for PlacementActor {
 
     fn handle(&mut self, place: Place, _: &mut Self::Context) {
         let now = self.links.clock.now();
-        let mut request = self.request(&place);
+        let request = self.request(&place);
         let links = Arc::clone(&self.links);
-        let mut decision = self.placement.place(&request, now);
-        if decision.outcome.is_err() && !request.avoid.is_empty() {
-            // Nowhere else: where it failed is still better than nowhere.
-            request.avoid.clear();
-            decision = self.placement.place(&request, now);
-        }
+        let decision = self.placement.place_at_last(request, now);
         let outcome = if decision.outcome.is_ok() { Outcome::Placed } else { Outcome::Unplaced };
         links.metrics.scheduler.placement(outcome, links.clock.now().since(now));
         self.decided(&place.model, place.wanted.generation, decision);

@@ -198,6 +198,16 @@ impl Placement {
         decision
     }
 
+    /// As [`place`](Self::place); but where the copy failed before is still better than nowhere.
+    pub fn place_at_last(&mut self, mut request: PlacementRequest, now: Instant) -> Decision {
+        let decision = self.place(&request, now);
+        if decision.outcome.is_ok() || request.avoid.is_empty() {
+            return decision;
+        }
+        request.avoid.clear();
+        self.place(&request, now)
+    }
+
     /// Places what fits, even when not everything does, and lets the rest wait: by priority, and among equals in the
     /// order given. The decisions are in the order of the requests.
     pub fn place_all(&mut self, requests: &[PlacementRequest], now: Instant) -> Vec<Decision> {

@@ -625,3 +625,20 @@ fn an_explanation_names_every_replica_and_the_nearest_miss() {
     assert!(fits.to_string().contains("* s0000-1: fits: 60.0 % used by 1 copy"), "{fits}");
     assert!(serde_json::to_string(&report).is_ok_and(|json| json.contains("\"filter\":\"cordoned\"")));
 }
+
+#[test]
+fn where_a_copy_failed_is_better_than_nowhere_and_worse_than_anywhere_else() {
+    let mut placement = Placement::default();
+    placement.upsert_replica(&on("s", 0), available(10));
+    let avoiding = |number| {
+        let mut request = copy(number, 0, 6);
+        request.avoid = [(on("s", 0), T0 + Duration::from_secs(100))].into();
+        request
+    };
+    assert!(placement.place(&avoiding(0), T0).outcome.is_err());
+    assert_eq!(placement.place_at_last(avoiding(0), T0).replica(), Some(&on("s", 0)));
+    assert_eq!(placement.waiting_count(), 0);
+    placement.upsert_replica(&on("s", 1), available(10));
+    placement.release(&model(0), generation(1, 0));
+    assert_eq!(placement.place_at_last(avoiding(1), T0).replica(), Some(&on("s", 1)));
+}
