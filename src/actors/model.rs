@@ -194,12 +194,13 @@ impl ModelActor {
             Effect::Publish(revision) => self.publish(revision),
             Effect::Wake(at) => self.wake_at(at, ctx),
             Effect::Note(note) => links.note(&Who::Model(name.clone()), note),
+            Effect::Arrived(way) => links.ways.record(way),
             Effect::Terminated => links.supervisor.tell(Terminated(name.clone())),
         }
     }
 
     fn publish(&self, revision: u64) {
-        let route = self.model.published(|on| self.links.door(on));
+        let route = self.model.published(|on| self.links.door(on), self.links.outlook());
         self.links.router.tell(Publish { model: self.model.name.clone(), revision, route });
     }
 

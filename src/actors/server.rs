@@ -4,6 +4,7 @@
 //! timer; an order that was lost is sent again.
 
 mod leave;
+mod refuse;
 mod replica;
 mod view;
 
@@ -125,6 +126,10 @@ impl ServerActor {
         if replica.state == before {
             return;
         }
+        if replica.state.name() == before.name() {
+            // It is silent, or refuses, as before: nobody has to hear of that again.
+            return self.show();
+        }
         replica.since = now;
         let lost = match replica.state {
             ReplicaState::Unknown { .. } => Some(CopyEvent::AgentLost),
@@ -227,6 +232,9 @@ impl Handler<AgentConnected> for ServerActor {
                 return;
             }
         }
+        if self.outdated(&connected) {
+            return;
+        }
         drop(connected.link.try_send(Down::Welcome { lease, heartbeat }));
         let door = connected.hello.door.clone();
         let moved = self.links.doors.insert(id.clone(), door.clone()).is_none_or(|before| before != door);
@@ -283,6 +291,7 @@ impl Handler<AgentSpoke> for ServerActor {
                 replica.restate(*restated, now);
                 self.publish();
             }
+            Word::Misread(problem) => self.misread(index, problem),
             Word::Heartbeat { sequence, resident } => {
                 replica.heard = now;
                 replica.resident = resident;
