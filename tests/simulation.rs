@@ -324,7 +324,10 @@ fn a_restored_backup_commands_nobody_until_it_is_adopted_and_then_keeps_what_age
                 let ask = Ask::new(&format!("m{model}"), &format!("m{model}-1"), 100, 1 + model % 3);
                 load(&world, &mut api, &ask).await;
             }
+            world.crash("scheduler");
+            tokio::time::sleep(Duration::from_secs(1)).await;
             let backup = world.store().backup();
+            world.bounce("scheduler");
             // A later version, other copies, and a model of which the backup does not know.
             for (model, label, copies) in [("m0", "m0-2", 1), ("m1", "m1-1", 3), ("m4", "m4-1", 2)] {
                 world.allow(model, label);
@@ -335,7 +338,7 @@ fn a_restored_backup_commands_nobody_until_it_is_adopted_and_then_keeps_what_age
             }
             world.only("m0", "m0-2");
             world.until(PATIENCE, |world| (0..5).find_map(|model| world.gateway_lacks(&format!("m{model}")))).await;
-            send(&world, 2, (1, 30));
+            send(&world, 1, (10, 100));
             // Restored as it is, and started more often than the original was.
             world.crash("scheduler");
             tokio::time::sleep(Duration::from_secs(1)).await;
