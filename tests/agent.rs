@@ -560,3 +560,38 @@ async fn a_replica_that_becomes_smaller_evicts_as_holds_allow_it_and_fails_no_re
     }
     assert_eq!(loaded(&world), [true; 3], "there is room for all of them again");
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_order_that_cannot_be_read_is_answered_and_harms_nothing() {
+    use wharf::rpc::{agent_wire::order_to_wire, proto::agent as wire};
+    let (world, mut session) = World::new(10, |_| {}).await;
+    let held = world.all_available(&mut session, &[2]).await[0];
+    let unreadable = |model: &str, copy| {
+        let mut order = order_to_wire(&world.register(model, copy, 2));
+        if let Some(wire::order::Order::Register(register)) = &mut order.order {
+            register.need = None;
+        }
+        order
+    };
+    // Whom it is about can be read: that copy has failed, and no other order is lost with it.
+    let (copy, good) = (generation(8, 1, 1), generation(9, 1, 1));
+    session.order_raw(vec![unreadable("m8", copy), order_to_wire(&world.register("m9", good, 2))]).await;
+    let failure = session.failed(copy).await;
+    assert_eq!(failure.class, FailureClass::Incompatible);
+    let version = env!("CARGO_PKG_VERSION");
+    assert!(failure.message.starts_with(&format!("agent version {version} can't read this order: ")), "{failure:?}");
+    assert!(
+        failure.message.contains("need is absent") && failure.message.ends_with("; upgrade the agent"),
+        "{failure:?}"
+    );
+    session.available(good).await;
+    // One that it holds stands as it did.
+    session.order_raw(vec![unreadable("m0", held)]).await;
+    session.available(held).await;
+    // Not even that can be read.
+    session.order_raw(vec![wire::Order { order: None }]).await;
+    let said = session.misread().await;
+    assert!(said.contains("order is absent"), "{said}");
+    assert_eq!(world.agent.metrics().orders_refused.get(), 3);
+    assert_eq!(world.infer("m0", held).await.status(), 200);
+}

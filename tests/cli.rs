@@ -283,6 +283,8 @@ async fn help_is_data() {
         "model infer --help",
         "server --help",
         "server drain --help",
+        "store --help",
+        "store adopt --help",
         "up --help",
     ] {
         let outcome = Cli::at("nowhere.invalid:1").run(line).await;

@@ -146,7 +146,8 @@ role() {
 }
 trap 'stop; kill $(jobs -p) 2> /dev/null; wait' EXIT
 trap 'exit 143' TERM
-wharf() { case $1 in up | scheduler | agent | gateway) role "$@" ;; *) command wharf "$@" ;; esac; }
+# The journal's file is worked with once nobody has it.
+wharf() { case $1 in up | scheduler | agent | gateway) role "$@" ;; store) stop; command wharf "$@" ;; *) command wharf "$@" ;; esac; }
 "#;
 
 /// Runs the steps of a page in one shell, in a folder that is like the repository, and compares.

@@ -314,6 +314,63 @@ fn a_scheduler_that_lost_its_journal_adopts_what_agents_hold_and_unloads_none_of
     }
 }
 
+#[test]
+fn a_restored_backup_commands_nobody_until_it_is_adopted_and_then_keeps_what_agents_hold() {
+    for seed in seeds(3, 50) {
+        let shape = Shape { replicas: vec![1000; 3], gateways: 2, ..Shape::new(seed) };
+        simulate(shape, move |world| async move {
+            let mut api = Api::new();
+            for model in 0..4 {
+                let ask = Ask::new(&format!("m{model}"), &format!("m{model}-1"), 100, 1 + model % 3);
+                load(&world, &mut api, &ask).await;
+            }
+            world.crash("scheduler");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let backup = world.store().backup();
+            world.bounce("scheduler");
+            // A later version, other copies, and a model of which the backup does not know.
+            for (model, label, copies) in [("m0", "m0-2", 1), ("m1", "m1-1", 3), ("m4", "m4-1", 2)] {
+                world.allow(model, label);
+                api.submit_surely(&Ask::new(model, label, 100, copies)).await;
+                if let Err(problem) = api.settled(model, PATIENCE).await {
+                    return world.fail(problem);
+                }
+            }
+            world.only("m0", "m0-2");
+            world.until(PATIENCE, |world| (0..5).find_map(|model| world.gateway_lacks(&format!("m{model}")))).await;
+            send(&world, 1, (10, 100));
+            // Restored as it is, and started more often than the original was.
+            world.crash("scheduler");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            world.restore_journal(&backup, None);
+            for _ in 0..3 {
+                world.bounce("scheduler");
+                tokio::time::sleep(Duration::from_secs(40)).await;
+                world.crash("scheduler");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            // It learned nothing that the backup lacks, and goes on as another history.
+            world.restore_journal(&world.store(), Some("two"));
+            world.bounce("scheduler");
+            tokio::time::sleep(Duration::from_secs(45)).await;
+            for (model, copies) in [("m0", 1), ("m1", 3), ("m2", 3), ("m3", 1), ("m4", 2)] {
+                match api.settled(model, PATIENCE).await {
+                    Ok(adopted) => assert_eq!(adopted.wanted, copies, "{adopted:?}"),
+                    Err(problem) => return world.fail(problem),
+                }
+            }
+            // From here on it is a model like any other.
+            world.allow("m4", "m4-2");
+            api.submit_surely(&Ask { surge: Some(1), ..Ask::new("m4", "m4-2", 100, 2) }).await;
+            if let Err(problem) = api.settled("m4", PATIENCE).await {
+                return world.fail(problem);
+            }
+            world.only("m4", "m4-2");
+            tokio::time::sleep(Duration::from_secs(5)).await;
+        });
+    }
+}
+
 /// What the user last had acknowledged of a model.
 #[derive(Clone, Debug)]
 struct Acknowledged {

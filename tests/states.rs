@@ -60,6 +60,7 @@ fn copy(state: State, draining: bool, routed: bool) -> Copy {
         since: Instant::from_micros(1),
         need: Resources::primary(Bytes(1)),
         attempts: 0,
+        ordered: None,
         avoid: Vec::new(),
         left: 0,
         awaited: None,
@@ -245,6 +246,7 @@ fn the_steps_of_a_replica_are_those_of_the_page() {
     ];
     let events = [
         ("the agent is heard", replica::Event::Heard),
+        ("the agent calls, and obeys a later start of the journal", replica::Event::Refuses),
         ("its connection ends", replica::Event::Gone),
         ("silent within its lease", replica::Event::Passed { heard: recent }),
         ("silent for longer than its lease", replica::Event::Passed { heard: past }),

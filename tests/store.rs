@@ -19,6 +19,7 @@ use proptest::prelude::*;
 use redb::{BackendError, StorageBackend};
 use wharf::{
     domain::{
+        leader::{Leader, Leaders},
         memory::{Bytes, Resources},
         names::{ModelName, ReplicaId, ServerName},
         record::{Contents, CopyRow, Counters, ModelRow, Owner, ServerRow, VersionRow, Write},
@@ -27,7 +28,7 @@ use wharf::{
         version::{Generation, Uid, Version},
     },
     ports::{CommitError, Identity, OpenError, Store},
-    store::{EmbeddedStore, Fault, MemoryStore, OpenBackend, OpenOptions, SCHEMA},
+    store::{EmbeddedStore, Fault, MemoryStore, OpenBackend, OpenOptions, SCHEMA, inspect, open_existing},
 };
 
 const CACHE: usize = 1 << 20;
@@ -83,7 +84,7 @@ impl Model {
             versions: self.versions.values().cloned().collect(),
             copies: self.copies.values().cloned().collect(),
             servers: self.servers.values().cloned().collect(),
-            counters: self.counters,
+            counters: self.counters.clone(),
         }
     }
 
@@ -123,6 +124,7 @@ fn write() -> impl Strategy<Value = Write> {
             kubernetes: deleted.then(|| KubernetesMeta { namespace: "ns".to_owned(), generation: -1 }),
             serving: deleted.then_some(Version(number)),
             number_bound: number,
+            version_floor: Version(number),
             deleted: deleted.then_some(Instant::from_micros(7)),
         }))),
         1 => model_name().prop_map(Write::RemoveModel),
@@ -167,7 +169,9 @@ fn write() -> impl Strategy<Value = Write> {
         }))),
         1 => server_name().prop_map(Write::RemoveServer),
         1 => any::<[u64; 3]>().prop_map(|[leader_epoch, route_epoch, uid]| {
-            Write::PutCounters(Counters { leader_epoch, route_epoch, uid })
+            let mut leaders = Leaders::default();
+            leaders.begin(Leader { epoch: uid, started: Instant::from_micros(route_epoch) });
+            Write::PutCounters(Counters { leader_epoch, route_epoch, uid, leaders })
         }),
     ]
 }
@@ -510,6 +514,64 @@ fn a_journal_in_use_is_locked_and_free_again_afterwards() {
     assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
     drop(first);
     open_file(&path, another).unwrap();
+}
+
+fn options(path: &Path) -> OpenOptions {
+    OpenOptions { path: path.to_owned(), cache_bytes: CACHE }
+}
+
+#[test]
+fn a_look_changes_nothing_even_in_a_journal_that_was_not_closed() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, copy) = (directory.path().join("journal"), directory.path().join("copy"));
+    let counters = Counters { leader_epoch: 3, route_epoch: 4, uid: 5, ..Counters::default() };
+    let store = open_file(&path, identity).unwrap();
+    let refused = inspect(&options(&path)).unwrap_err();
+    assert!(matches!(refused, OpenError::Locked { .. }), "{refused}");
+    store.commit(&[Write::PutCounters(counters.clone())]).unwrap();
+    // What a killed process leaves: its file was never closed.
+    fs::copy(&path, &copy).unwrap();
+    drop(store);
+    for path in [&path, &copy] {
+        let before = fs::read(path).unwrap();
+        let found = inspect(&options(path)).unwrap();
+        assert_eq!((found.identity, found.contents.counters), (identity(), counters.clone()));
+        assert_eq!((found.schema, found.bytes), (SCHEMA, before.len() as u64));
+        assert!(fs::read(path).unwrap() == before, "a look wrote into the file");
+    }
+    assert_eq!(open_file(&copy, another).unwrap().load().unwrap().counters, counters);
+}
+
+#[test]
+fn where_there_is_no_journal_a_look_makes_none() {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["no/such/journal", "empty"] {
+        let path = directory.path().join(name);
+        if name == "empty" {
+            fs::write(&path, b"").unwrap();
+        }
+        for error in [inspect(&options(&path)).unwrap_err(), open_existing(&options(&path)).unwrap_err()] {
+            assert!(matches!(error, OpenError::Missing { .. }), "{error}");
+            assert!(error.to_string().contains("--data-dir"), "{error}");
+        }
+        assert_eq!(fs::metadata(&path).map_or(0, |found| found.len()), 0);
+    }
+}
+
+#[test]
+fn another_lineage_comes_with_its_writes_and_the_cluster_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal");
+    drop(open_file(&path, identity).unwrap());
+    let counters = Counters { uid: 7, ..Counters::default() };
+    let wanted = Identity { lineage: "2".repeat(32), ..identity() };
+    let mut store = open_existing(&options(&path)).unwrap();
+    store.begin_lineage(&wanted.lineage, &[Write::PutCounters(counters.clone())]).unwrap();
+    assert_eq!(store.identity(), wanted);
+    store.commit(&[Write::PutCounters(counters.clone())]).unwrap();
+    drop(store);
+    let store = open_file(&path, another).unwrap();
+    assert_eq!((store.identity(), store.load().unwrap().counters), (wanted, counters));
 }
 
 #[test]

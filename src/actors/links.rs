@@ -19,13 +19,14 @@ use super::{
 };
 use crate::{
     domain::{
-        model::{Note, Policy},
+        leader::{Leader, Leaders},
+        model::{Note, Outlook, Policy},
         names::{ModelName, ReplicaId, ServerName},
         time::Instant,
     },
     messages::{Board, supervisor::Who},
     ports::Clock,
-    telemetry::{events::Events, metrics::Metrics},
+    telemetry::{durations::Durations, events::Events, metrics::Metrics},
 };
 
 /// Everything that an actor needs beyond its own state.
@@ -50,6 +51,8 @@ pub struct Links {
     pub doors: DashMap<ReplicaId, String>,
     /// Why the journal's last commit failed; nothing once one has succeeded again.
     pub journal_problem: ArcSwapOption<String>,
+    /// How long copies take from their order to their first answer.
+    pub ways: Durations,
     /// Where actors run.
     pub spawner: Spawner,
     /// Whether agents or gateways of another journal have called.
@@ -111,8 +114,10 @@ pub struct Identity {
     pub cluster: String,
     /// Of the journal.
     pub lineage: String,
-    /// Grows with each start.
-    pub leader_epoch: u64,
+    /// This start.
+    pub leader: Leader,
+    /// The starts of this journal, this one included.
+    pub leaders: Leaders,
 }
 
 impl Links {
@@ -143,6 +148,11 @@ impl Links {
     /// Where the replica's door is, as far as is known.
     pub(super) fn door(&self, on: &ReplicaId) -> Option<String> {
         self.doors.get(on).map(|door| door.clone())
+    }
+
+    /// What tells when a model that does not answer will.
+    pub(super) fn outlook(&self) -> Outlook<'_> {
+        Outlook { policy: &self.policy, usual: self.ways.average() }
     }
 
     /// Every model that has an actor.

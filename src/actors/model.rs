@@ -199,11 +199,12 @@ impl ModelActor {
             Effect::Wake(at) => self.wake_at(at, ctx),
             Effect::Note(note) => links.note(&Who::Model(name.clone()), note),
             Effect::Terminated => links.supervisor.tell(Terminated(Who::Model(name.clone()))),
+            Effect::Arrived(way) => links.ways.record(way),
         }
     }
 
     fn publish(&self, revision: u64) {
-        let route = self.model.published(|on| self.links.door(on));
+        let route = self.model.published(|on| self.links.door(on), self.links.outlook());
         self.links.router.tell(Publish { model: self.model.name.clone(), revision, route });
     }
 

@@ -51,7 +51,7 @@ impl Supervisor {
             self.start_model(model, ctx);
         }
         self.restoring = false;
-        tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader_epoch, "the journal is read");
+        tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader.epoch, "the journal is read");
     }
 
     pub(super) fn restore_model(
@@ -87,7 +87,7 @@ impl Supervisor {
             }
         }
         if model.is_born() {
-            let route = model.published(|on| links.door(on));
+            let route = model.published(|on| links.door(on), links.outlook());
             links.router.tell(Publish { model: model.name.clone(), revision: model.revision, route });
         }
         model

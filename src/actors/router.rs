@@ -150,7 +150,7 @@ impl Actor for RouterActor {
         self.links.router.fill(ctx.address());
         // The whole table, before any gateway calls: a part of it would say that the other models are gone.
         for model in self.links.board.models() {
-            if let Some(route) = model.published(|on| self.links.door(on)) {
+            if let Some(route) = model.published(|on| self.links.door(on), self.links.outlook()) {
                 self.routes.insert(model.name.clone(), route);
             }
         }

@@ -4,6 +4,7 @@
 //! timer; an order that was lost is sent again.
 
 mod leave;
+mod refuse;
 mod replica;
 mod rows;
 mod view;
@@ -137,6 +138,10 @@ impl ServerActor {
         if replica.state == before {
             return;
         }
+        if replica.state.name() == before.name() {
+            // It is silent, or refuses, as before: nobody has to hear of that again.
+            return self.show();
+        }
         replica.since = now;
         let lost = match replica.state {
             ReplicaState::Unknown { .. } => Some(CopyEvent::AgentLost),
@@ -235,6 +240,9 @@ impl Handler<AgentConnected> for ServerActor {
                 return;
             }
         }
+        if self.outdated(&connected, ctx) {
+            return;
+        }
         drop(connected.link.try_send(Down::Welcome { lease, heartbeat }));
         let door = connected.hello.door.clone();
         let moved = self.links.doors.insert(id.clone(), door.clone()).is_none_or(|before| before != door);
@@ -296,6 +304,7 @@ impl Handler<AgentSpoke> for ServerActor {
                 self.publish_one(index);
                 self.show_soon(ctx);
             }
+            Word::Misread(problem) => self.misread(index, problem),
             Word::Heartbeat { sequence, resident } => {
                 replica.heard = now;
                 replica.resident = resident;

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     domain::{
+        leader::Leader,
         model::Policy,
         record::{Counters, Write},
     },
@@ -27,7 +28,7 @@ use crate::{
         supervisor::{AskModel, Inspect},
     },
     ports::{Clock, CommitError, OpenError, Store},
-    telemetry::{events::Events, metrics::Metrics},
+    telemetry::{durations::Durations, events::Events, metrics::Metrics},
 };
 
 /// Everything that a scheduler needs from outside.
@@ -76,38 +77,39 @@ pub enum StartError {
 pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
     remember_panics();
     let contents = scheduler.store.load()?;
-    let mut before = contents.counters;
+    let mut before = contents.counters.clone();
     if before.leader_epoch == 0 {
         // Agents may hold copies of a journal that was lost: numbers that it gave are not to be given again.
         before.uid = before.uid.max(scheduler.clock.now().as_micros());
     }
+    let leader = Leader { epoch: before.leader_epoch + 1, started: scheduler.clock.now() };
+    let mut leaders = before.leaders;
+    leaders.begin(leader);
     let counters = Counters {
-        leader_epoch: before.leader_epoch + 1,
+        leader_epoch: leader.epoch,
         route_epoch: before.route_epoch + RESERVED,
         uid: before.uid + RESERVED,
+        leaders: leaders.clone(),
     };
     scheduler.store.commit(&[Write::PutCounters(counters)])?;
     let identity = scheduler.store.identity();
     // The newest events before a crash were not kept: the leader epoch puts new numbers above theirs.
-    let first = counters.leader_epoch << 32;
+    let first = leader.epoch << 32;
     let (events, unread) = Events::restore(scheduler.events, first, &scheduler.store.load_events()?);
     if unread > 0 {
         tracing::warn!(target: "wharf::supervision", unread, "events of an earlier time can't be read");
     }
     let links = Arc::new(Links {
-        started: scheduler.clock.now(),
+        started: leader.started,
         clock: scheduler.clock,
         policy: scheduler.policy,
         timing: scheduler.timing,
-        identity: Identity {
-            cluster: identity.cluster,
-            lineage: identity.lineage,
-            leader_epoch: counters.leader_epoch,
-        },
+        identity: Identity { cluster: identity.cluster, lineage: identity.lineage, leader, leaders },
         board: Arc::new(Board::default()),
         events,
         metrics: scheduler.metrics,
         doors: dashmap::DashMap::new(),
+        ways: Durations::default(),
         journal_problem: arc_swap::ArcSwapOption::empty(),
         spawner: scheduler.spawner,
         adopting: std::sync::atomic::AtomicBool::new(false),

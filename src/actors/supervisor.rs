@@ -368,7 +368,7 @@ impl Handler<Inspect> for Supervisor {
         round.answer(
             "supervisor",
             json!({
-                "leader_epoch": links.identity.leader_epoch,
+                "leader_epoch": links.identity.leader.epoch,
                 "cluster": links.identity.cluster,
                 "lineage": links.identity.lineage,
                 "models": links.models.len(),

@@ -21,7 +21,6 @@ use super::{
     cache::{Book, Entry, Ledger},
     disk::Disk,
     fence::Seen,
-    measure::Durations,
     metrics::Metrics,
     options::{Facts, Options},
     outbox::Outbox,
@@ -33,6 +32,7 @@ use crate::{
     forward::Upstream,
     ports::{Clock, Network},
     rpc::agent_wire::CopyReport,
+    telemetry::durations::Durations,
 };
 
 /// The state of an agent.

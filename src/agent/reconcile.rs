@@ -59,6 +59,16 @@ impl Core {
         }
     }
 
+    /// Answers an order that can't be read: it stands as it did, and what was never held has failed.
+    pub(crate) fn unreadable(&self, model: ModelName, generation: Generation, message: String) {
+        if let Some(entry) = self.book.get(generation) {
+            return self.report(&entry);
+        }
+        let failure = Failure { class: FailureClass::Incompatible, message };
+        let report = Report::Failed { failure, freed: true };
+        self.outbox.push(CopyReport { model, generation, report, order: None });
+    }
+
     fn register(self: &Arc<Self>, order: Order) {
         let (model, generation) = (order.model().clone(), order.generation());
         if let Some(entry) = self.book.get(generation) {

@@ -23,11 +23,14 @@ use tonic::{
 };
 
 use super::{core::Core, disk::DiskError, fence::Verdict};
-use crate::rpc::{
-    agent_wire::{order_from_wire, report_to_wire, resources_to_wire},
-    proto::agent::{
-        AgentMessage, Goodbye, Heartbeat, Hello, Orders, Reports, Restated, SchedulerMessage, Welcome,
-        agent_hub_client::AgentHubClient, agent_message, scheduler_message,
+use crate::{
+    domain::{error::Refusal, leader::Leader, names::ModelName, time::Instant, version::Generation},
+    rpc::{
+        agent_wire::{order_about, order_from_wire, report_to_wire, resources_to_wire},
+        proto::agent::{
+            AgentMessage, Goodbye, Heartbeat, Hello, Misread, Orders, Reports, Restated, SchedulerMessage, Welcome,
+            agent_hub_client::AgentHubClient, agent_message, scheduler_message,
+        },
     },
 };
 
@@ -158,7 +161,7 @@ impl Session<'_> {
         let (orders, welcome) =
             timeout(within, open).await.map_err(|_| Ended::Silent { what: "welcome the agent", within })??;
         let seen = self.core.seen();
-        self.heed(welcome.leader_epoch, seen.welcome(&welcome.lineage, welcome.leader_epoch)).await?;
+        self.heed(welcome.leader_epoch, seen.welcome(&welcome.lineage, leader(&welcome))).await?;
         *welcomed = true;
         self.core.metrics.sessions.inc();
         self.core.link.lock().unwrap_or_else(PoisonError::into_inner).cluster = Some(welcome.cluster.clone());
@@ -198,6 +201,7 @@ impl Session<'_> {
             leader_epoch: seen.epoch,
             inventory: self.core.book.inventory().iter().map(report_to_wire).collect(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            leader_started: seen.started.as_micros(),
         }
     }
 
@@ -253,7 +257,7 @@ impl Session<'_> {
                 () = &mut silence => return Err(Ended::Silent { what: "say anything", within: lease }),
                 message = next(&mut orders) => {
                     let message = message?;
-                    self.listen(message).await?;
+                    self.listen(&out, message).await?;
                     silence.set(sleep(lease));
                 }
                 _ = ticks.tick() => {
@@ -278,17 +282,38 @@ impl Session<'_> {
         }
     }
 
-    async fn listen(&self, message: scheduler_message::Message) -> Result<(), Ended> {
+    /// Says that an order can't be read: of the copy that it is about, or of the agent when that can't be read either.
+    async fn misread(
+        &self,
+        out: &mpsc::Sender<AgentMessage>,
+        about: Option<(ModelName, Generation)>,
+        refusal: &Refusal,
+    ) -> Result<(), Ended> {
+        self.core.metrics.orders_refused.inc();
+        tracing::error!(replica = %self.core.options.replica, error = %refusal, "an order can't be read and is not obeyed");
+        match about {
+            Some((model, generation)) => {
+                let version = env!("CARGO_PKG_VERSION");
+                let message = format!("agent version {version} can't read this order: {refusal}; upgrade the agent");
+                self.core.unreadable(model, generation, message);
+                Ok(())
+            }
+            None => {
+                let problem = refusal.to_string();
+                self.send(out, agent_message::Message::Misread(Misread { problem })).await
+            }
+        }
+    }
+
+    async fn listen(&self, out: &mpsc::Sender<AgentMessage>, message: scheduler_message::Message) -> Result<(), Ended> {
         match message {
             scheduler_message::Message::Orders(Orders { leader_epoch, orders }) => {
                 self.heed(leader_epoch, self.core.seen().word(leader_epoch)).await?;
                 for order in orders {
+                    let about = order_about(&order);
                     match order_from_wire(order) {
                         Ok(order) => self.core.obey(order),
-                        Err(refusal) => {
-                            self.core.metrics.orders_refused.inc();
-                            tracing::error!(error = %refusal, "an order can't be read and is not obeyed");
-                        }
+                        Err(refusal) => self.misread(out, about, &refusal).await?,
                     }
                 }
                 Ok(())
@@ -297,7 +322,7 @@ impl Session<'_> {
                 self.heed(ack.leader_epoch, self.core.seen().word(ack.leader_epoch)).await
             }
             scheduler_message::Message::Welcome(again) => {
-                let verdict = self.core.seen().welcome(&again.lineage, again.leader_epoch);
+                let verdict = self.core.seen().welcome(&again.lineage, leader(&again));
                 self.heed(again.leader_epoch, verdict).await
             }
             scheduler_message::Message::Refused(refused) => {
@@ -305,6 +330,10 @@ impl Session<'_> {
             }
         }
     }
+}
+
+const fn leader(welcome: &Welcome) -> Leader {
+    Leader { epoch: welcome.leader_epoch, started: Instant::from_micros(welcome.leader_started) }
 }
 
 /// The next message with something in it: a later scheduler may say what this agent does not know.

@@ -132,9 +132,7 @@ impl Process {
     /// When the journal or a port can't be had.
     pub async fn scheduler(&self) -> Result<scheduler::Running, ProcessError> {
         let settings = &self.settings.scheduler;
-        let path = settings.data_dir.join("journal.redb");
-        let cache_bytes = usize::try_from(settings.journal_cache.0).unwrap_or(usize::MAX);
-        let store = EmbeddedStore::open(&OpenOptions { path, cache_bytes }, new_identity)?;
+        let store = EmbeddedStore::open(&journal_options(settings), new_identity)?;
         let options = scheduler::Options {
             api: settings.listen.as_str().to_owned(),
             agents: settings.agents.as_str().to_owned(),
@@ -387,9 +385,21 @@ fn actor_threads() -> Spawner {
     receive.recv().unwrap_or(Spawner::Local)
 }
 
+/// Where a scheduler with these settings keeps its journal.
+#[must_use]
+pub fn journal_options(settings: &crate::settings::Scheduler) -> OpenOptions {
+    let cache_bytes = usize::try_from(settings.journal_cache.0).unwrap_or(usize::MAX);
+    OpenOptions { path: settings.data_dir.join("journal.redb"), cache_bytes }
+}
+
+/// A lineage that no journal has.
+#[must_use]
+pub fn new_lineage() -> String {
+    format!("{:016x}{:016x}", random(), random())
+}
+
 fn new_identity() -> Identity {
-    let id = || format!("{:016x}{:016x}", random(), random());
-    Identity { cluster: id(), lineage: id() }
+    Identity { cluster: new_lineage(), lineage: new_lineage() }
 }
 
 /// A number that nobody can guess.

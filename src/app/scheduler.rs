@@ -175,15 +175,14 @@ async fn api(handle: &Handle) -> Routes {
 
 fn agents(handle: &Handle) -> Routes {
     let (links, identity) = (&handle.links, &handle.links.identity);
-    let leader =
-        Leader { cluster: identity.cluster.clone(), lineage: identity.lineage.clone(), epoch: identity.leader_epoch };
+    let leader = Leader {
+        cluster: identity.cluster.clone(),
+        lineage: identity.lineage.clone(),
+        this: identity.leader,
+        known: identity.leaders.clone(),
+    };
     let (connected, spoke) = handle.agents();
-    let sessions = AgentSessions::new(connected, spoke, leader);
-    let routes = RouteSessions::new(
-        handle.gateways(),
-        identity.lineage.clone(),
-        links.timing.gateway_lease,
-        Arc::clone(&links.clock),
-    );
+    let sessions = AgentSessions::new(connected, spoke, leader.clone());
+    let routes = RouteSessions::new(handle.gateways(), leader, links.timing.gateway_lease, Arc::clone(&links.clock));
     Routes::new(AgentHubServer::new(sessions).max_decoding_message_size(MESSAGE)).add_service(RoutesServer::new(routes))
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use super::{Context, RoleArgs, wait::is_state};
+use super::{Context, RoleArgs, commands::store::Store, wait::is_state};
 
 /// Packs many machine-learning models onto few inference servers, and keeps every one answering.
 #[derive(Debug, Parser)]
@@ -61,6 +61,9 @@ pub(crate) enum Command {
     /// Work with servers and their replicas.
     #[command(subcommand)]
     Server(Server),
+    /// Work with the journal's file while no scheduler has it.
+    #[command(subcommand)]
+    Store(Store),
     /// Show what happened, oldest first.
     Events(Events),
     /// Show why a model is where it is, or nowhere.
@@ -462,7 +465,7 @@ pub(crate) struct Inspect {
     pub(crate) scheduler: Scheduler,
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.trim().is_empty() => Ok((name.trim().to_owned(), value.to_owned())),
         _ => Err("wanted NAME=VALUE".to_owned()),

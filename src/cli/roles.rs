@@ -37,7 +37,8 @@ struct Begun {
     _log: LogGuard,
 }
 
-fn begin(args: &RoleArgs, output: &Output, roles: &[Role]) -> anyhow::Result<Begun> {
+/// The settings that the arguments, the environment and the file name.
+pub(super) fn settings(args: &RoleArgs) -> anyhow::Result<Settings> {
     let text = match &args.config {
         None => None,
         Some(path) => {
@@ -47,7 +48,11 @@ fn begin(args: &RoleArgs, output: &Output, roles: &[Role]) -> anyhow::Result<Beg
     };
     let name = args.config.as_ref().map(|path: &PathBuf| path.display().to_string()).unwrap_or_default();
     let file = text.as_deref().map(|text| SettingsFile { name: &name, text });
-    let settings = Settings::load(file, std::env::vars(), args.set.iter().cloned()).map_err(|p| anyhow!("{p}"))?;
+    Settings::load(file, std::env::vars(), args.set.iter().cloned()).map_err(|p| anyhow!("{p}"))
+}
+
+fn begin(args: &RoleArgs, output: &Output, roles: &[Role]) -> anyhow::Result<Begun> {
+    let settings = settings(args)?;
     let format = match settings.log.format {
         LogFormat::Json => Format::Json,
         LogFormat::Text => Format::Text { colours: output.err_is_terminal() },

@@ -18,6 +18,8 @@ pub struct Copy {
     pub state: State,
     /// Since when.
     pub since: Instant,
+    /// When it was ordered, while it is on its way to answer; absent when that is not known.
+    pub ordered: Option<Instant>,
     /// Memory reserved for it on its replica.
     pub need: Resources,
     /// How many copies were tried in its place before it.

@@ -5,7 +5,9 @@
 
 pub mod copy;
 pub mod error;
+pub mod history;
 pub mod invariants;
+pub mod leader;
 pub mod memory;
 pub mod model;
 pub mod names;

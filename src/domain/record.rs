@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     copy::Failure,
+    leader::Leaders,
     memory::Resources,
     names::{ModelName, ReplicaId, ServerName},
     spec::{Deployment, KubernetesMeta, ModelSpec, Passthrough},
@@ -53,6 +54,9 @@ pub struct ModelRow {
     pub serving: Option<Version>,
     /// Every number that a copy may have been given is below this.
     pub number_bound: u32,
+    /// No version below this is given any more: a history that was lost may have given it.
+    #[serde(default)]
+    pub version_floor: Version,
     /// When it was deleted, if it was.
     pub deleted: Option<Instant>,
 }
@@ -139,7 +143,7 @@ pub struct ServerRow {
 }
 
 /// Numbers that must never be given twice. Each is a reserved bound: everything below it may have been given.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
     /// The leader epoch of the last scheduler that started.
     pub leader_epoch: u64,
@@ -147,6 +151,9 @@ pub struct Counters {
     pub route_epoch: u64,
     /// Model uids.
     pub uid: u64,
+    /// The starts before, and the last one.
+    #[serde(default)]
+    pub leaders: Leaders,
 }
 
 /// Everything that a journal holds, as read at start.

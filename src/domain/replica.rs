@@ -43,6 +43,8 @@ impl ReplicaState {
 pub enum Event {
     /// Its agent called, or was heard again.
     Heard,
+    /// Its agent called, and obeys this scheduler in nothing.
+    Refuses,
     /// Its agent's connection ended.
     Gone,
     /// Time passed; the agent was last heard then.
@@ -66,6 +68,8 @@ pub struct Patience {
 pub fn step(state: ReplicaState, event: Event, patience: Patience, now: Instant) -> ReplicaState {
     match (state, event) {
         (_, Event::Heard) => ReplicaState::Available,
+        // It is there, and what it holds answers: its grace begins anew.
+        (_, Event::Refuses) => ReplicaState::Unknown { since: now },
         (ReplicaState::Available | ReplicaState::Draining, Event::Gone) => ReplicaState::Unknown { since: now },
         (ReplicaState::Available | ReplicaState::Draining, Event::Passed { heard })
             if now.since(heard) > patience.lease =>
@@ -186,5 +190,19 @@ mod tests {
         let removed = Rest { removing: true, expected: Some(true), ..unexpected };
         assert!(!is_over(removed, PATIENCE, T0), "its agent's next word would make it anew");
         assert!(is_over(Rest { connected: false, ..removed }, PATIENCE, T0));
+    }
+
+    #[test]
+    fn a_replica_whose_agent_calls_and_refuses_is_never_lost() {
+        let patience = Patience { lease: Duration::from_secs(5), grace: Duration::from_secs(30) };
+        let at = |seconds: u64| Instant::from_micros(seconds * 1_000_000);
+        let mut state = ReplicaState::Unknown { since: at(0) };
+        for now in (0..300).step_by(10) {
+            state = step(state, Event::Refuses, patience, at(now));
+            state = step(state, Event::Passed { heard: at(0) }, patience, at(now + 9));
+            assert_eq!(state, ReplicaState::Unknown { since: at(now) });
+        }
+        state = step(state, Event::Passed { heard: at(0) }, patience, at(400));
+        assert_eq!(state, ReplicaState::Lost);
     }
 }

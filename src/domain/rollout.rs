@@ -84,7 +84,15 @@ pub(super) fn next_retry(model: &Model, policy: &Policy) -> Option<Instant> {
 
 fn due(copy: &Copy, policy: &Policy) -> Option<Instant> {
     match &copy.state {
-        State::Failed { on: None, failure } if failure.class.retryable() && !copy.draining => {
+        State::Failed { on: None, .. } => tried_again_at(copy, policy),
+        _ => None,
+    }
+}
+
+/// When another copy is tried in the place of one that failed, if its memory is free by then.
+pub(super) fn tried_again_at(copy: &Copy, policy: &Policy) -> Option<Instant> {
+    match &copy.state {
+        State::Failed { failure, .. } if failure.class.retryable() && !copy.draining => {
             Some(copy.since + backoff(copy.attempts, policy))
         }
         _ => None,

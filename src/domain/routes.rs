@@ -1,5 +1,7 @@
 //! Routes: from a model's name to weighted versions to the endpoints of their copies.
 
+use std::time::Duration;
+
 use super::{
     names::{ModelName, ReplicaId},
     time::Instant,
@@ -52,8 +54,19 @@ pub struct Absence {
     pub state: String,
     /// The reason for it.
     pub reason: String,
-    /// When to ask again.
+    /// When a copy that is under way should answer, or the next one is tried.
     pub retry_at: Option<Instant>,
+    /// How long to leave it, when nothing is under way.
+    pub retry_after: Option<Duration>,
+}
+
+impl Absence {
+    /// After how long to ask again, at `now`; at least `soonest`.
+    #[must_use]
+    pub fn wait(&self, now: Instant, soonest: Duration) -> Duration {
+        let left = self.retry_at.map(|at| at.since(now)).or(self.retry_after);
+        left.unwrap_or(soonest).max(soonest)
+    }
 }
 
 impl Route {

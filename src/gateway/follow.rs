@@ -26,8 +26,10 @@ use tonic::{
 use super::{Gateway, epochs::Turn};
 use crate::{
     domain::{
+        leader::Leader,
         names::ModelName,
         routes::{Absence, Changes, Epoch, Route, Snapshot},
+        time::Instant,
     },
     ports::Network,
     rpc::{
@@ -49,6 +51,8 @@ const PROBE: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub(super) struct Lineage {
     pub(super) name: String,
+    /// The leader that sent it.
+    leader: Leader,
     /// The turn at which the table became this lineage's.
     since: u64,
 }
@@ -68,6 +72,11 @@ enum Lost {
     Silent(Duration),
     #[error("the scheduler speaks of epoch {0}, and nothing made it here: the whole table is asked for again")]
     Missed(u64),
+    #[error(
+        "the scheduler speaks for leader epoch {epoch} of its journal, and its routes are of epoch {held}: its journal is \
+         older than they are, as after restoring a backup"
+    )]
+    Outdated { epoch: u64, held: u64 },
 }
 
 /// One connection to the scheduler.
@@ -77,6 +86,8 @@ struct Session {
     lease: Duration,
     /// The lineage that the scheduler named.
     lineage: String,
+    /// Who it is.
+    leader: Leader,
     /// The pieces of a table so far.
     pieces: Snapshot,
     /// The turn to acknowledge when it has settled.
@@ -139,8 +150,10 @@ impl Gateway {
         self.metrics.connects.fetch_add(1, Ordering::Relaxed);
         let (outbound, words) = mpsc::channel(OUTBOX);
         let held = self.table.held_epoch().0.zip(self.lineage()).filter(|_| !anew);
-        let (lineage, epoch) = held.map_or_else(Default::default, |(epoch, lineage)| (lineage.name, epoch.0));
-        let hello = wire::Hello { gateway: self.options.name.clone(), lineage, epoch };
+        let (epoch, lineage, leader) =
+            held.map_or_else(Default::default, |(epoch, lineage)| (epoch.0, lineage.name, lineage.leader));
+        let (leader_epoch, leader_started) = (leader.epoch, leader.started.as_micros());
+        let hello = wire::Hello { gateway: self.options.name.clone(), lineage, epoch, leader_epoch, leader_started };
         say(&outbound, gateway_message::Message::Hello(hello));
         let mut client = RoutesClient::new(channel).max_decoding_message_size(MESSAGE);
         let watching = timeout(self.options.connect_timeout, client.watch(ReceiverStream::new(words)));
@@ -154,6 +167,7 @@ impl Gateway {
             outbound,
             lease: FIRST_LEASE,
             lineage: String::new(),
+            leader: Leader::default(),
             pieces: Snapshot::default(),
             owed: None,
         })
@@ -194,7 +208,14 @@ impl Gateway {
     fn take(&self, session: &mut Session, message: routes_message::Message) -> Result<(), Lost> {
         match message {
             routes_message::Message::Welcome(welcome) => {
+                let started = Instant::from_micros(welcome.leader_started);
+                session.leader = Leader { epoch: welcome.leader_epoch, started };
                 session.lineage = welcome.lineage;
+                let held =
+                    self.lineage().filter(|held| held.name == session.lineage).map_or(0, |held| held.leader.epoch);
+                if session.leader.epoch != 0 && session.leader.epoch < held {
+                    return Err(Lost::Outdated { epoch: session.leader.epoch, held });
+                }
                 if welcome.lease_millis > 0 {
                     session.lease = Duration::from_millis(welcome.lease_millis);
                 }
@@ -212,7 +233,8 @@ impl Gateway {
                 if table.last {
                     let turn = self.table.replace(std::mem::take(&mut session.pieces));
                     self.metrics.epochs.fetch_add(1, Ordering::Relaxed);
-                    *self.lineage_mut() = Some(Lineage { name: session.lineage.clone(), since: turn.sequence });
+                    let (name, leader) = (session.lineage.clone(), session.leader);
+                    *self.lineage_mut() = Some(Lineage { name, leader, since: turn.sequence });
                     session.owed = Some(turn);
                 }
             }
@@ -246,7 +268,7 @@ impl Gateway {
             Ok(route) => Some(route),
             Err(error) => {
                 tracing::error!(model = name, %error, "a route was not understood");
-                let absence = Absence { state: "Unknown".to_owned(), reason: error.to_string(), retry_at: None };
+                let absence = Absence { state: "Unknown".to_owned(), reason: error.to_string(), ..Absence::default() };
                 Some(Route { model: ModelName::new(&name).ok()?, targets: Vec::new(), absence })
             }
         }

@@ -302,7 +302,7 @@ impl Gateway {
                 message += text;
             }
         }
-        let after = absence.retry_at.map_or(SOON, |at| at.since(self.clock.now()).max(SOON));
+        let after = absence.wait(self.clock.now(), SOON);
         Refused::new(Code::Unavailable, message).retry_after(after)
     }
 }

@@ -10,6 +10,7 @@ pub use crate::domain::server::Mark;
 use crate::domain::{
     copy::Report,
     error::Refusal,
+    leader::Leader,
     memory::Resources,
     names::{ModelName, ReplicaId, ServerName},
     order::Order,
@@ -47,8 +48,12 @@ pub struct Hello {
     pub door: String,
     /// The lineage that it last obeyed; empty when it never did.
     pub lineage: String,
+    /// The leader that it last obeyed in that lineage.
+    pub leader: Leader,
     /// Every copy that it holds, with the order that made it.
     pub inventory: Vec<Held>,
+    /// What it is.
+    pub version: String,
 }
 
 /// A copy that an agent holds.
@@ -115,6 +120,8 @@ pub enum Word {
     Restated(Box<Restated>),
     /// It is about to stop by intent.
     Goodbye,
+    /// It was sent an order of which it can't read even whom it is about; and why.
+    Misread(String),
     /// Its connection ended.
     Gone,
 }

@@ -66,6 +66,12 @@ pub struct Identity {
 /// A store that can't be used. Each says what to do.
 #[derive(Debug, Error)]
 pub enum OpenError {
+    /// There is none.
+    #[error("there is no journal at {path}; name the folder that wharf was started with: --data-dir DIR")]
+    Missing {
+        /// The file.
+        path: String,
+    },
     /// Another process has it.
     #[error(
         "the journal {path} is in use by another process; stop that one, or give this one a data directory of its own"

@@ -20,12 +20,19 @@ use super::{
     proto::agent::{self as wire, agent_hub_server::AgentHub},
 };
 use crate::{
-    domain::names::{ReplicaId, ServerName},
+    domain::{
+        leader,
+        names::{ReplicaId, ServerName},
+        time::Instant,
+    },
     messages::server::{AgentConnected, AgentSpoke, Down, Held, Hello, Restated, Word},
 };
 
 /// In which the other side says who it is.
 const HELLO: Duration = Duration::from_secs(10);
+/// Characters of what an agent calls its version, and of what it says of an order that it can't read.
+const VERSION: usize = 64;
+const PROBLEM: usize = 500;
 /// Words to an agent that may wait for it to read.
 const BOUND: usize = 1024;
 
@@ -50,8 +57,10 @@ pub struct Leader {
     pub cluster: String,
     /// The journal's lineage.
     pub lineage: String,
-    /// The leader epoch.
-    pub epoch: u64,
+    /// This start.
+    pub this: leader::Leader,
+    /// The starts of this journal.
+    pub known: leader::Leaders,
 }
 
 impl AgentSessions {
@@ -134,6 +143,9 @@ impl Listener {
                 overcommit_percent: restated.overcommit_percent,
                 runtime: restated.runtime,
             })),
+            Some(wire::agent_message::Message::Misread(misread)) => {
+                Word::Misread(misread.problem.chars().filter(|c| !c.is_control()).take(PROBLEM).collect())
+            }
             Some(wire::agent_message::Message::Hello(_)) | None => return,
         };
         self.speak(word);
@@ -170,7 +182,9 @@ fn hello_from_wire(hello: wire::Hello) -> Result<Hello, Status> {
         runtime: hello.runtime,
         door: hello.door,
         lineage: hello.lineage,
+        leader: leader::Leader { epoch: hello.leader_epoch, started: Instant::from_micros(hello.leader_started) },
         inventory,
+        version: hello.agent_version.chars().filter(|c| !c.is_control()).take(VERSION).collect(),
     })
 }
 
@@ -181,15 +195,16 @@ fn word_to_wire(word: Down, leader: &Leader) -> wire::SchedulerMessage {
         Down::Welcome { lease, heartbeat } => Message::Welcome(wire::Welcome {
             cluster: leader.cluster.clone(),
             lineage: leader.lineage.clone(),
-            leader_epoch: leader.epoch,
+            leader_epoch: leader.this.epoch,
             lease_millis: millis(lease),
             heartbeat_millis: millis(heartbeat),
+            leader_started: leader.this.started.as_micros(),
         }),
         Down::Orders(orders) => Message::Orders(wire::Orders {
-            leader_epoch: leader.epoch,
+            leader_epoch: leader.this.epoch,
             orders: orders.iter().map(order_to_wire).collect(),
         }),
-        Down::Heard(sequence) => Message::Heartbeat(wire::HeartbeatAck { sequence, leader_epoch: leader.epoch }),
+        Down::Heard(sequence) => Message::Heartbeat(wire::HeartbeatAck { sequence, leader_epoch: leader.this.epoch }),
         Down::Refused { reason, retry } => Message::Refused(wire::Refused { reason, retry }),
     };
     wire::SchedulerMessage { message: Some(message) }

@@ -105,6 +105,17 @@ pub fn order_from_wire(wire: wire::Order) -> Result<Order, Refusal> {
     }
 }
 
+/// The copy that an order is about, as far as that can be read.
+#[must_use]
+pub fn order_about(wire: &wire::Order) -> Option<(ModelName, Generation)> {
+    use wire::order::Order as Wire;
+    let (model, generation) = match wire.order.as_ref()? {
+        Wire::Register(register) => (&register.model, register.generation),
+        Wire::Unregister(unregister) => (&unregister.model, unregister.generation),
+    };
+    Some((ModelName::new(model).ok()?, generation_from_wire(generation).ok()?))
+}
+
 fn register_from_wire(register: wire::Register) -> Result<Order, Refusal> {
     Ok(Order::Register {
         model: ModelName::try_from(register.model)?,

@@ -16,11 +16,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
+    agent_hub::Leader,
     proto::routes::{self as wire, routes_server::Routes},
     routes_wire::route_to_wire,
 };
 use crate::{
-    domain::routes::Epoch,
+    domain::{leader, routes::Epoch, time::Instant},
     messages::router::{GatewayAcknowledged, GatewayConnected, GatewayGone, RouteUpdate},
     ports::Clock,
 };
@@ -45,7 +46,7 @@ struct Shared {
     connected: Recipient<GatewayConnected>,
     acknowledged: Recipient<GatewayAcknowledged>,
     gone: Recipient<GatewayGone>,
-    lineage: String,
+    leader: Leader,
     lease: Duration,
     clock: Arc<dyn Clock>,
     sessions: AtomicU64,
@@ -56,13 +57,13 @@ impl RouteSessions {
     #[must_use]
     pub fn new(
         to: (Recipient<GatewayConnected>, Recipient<GatewayAcknowledged>, Recipient<GatewayGone>),
-        lineage: String,
+        leader: Leader,
         lease: Duration,
         clock: Arc<dyn Clock>,
     ) -> Self {
         let (connected, acknowledged, gone) = to;
         let sessions = AtomicU64::new(1);
-        Self { shared: Arc::new(Shared { connected, acknowledged, gone, lineage, lease, clock, sessions }) }
+        Self { shared: Arc::new(Shared { connected, acknowledged, gone, leader, lease, clock, sessions }) }
     }
 }
 
@@ -89,18 +90,26 @@ impl Routes for RouteSessions {
             return Err(Status::invalid_argument(text));
         }
         let shared = Arc::clone(&self.shared);
+        let obeyed = leader::Leader { epoch: hello.leader_epoch, started: Instant::from_micros(hello.leader_started) };
+        let who = format!("gateway {}", hello.gateway);
+        if let Some(problem) = shared.leader.known.outdated(&who, &hello.lineage, obeyed, &shared.leader.lineage) {
+            tracing::error!(target: "wharf::router", "{problem}");
+            return Err(Status::failed_precondition(problem));
+        }
         let session = shared.sessions.fetch_add(1, Ordering::Relaxed);
         let (updates, down) = mpsc::channel(BOUND);
         shared.connected.do_send(GatewayConnected {
             gateway: hello.gateway.clone(),
             session,
-            holds: (hello.lineage == shared.lineage).then_some(Epoch(hello.epoch)),
-            foreign: !hello.lineage.is_empty() && hello.lineage != shared.lineage,
+            holds: (hello.lineage == shared.leader.lineage).then_some(Epoch(hello.epoch)),
+            foreign: !hello.lineage.is_empty() && hello.lineage != shared.leader.lineage,
             updates,
         });
         let welcome = wire::Welcome {
-            lineage: shared.lineage.clone(),
+            lineage: shared.leader.lineage.clone(),
             lease_millis: u64::try_from(shared.lease.as_millis()).unwrap_or(u64::MAX),
+            leader_epoch: shared.leader.this.epoch,
+            leader_started: shared.leader.this.started.as_micros(),
         };
         let welcome = message(wire::routes_message::Message::Welcome(welcome));
         let listener = Listener { gateway: hello.gateway, session, shared: Arc::clone(&shared) };

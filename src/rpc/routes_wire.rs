@@ -46,13 +46,16 @@ pub enum WireError {
 /// A route as it goes to a gateway; an instant goes as the time from `now` on.
 #[must_use]
 pub fn route_to_wire(route: &Route, now: Instant) -> wire::Route {
-    let retry_after = route.absence.retry_at.map(|at| at.since(now).max(Duration::from_millis(1)));
+    let millis = |duration: Option<Duration>| {
+        duration.map_or(0, |d| u64::try_from(d.max(Duration::from_millis(1)).as_millis()).unwrap_or(u64::MAX))
+    };
     wire::Route {
         model: route.model.as_str().to_owned(),
         targets: route.targets.iter().map(target_to_wire).collect(),
         state: route.absence.state.clone(),
         reason: route.absence.reason.clone(),
-        retry_after_millis: retry_after.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+        retry_after_millis: millis(route.absence.retry_at.map(|at| at.since(now))),
+        retry_later_millis: millis(route.absence.retry_after),
     }
 }
 
@@ -92,11 +95,10 @@ pub fn route_from_wire(route: wire::Route, now: Instant) -> Result<Route, WireEr
         });
         targets.push(Target { version, weight: target.weight, endpoints: endpoints.collect::<Result<_, _>>()? });
     }
-    let retry_at = match route.retry_after_millis {
-        0 => None,
-        millis => Some(now + Duration::from_millis(millis)),
-    };
-    Ok(Route { model, targets, absence: Absence { state: route.state, reason: route.reason, retry_at } })
+    let some = |millis: u64| (millis > 0).then(|| Duration::from_millis(millis));
+    let retry_at = some(route.retry_after_millis).map(|after| now + after);
+    let retry_after = some(route.retry_later_millis);
+    Ok(Route { model, targets, absence: Absence { state: route.state, reason: route.reason, retry_at, retry_after } })
 }
 
 fn replica(text: &str) -> Result<ReplicaId, WireError> {
@@ -123,6 +125,7 @@ mod tests {
             targets in prop::collection::vec((any::<u32>(), prop::collection::vec(endpoint(), 0..4)), 0..4),
             state in "[A-Z][a-z]{0,8}",
             retry in prop::option::of(1..10_000_u64),
+            later in prop::option::of(1..10_000_u64),
         ) -> Route {
             let targets = targets.into_iter().enumerate().map(|(i, (weight, endpoints))| {
                 let version = Version(i as u32 + 1);
@@ -138,6 +141,7 @@ mod tests {
                 absence: Absence {
                     state, reason: String::new(),
                     retry_at: retry.map(|ms| Instant::from_micros(5) + Duration::from_millis(ms)),
+                    retry_after: later.map(Duration::from_millis),
                 },
             }
         }

@@ -29,10 +29,12 @@ const PREFACE: usize = 24;
 /// In which a request must be read and its answer begin; longer than any question waits for an actor. A stream's
 /// answers may then go on.
 const REQUEST: Duration = Duration::from_secs(60);
+/// How long calls in flight have to finish at the end. A session has no end of its own, and is cut off then.
+const FINISH: Duration = Duration::from_secs(2);
 /// Streams of one client at a time.
 const STREAMS: u32 = 1_000_000;
 
-/// Serves `routes` until `shutdown`, then lets calls in flight finish.
+/// Serves `routes` until `shutdown`, then lets calls in flight finish, for a moment.
 ///
 /// # Errors
 /// When the transport fails as a whole; a single connection's failure ends only that one.
@@ -41,14 +43,24 @@ pub async fn serve(
     routes: Routes,
     shutdown: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
-    Server::builder()
+    let late = {
+        let shutdown = shutdown.clone();
+        async move {
+            shutdown.cancelled().await;
+            sleep(FINISH).await;
+        }
+    };
+    let serving = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(Some(STREAMS))
         .timeout(REQUEST)
         .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming(listener), async move { shutdown.cancelled().await })
-        .await
+        .serve_with_incoming_shutdown(incoming(listener), async move { shutdown.cancelled().await });
+    tokio::select! {
+        ended = serving => ended,
+        () = late => Ok(()),
+    }
 }
 
 fn incoming(listener: Box<dyn Listen>) -> impl Stream<Item = io::Result<Connection>> {

@@ -48,6 +48,7 @@ pub struct EmbeddedStore {
     cache_bytes: usize,
     backend: OpenBackend,
     identity: Identity,
+    schema: u64,
     state: Mutex<State>,
 }
 
@@ -105,9 +106,28 @@ impl EmbeddedStore {
     ) -> Result<Self, OpenError> {
         let (database, sent) = open_database(&name, &backend, cache_bytes)?;
         let attempt = catch_unwind(AssertUnwindSafe(|| settle(&name, &database, new_identity)));
-        let (identity, commits) = attempt.unwrap_or_else(|_| Err(damaged(&name, "reading it failed")))?;
+        let Meta { identity, commits, schema } =
+            attempt.unwrap_or_else(|_| Err(damaged(&name, "reading it failed")))?;
         let state = Mutex::new(State::Open(Opened { database, sent, commits }));
-        Ok(Self { name, cache_bytes, backend, identity, state })
+        Ok(Self { name, cache_bytes, backend, identity, schema, state })
+    }
+
+    /// Makes it the journal of another history, of this lineage, with `writes` in the same transaction. Blocks.
+    ///
+    /// # Errors
+    /// As [`commit`](Store::commit).
+    pub fn begin_lineage(&mut self, lineage: &str, writes: &[Write]) -> Result<(), CommitError> {
+        self.write(|transaction| {
+            put_meta(transaction, "lineage", lineage)?;
+            schema::apply(transaction, writes)
+        })?;
+        lineage.clone_into(&mut self.identity.lineage);
+        Ok(())
+    }
+
+    /// The schema that it had when it was opened.
+    pub(super) const fn written_in(&self) -> u64 {
+        self.schema
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -119,8 +139,9 @@ impl EmbeddedStore {
         let gone = |problem: &str| OpenError::Io { path: self.name.clone(), problem: problem.to_owned() };
         if let State::Stale(commits) = *state {
             let (database, sent) = open_database(&self.name, &self.backend, self.cache_bytes)?;
-            let (identity, found) = read_meta(&self.name, &database)?
+            let found = read_meta(&self.name, &database)?
                 .ok_or_else(|| damaged(&self.name, "it was emptied while it was in use"))?;
+            let (identity, found) = (found.identity, found.commits);
             if identity == self.identity && found == commits {
                 *state = State::Open(Opened { database, sent, commits });
             } else {
@@ -315,11 +336,7 @@ fn open_database(name: &str, backend: &OpenBackend, cache_bytes: usize) -> Resul
 }
 
 /// Reads whose journal it is and brings it to the current schema, or makes it a journal when it is new.
-fn settle(
-    name: &str,
-    database: &Database,
-    new_identity: impl FnOnce() -> Identity,
-) -> Result<(Identity, u64), OpenError> {
+fn settle(name: &str, database: &Database, new_identity: impl FnOnce() -> Identity) -> Result<Meta, OpenError> {
     let failed = |error: redb::Error| store_error(name, error);
     if let Some(meta) = read_meta(name, database)? {
         return Ok(meta);
@@ -336,11 +353,19 @@ fn settle(
         put_meta(&transaction, key, value).map_err(|error| failed(error.into()))?;
     }
     transaction.commit().map_err(|error| failed(error.into()))?;
-    Ok((identity, 0))
+    Ok(Meta { identity, commits: 0, schema: SCHEMA })
 }
 
-/// The identity and the number of commits; nothing when the database is new. Migrates.
-fn read_meta(name: &str, database: &Database) -> Result<Option<(Identity, u64)>, OpenError> {
+/// What a journal says of itself.
+struct Meta {
+    identity: Identity,
+    commits: u64,
+    /// In which it was written.
+    schema: u64,
+}
+
+/// What it says of itself; nothing when the database is new. Migrates.
+fn read_meta(name: &str, database: &Database) -> Result<Option<Meta>, OpenError> {
     let failed = |error: redb::Error| store_error(name, error);
     let read = |key: &str| -> Result<Option<String>, redb::Error> {
         let table = database.begin_read()?.open_table(META)?;
@@ -378,7 +403,7 @@ fn read_meta(name: &str, database: &Database) -> Result<Option<(Identity, u64)>,
         |key: &str| read(key).map_err(failed)?.ok_or_else(|| damaged(name, &format!("it does not say its {key}")));
     let identity = Identity { cluster: text("cluster")?, lineage: text("lineage")? };
     let commits = number(read("commits").map_err(failed)?, "number of commits")?;
-    Ok(Some((identity, commits)))
+    Ok(Some(Meta { identity, commits, schema: found }))
 }
 
 fn put_meta(transaction: &redb::WriteTransaction, key: &str, value: &str) -> Result<(), redb::TableError> {

@@ -45,7 +45,7 @@ struct Kept {
     events: Vec<Vec<u8>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Tables {
     models: BTreeMap<ModelName, ModelRow>,
     versions: BTreeMap<(ModelName, Version), VersionRow>,
@@ -83,7 +83,7 @@ impl Tables {
             Write::RemoveCopy(model, generation) => drop(self.copies.remove(&(model.clone(), *generation))),
             Write::PutServer(row) => drop(self.servers.insert(row.name.clone(), row.as_ref().clone())),
             Write::RemoveServer(name) => drop(self.servers.remove(name)),
-            Write::PutCounters(counters) => self.counters = *counters,
+            Write::PutCounters(counters) => self.counters = counters.clone(),
         }
     }
 }
@@ -111,6 +111,32 @@ impl MemoryStore {
         kept.term += 1;
         kept.faults.clear();
         Self { kept: Arc::clone(&self.kept), term: kept.term }
+    }
+
+    /// The journal as it is now, kept elsewhere: what happens to this one does not happen to it.
+    #[must_use]
+    pub fn backup(&self) -> Self {
+        let kept = self.kept();
+        let kept = Kept {
+            identity: kept.identity.clone(),
+            term: 0,
+            faults: VecDeque::new(),
+            commits: kept.commits,
+            tables: kept.tables.clone(),
+            events: kept.events.clone(),
+        };
+        Self { kept: Arc::new(Mutex::new(kept)), term: 0 }
+    }
+
+    /// As [`EmbeddedStore::begin_lineage`](super::EmbeddedStore::begin_lineage).
+    ///
+    /// # Errors
+    /// As it was told to fail.
+    pub fn begin_lineage(&self, lineage: &str, writes: &[Write]) -> Result<(), CommitError> {
+        self.write(|kept| {
+            lineage.clone_into(&mut kept.identity.lineage);
+            writes.iter().for_each(|write| kept.tables.apply(write));
+        })
     }
 
     /// Lets `fault` happen at the next write; several happen one after another.
@@ -168,7 +194,7 @@ impl Store for MemoryStore {
             versions: kept.tables.versions.values().cloned().collect(),
             copies: kept.tables.copies.values().cloned().collect(),
             servers: kept.tables.servers.values().cloned().collect(),
-            counters: kept.tables.counters,
+            counters: kept.tables.counters.clone(),
         })
     }
 

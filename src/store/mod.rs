@@ -3,9 +3,11 @@
 
 mod backend;
 mod embedded;
+mod inspect;
 mod memory;
 mod schema;
 
 pub use embedded::{EmbeddedStore, OpenBackend, OpenOptions};
+pub use inspect::{Inspected, inspect, open_existing};
 pub use memory::{Fault, MemoryStore};
 pub use schema::SCHEMA;

@@ -230,6 +230,25 @@ impl Session {
         drop(self.out.send(Ok(SchedulerMessage { message: Some(message) })).await);
     }
 
+    /// Orders as they come off the wire, whatever is in them.
+    pub async fn order_raw(&self, orders: Vec<wharf::rpc::proto::agent::Order>) {
+        let message = scheduler_message::Message::Orders(Orders { leader_epoch: self.epoch, orders });
+        drop(self.out.send(Ok(SchedulerMessage { message: Some(message) })).await);
+    }
+
+    /// Reads until the agent says that it can't read an order, and gives its words.
+    pub async fn misread(&mut self) -> String {
+        let waiting = async {
+            loop {
+                let message = self.said.recv().await.expect("the session goes on");
+                if let agent_message::Message::Misread(misread) = message {
+                    return misread.problem;
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, waiting).await.expect("said")
+    }
+
     pub async fn obeyed(&self, orders: &[Order]) {
         self.order(self.epoch, orders).await;
     }
@@ -297,6 +316,7 @@ impl agent_hub_server::AgentHub for Hub {
             cluster: "test".to_owned(),
             lineage,
             leader_epoch: epoch,
+            leader_started: 0,
             lease_millis: 2000,
             heartbeat_millis: 500,
         };

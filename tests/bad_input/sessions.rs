@@ -1,6 +1,6 @@
 //! Agents and gateways that say what can't be, and registries with mistakes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt as _, stream};
 use tokio::time::timeout;
@@ -13,7 +13,12 @@ use wharf::rpc::proto::{
     routes::{self, GatewayMessage, gateway_message::Message as GatewayWord, routes_client::RoutesClient},
 };
 
-use crate::{Tried, channel, raw::PATIENCE, refused, up};
+use crate::{
+    Tried, channel,
+    raw::PATIENCE,
+    refused,
+    up::{self, SOON, Up},
+};
 
 /// A session in which the agent says these words and then waits; what the scheduler says first.
 async fn agent(address: &str, words: Vec<Option<Word>>) -> Result<Option<SchedulerMessage>, Status> {
@@ -64,6 +69,29 @@ async fn agents_that_say_what_cannot_be() {
     tried.unharmed("agents that say what can't be").await;
 }
 
+#[tokio::test]
+async fn an_agent_that_can_not_read_an_order_is_a_condition_of_its_server() {
+    let up = Up::start(&[]);
+    let misread = Word::Misread(agent::Misread { problem: format!("order is absent\u{7}{}", "!".repeat(1000)) });
+    let hello = Hello { agent_version: "0.0.1".to_owned(), ..hello("old", 0) };
+    let words = stream::iter([Word::Hello(hello), misread].map(|word| AgentMessage { message: Some(word) }));
+    let mut client = AgentHubClient::new(channel(&up.agents).await);
+    let session = timeout(PATIENCE, client.session(words.chain(stream::pending()))).await.expect("in time").unwrap();
+    let deadline = Instant::now() + SOON;
+    let told = loop {
+        let servers: serde_json::Value = serde_json::from_str(&up.says(&["server", "list", "-o", "json"])).unwrap();
+        let old = servers.as_array().unwrap().iter().find(|server| server["name"] == "old");
+        if let Some(told) = old.and_then(|server| server["conditions"][0].as_str()) {
+            break told.to_owned();
+        }
+        assert!(Instant::now() < deadline, "no condition: {servers:#}\n{}", up.tail());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert!(told.starts_with("agent old-0 (version 0.0.1) can't read an order: order is absent!!"), "{told}");
+    assert!(told.ends_with("; upgrade the agent") && told.len() < 1000, "{told}");
+    drop(session);
+}
+
 /// A session in which the gateway says these words and then waits; what the scheduler says first.
 async fn gateway(address: &str, words: Vec<Option<GatewayWord>>) -> Result<Option<routes::RoutesMessage>, Status> {
     let words = words.into_iter().map(|message| GatewayMessage { message });
@@ -91,7 +119,12 @@ async fn gateways_that_say_what_cannot_be() {
     // One that holds and acknowledges what never was is served, and forgotten once its lease is over.
     for name in 0..20 {
         let (gateway_name, lineage) = (format!("liar-{name}"), "never".to_owned());
-        let hello = GatewayWord::Hello(routes::Hello { gateway: gateway_name, lineage, epoch: u64::MAX });
+        let hello = GatewayWord::Hello(routes::Hello {
+            gateway: gateway_name,
+            lineage,
+            epoch: u64::MAX,
+            ..routes::Hello::default()
+        });
         gateway(agents, vec![Some(hello), None, Some(acknowledged.clone())]).await.unwrap();
     }
     tried.unharmed("gateways that say what can't be").await;

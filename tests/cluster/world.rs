@@ -21,6 +21,7 @@ use wharf::{
         scheduler,
     },
     domain::{
+        history,
         memory::{Bytes, Resources},
         model::Policy,
         names::{ReplicaId, ServerName},
@@ -28,7 +29,7 @@ use wharf::{
     },
     forward::{ClientOptions, Connections},
     gateway::{self, Gateway},
-    ports::{Clock, Identity, Network, SystemClock},
+    ports::{Clock, Identity, Network, Store as _, SystemClock},
     store::MemoryStore,
     telemetry::metrics::{Metrics, Role},
 };
@@ -207,6 +208,16 @@ impl World {
     /// The journal is lost: the next scheduler begins with an empty one of another lineage.
     pub(crate) fn lose_journal(&self, lineage: &str) {
         *lock(&self.store) = Arc::new(journal(lineage));
+    }
+
+    /// The journal is what it was when `backup` was made; with a lineage, as another history.
+    pub(crate) fn restore_journal(&self, backup: &MemoryStore, adopted_as: Option<&str>) {
+        let restored = backup.backup();
+        if let Some(lineage) = adopted_as {
+            let writes = history::another(&restored.load().unwrap(), Self::clock().now());
+            restored.begin_lineage(lineage, &writes).unwrap();
+        }
+        *lock(&self.store) = Arc::new(restored);
     }
 
     /// All hosts but the clients.

@@ -101,6 +101,7 @@ async fn a_model_without_a_copy_is_a_503_that_says_why_and_when() {
         state: "Loading".into(),
         reason: "2 of 3 GiB downloaded".into(),
         retry_at: Some(SystemClock::new().now() + Duration::from_millis(8500)),
+        retry_after: None,
     };
     world.routes(vec![route.clone()]);
     let answer = world.get("/v2/models/iris/infer").await;
@@ -111,8 +112,12 @@ async fn a_model_without_a_copy_is_a_503_that_says_why_and_when() {
     assert!(!answer.header("grpc-retry-pushback-ms").is_empty());
 
     route.absence.retry_at = Some(Instant::from_micros(0));
-    world.routes(vec![route]);
+    world.routes(vec![route.clone()]);
     assert_eq!(world.get("/v2/models/iris/infer").await.header("retry-after"), "1");
+
+    (route.absence.retry_at, route.absence.retry_after) = (None, Some(Duration::from_secs(30)));
+    world.routes(vec![route]);
+    assert_eq!(world.get("/v2/models/iris/infer").await.header("retry-after"), "30");
 }
 
 #[tokio::test]

@@ -72,9 +72,20 @@ impl Conversation {
 
     /// Hello and welcome; answers what lineage and epoch the gateway holds.
     async fn greet(&mut self, lineage: &str) -> (String, u64) {
+        self.greet_as(lineage, 0).await
+    }
+
+    /// As a leader of this epoch does.
+    async fn greet_as(&mut self, lineage: &str, leader_epoch: u64) -> (String, u64) {
         let gateway_message::Message::Hello(hello) = self.hear().await else { panic!("hello comes first") };
         assert_eq!(hello.gateway, "gateway");
-        self.say(Message::Welcome(wire::Welcome { lineage: lineage.into(), lease_millis: 60_000 })).await;
+        self.say(Message::Welcome(wire::Welcome {
+            lineage: lineage.into(),
+            lease_millis: 60_000,
+            leader_epoch,
+            leader_started: 0,
+        }))
+        .await;
         (hello.lineage, hello.epoch)
     }
 }
@@ -264,4 +275,29 @@ async fn another_journals_epochs_begin_anew() {
     assert_eq!(bench.world.get("/v2/models/iris/ready").await.status, 404);
     let body = bench.world.gateway.call(crate::harness::get("/v2/models/wine/ready")).await.expect("an answer");
     assert!(body.into_body().collect().await.is_ok());
+}
+
+#[tokio::test]
+async fn an_older_leader_of_the_same_journal_takes_no_route_away() {
+    let mut bench = Bench::new().await;
+    let door = bench.world.local("a", Door::echo());
+    let mut scheduler = bench.next().await;
+    scheduler.greet_as("first", 9).await;
+    scheduler.say(table(100, &[model("iris", vec![version(1, 1, &[&door])])], true)).await;
+    assert_eq!(scheduler.acknowledged().await, 100);
+    drop(scheduler);
+    // A backup was restored: it does not know the model. The gateway hangs up, and comes again.
+    for _ in 0..2 {
+        let mut older = bench.next().await;
+        older.greet_as("first", 4).await;
+        older.say(table(200, &[], true)).await;
+    }
+    assert_eq!(bench.world.gateway.inspect()["epoch"], 100);
+    assert_eq!(bench.world.get("/v2/models/iris/ready").await.status, 200);
+    // As another history it is believed.
+    let mut adopted = bench.next().await;
+    adopted.greet_as("second", 5).await;
+    adopted.say(table(1, &[], true)).await;
+    until("the other history", || bench.world.gateway.inspect()["epoch"] == 1).await;
+    assert_eq!(bench.world.get("/v2/models/iris/ready").await.status, 404);
 }

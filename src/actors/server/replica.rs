@@ -39,6 +39,10 @@ pub(super) struct Replica {
     /// Whether its agent said that it is about to stop.
     pub(super) stopping: bool,
     pub(super) resident: Resources,
+    /// Why its agent does not obey this scheduler.
+    pub(super) outdated: Option<String>,
+    /// What its agent could not read.
+    pub(super) misread: Option<String>,
     /// What is wanted of each copy, and when it was last said.
     wanted: BTreeMap<Generation, Wish>,
     /// Copies of which something else is wanted than was last said.
@@ -75,6 +79,8 @@ impl Replica {
             link: None,
             stopping: false,
             resident: Resources { primary: crate::domain::memory::Bytes::ZERO, others: BTreeMap::new() },
+            outdated: None,
+            misread: None,
             wanted: BTreeMap::new(),
             unsaid: BTreeSet::new(),
             asked: BTreeMap::new(),

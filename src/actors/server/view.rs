@@ -84,6 +84,7 @@ impl ServerActor {
                         "replica {index} is started anew where the registry says, once its copies have moved away"
                     ));
                 }
+                conditions.extend(replica.outdated.iter().chain(&replica.misread).cloned());
                 ReplicaView {
                     index: *index,
                     state: facts.state,

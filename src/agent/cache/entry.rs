@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agent::{artifacts::Artifact, cache::pressure::Pressure, measure::Durations},
+    agent::{artifacts::Artifact, cache::pressure::Pressure},
     domain::{
         copy::{Failure, Progress, Report, Residency},
         memory::Resources,
@@ -29,6 +29,7 @@ use crate::{
         version::{Generation, served_name},
     },
     ports::Clock,
+    telemetry::durations::Durations,
 };
 
 /// Where a copy stands, for whoever wants to hold it.

@@ -5,6 +5,7 @@ mod load;
 mod misc;
 mod model;
 mod server;
+pub(super) mod store;
 pub(super) mod tensors;
 pub(super) mod view;
 
@@ -44,6 +45,7 @@ pub(super) async fn run(command: Command, context: &Context, stdin: Box<dyn Read
         Command::Model(Model::Infer(args)) => infer::infer(context, stdin, *args).await,
         Command::Model(Model::Metadata { name, gateway }) => infer::metadata(context, &name, &gateway).await,
         Command::Server(command) => server::run(context, command).await,
+        Command::Store(command) => store::run(context, command).await,
         Command::Events(args) => misc::events(context, args).await,
         Command::Explain(args) => misc::explain(context, args).await,
         Command::Inspect(args) => misc::inspect(context, &args.scheduler).await,

@@ -73,6 +73,16 @@ pub fn step(copy: &mut Copy, event: Event, now: Instant) -> Result<Vec<Effect>, 
     if state != copy.state {
         if state.name() != copy.state.name() {
             copy.since = now;
+            copy.ordered = match state {
+                State::Scheduled { .. } => Some(now),
+                State::Downloading { .. } | State::Loading { .. } => copy.ordered,
+                State::Pending { .. }
+                | State::Available { .. }
+                | State::Draining { .. }
+                | State::Unloaded
+                | State::Failed { .. }
+                | State::Unknown { .. } => None,
+            };
         }
         copy.state = state;
     }
@@ -274,6 +284,7 @@ mod tests {
             since: Instant::from_micros(1),
             need: Resources::primary(Bytes(1)),
             attempts: 0,
+            ordered: None,
             avoid: Vec::new(),
             left: 0,
             awaited: None,

@@ -6,6 +6,7 @@
 
 mod adopt;
 mod restore;
+mod retry;
 mod state;
 mod submit;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 
 pub use adopt::Found;
 pub use restore::restore;
+pub use retry::Outlook;
 pub use state::{ModelState, Reason, Standing, standing};
 pub use submit::{Outcome, Submitted};
 pub use words::{Decision, Effect, Event, Note, Wanted};
@@ -66,6 +68,12 @@ pub struct Model {
     next_number: u32,
     /// Copy numbers below this may have been given before the journal was last read.
     number_bound: u32,
+    /// Versions below this may have been given by a history that was lost.
+    version_floor: Version,
+    /// How many copies were wanted before more were found; nothing once a user has said how many there are to be.
+    raised: Option<adopt::Raised>,
+    /// How long the last copy took from its order to its first answer.
+    way: Option<Duration>,
     /// Replicas that their copies are to leave.
     leaving: BTreeSet<ReplicaId>,
     /// Copies that do not fit their replicas any more, and are to move.
@@ -194,6 +202,7 @@ impl Model {
         decision: &mut Decision,
     ) -> Result<(), Illegal> {
         let before = self.copies[index].state.clone();
+        let ordered = self.copies[index].ordered;
         let leaves = event == copy::Event::Drain && before.replica().is_some();
         let effects = copy::step(&mut self.copies[index], event, now)?;
         let copy = &self.copies[index];
@@ -205,6 +214,11 @@ impl Model {
         }
         if leaves {
             decision.effects.push(Effect::Leave(generation));
+        }
+        if let (State::Available { .. }, Some(ordered)) = (&copy.state, ordered) {
+            let way = now.since(ordered);
+            self.way = Some(way);
+            decision.effects.push(Effect::Arrived(way));
         }
         for effect in effects {
             match (effect, &on) {
@@ -263,7 +277,9 @@ impl Model {
             // What a copy can't take is late or repeated, and means nothing.
             Some(index) => {
                 let event = report.map_or(copy::Event::Missing, copy::Event::Reported);
+                let lacks = event == copy::Event::Missing;
                 drop(self.step(index, event, now, decision));
+                self.first_word(generation, lacks, decision);
             }
             None if gone => {}
             None => decision.effects.push(Effect::Unregister { on, generation }),
@@ -302,6 +318,7 @@ impl Model {
             since: now,
             need,
             attempts,
+            ordered: None,
             avoid,
             left: 0,
             awaited: None,

@@ -32,6 +32,7 @@ pub fn restore(row: ModelRow, versions: Vec<VersionRow>, copies: Vec<CopyRow>, n
             since: now,
             need: row.need,
             attempts: 0,
+            ordered: None,
             avoid: Vec::new(),
             left: 0,
             awaited: None,
@@ -54,6 +55,9 @@ pub fn restore(row: ModelRow, versions: Vec<VersionRow>, copies: Vec<CopyRow>, n
         revision: 0,
         next_number: row.number_bound,
         number_bound: row.number_bound,
+        version_floor: row.version_floor,
+        raised: None,
+        way: None,
         leaving: BTreeSet::new(),
         displaced: BTreeSet::new(),
     }

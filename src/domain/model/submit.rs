@@ -57,6 +57,9 @@ impl Model {
             next_number: 0,
             number_bound: 0,
             displaced: std::collections::BTreeSet::new(),
+            version_floor: Version(0),
+            raised: None,
+            way: None,
             leaving: std::collections::BTreeSet::new(),
         }
     }
@@ -87,6 +90,7 @@ impl Model {
         };
         let changed = outcome != Outcome::Unchanged || self.kubernetes != definition.kubernetes || resumed;
         self.deployment = deployment;
+        self.raised = None;
         self.kubernetes = definition.kubernetes;
         if outcome == Outcome::NewVersion {
             self.add_version(definition.spec, definition.passthrough, now, decision);
@@ -113,7 +117,7 @@ impl Model {
         // An agent may hold versions of the creation before this one until their copies are gone.
         let held = self.copies.iter().map(|copy| copy.generation.version).max();
         let generation = definition.kubernetes.as_ref().map_or(0, |meta| meta.generation);
-        let first = Version::first(generation, held);
+        let first = Version::first(generation, held).max(self.version_floor);
         decision
             .writes
             .extend(self.versions.drain(..).map(|entry| Write::RemoveVersion(self.name.clone(), entry.version)));
@@ -137,7 +141,7 @@ impl Model {
         now: Instant,
         decision: &mut Decision,
     ) {
-        let version = self.latest().map_or(Version(1), |latest| latest.version.next());
+        let version = self.latest().map_or(Version(1), |latest| latest.version.next()).max(self.version_floor);
         // With nothing that answers there is nothing to keep clients on.
         if !self.copies.iter().any(|copy| copy.routed) {
             self.serving = Some(version);
@@ -204,6 +208,7 @@ impl Model {
         let deployment = patch.over(&self.deployment)?;
         let outcome = if deployment == self.deployment { Outcome::Unchanged } else { Outcome::Rescaled };
         self.deployment = deployment;
+        self.raised = None;
         if outcome == Outcome::Rescaled {
             decision.writes.push(self.row());
         }

@@ -212,7 +212,8 @@ impl World {
                 self.orders.insert((on, generation), false);
             }
             Effect::Publish(revision) => {
-                let route = self.model.route(|_| Some("door".to_owned()));
+                let route =
+                    self.model.route(|_| Some("door".to_owned()), Outlook { policy: &self.policy, usual: None });
                 let endpoints = route.targets.iter().flat_map(|target| &target.endpoints);
                 self.route = endpoints.map(|endpoint| endpoint.generation).collect();
                 self.mail.push_back(Mail::Settled(revision));
@@ -225,7 +226,7 @@ impl World {
             Effect::Leave(generation) => {
                 self.placement.mark_leaving(&self.model.name, generation).expect("registered");
             }
-            Effect::Wake(_) | Effect::Note(_) | Effect::Terminated => {}
+            Effect::Wake(_) | Effect::Note(_) | Effect::Arrived(_) | Effect::Terminated => {}
         }
     }
 
@@ -336,7 +337,7 @@ impl World {
                 self.perform(self.model.register(&copy).expect("has a version"));
             }
         }
-        let route = self.model.route(|_| Some("door".to_owned()));
+        let route = self.model.route(|_| Some("door".to_owned()), Outlook { policy: &self.policy, usual: None });
         self.route =
             route.targets.iter().flat_map(|target| &target.endpoints).map(|endpoint| endpoint.generation).collect();
         let server = ServerName::new("s").expect("valid");
@@ -697,4 +698,157 @@ fn a_later_event_replaces_those_that_say_no_more_and_no_user_is_passed_over() {
     assert!(lost(1, copy::Event::AgentLost).replaces(&lost(1, copy::Event::AgentLost)));
     assert!(!lost(1, copy::Event::AgentLost).replaces(&lost(1, copy::Event::ReplicaLost)));
     assert!(!Event::Scale(1).replaces(&Event::Scale(1)) && !Event::Reconcile.replaces(&Event::Delete(None)));
+}
+
+/// What an agent on `replica` says that it holds, and answers.
+fn held(replica: u32, generation: Generation, uri: &str) -> Event {
+    let spec = Arc::new(ModelSpec { uri: uri.to_owned(), ..ModelSpec::default() });
+    let report = Report::Available { residency: Residency::Resident, measured: None };
+    let on = ReplicaId::new(ServerName::new("s").expect("valid"), replica);
+    Event::Adopt(Box::new(Found { on, generation, spec, need: Resources::primary(Bytes(1)), report }))
+}
+
+/// A model as a restored journal has it: one version, `wanted` copies on the replicas from 0 on.
+fn restored(uri: &str, wanted: u32, deleted: bool) -> Model {
+    let name = ModelName::new("m").expect("valid");
+    let at = Instant::from_micros(1);
+    let row = ModelRow {
+        name: name.clone(),
+        uid: Uid(5),
+        created: at,
+        deployment: crate::domain::spec::Deployment { replicas: wanted, ..Default::default() },
+        kubernetes: None,
+        serving: Some(Version(1)),
+        number_bound: 64,
+        version_floor: Version(1001),
+        deleted: deleted.then_some(at),
+    };
+    let version = VersionRow {
+        model: name.clone(),
+        uid: Uid(5),
+        version: Version(1),
+        created: at,
+        spec: ModelSpec { uri: uri.to_owned(), ..ModelSpec::default() },
+        passthrough: Passthrough::default(),
+        failed: None,
+    };
+    let copy = |number| CopyRow {
+        model: name.clone(),
+        generation: numbered(5, 1, number),
+        replica: ReplicaId::new(ServerName::new("s").expect("valid"), number),
+        need: Resources::primary(Bytes(1)),
+        routed: true,
+        draining: false,
+    };
+    let copies = if deleted { Vec::new() } else { (0..wanted).map(copy).collect() };
+    restore(row, vec![version], copies, at)
+}
+
+fn numbered(uid: u64, version: u32, number: u32) -> Generation {
+    Generation { uid: Uid(uid), version: Version(version), number }
+}
+
+fn take(model: &mut Model, event: Event) -> Vec<Effect> {
+    let decision = model.apply(event, &Policy::default(), Instant::from_micros(9)).expect("nobody asked");
+    decision.effects.into_iter().filter(|effect| matches!(effect, Effect::Unregister { .. })).collect()
+}
+
+fn lacking(replica: u32, generation: Generation) -> Event {
+    Event::Reported(ReplicaId::new(ServerName::new("s").expect("valid"), replica), generation, None)
+}
+
+/// The copies that answer.
+fn answering(model: &Model) -> Vec<Generation> {
+    let routed = model.copies.iter().filter(|copy| copy.routed && matches!(copy.state, State::Available { .. }));
+    routed.map(|copy| copy.generation).collect()
+}
+
+#[test]
+fn a_newer_version_that_a_restored_journal_does_not_know_serves_on() {
+    let mut model = restored("/one", 1, false);
+    assert_eq!(take(&mut model, held(0, numbered(5, 2, 70), "/two")), []);
+    assert_eq!(take(&mut model, lacking(0, numbered(5, 1, 0))), []);
+    assert_eq!((answering(&model), model.serving), (vec![numbered(5, 2, 70)], Some(Version(2))));
+    assert_eq!((model.deployment.replicas, model.copies.len()), (1, 1));
+    // Whatever the lost time called its versions, the next one is another.
+    let definition = Definition {
+        name: model.name.clone(),
+        spec: ModelSpec { uri: "/three".to_owned(), ..ModelSpec::default() },
+        deployment: DeploymentPatch::default(),
+        kubernetes: None,
+        passthrough: Passthrough::default(),
+    };
+    take(&mut model, Event::Submit(Box::new(definition), Uid(900)));
+    let newest = model.copies.iter().map(|copy| copy.generation).max().expect("a new copy");
+    assert_eq!((newest.uid, newest.version), (Uid(5), Version(1001)));
+    assert!(newest.number > 70, "{newest}");
+}
+
+#[test]
+fn as_many_copies_as_are_found_are_wanted_and_those_that_have_moved_count_once() {
+    // It was scaled up: all are kept, whoever calls first.
+    let mut model = restored("/one", 1, false);
+    assert_eq!(take(&mut model, held(1, numbered(5, 1, 7), "/one")), []);
+    assert_eq!(take(&mut model, held(0, numbered(5, 1, 0), "/one")), []);
+    assert_eq!((model.deployment.replicas, answering(&model).len()), (2, 2));
+    // It was moved: its agent lacks the one that the journal knows.
+    let mut model = restored("/one", 1, false);
+    assert_eq!(take(&mut model, held(1, numbered(5, 1, 7), "/one")), []);
+    take(&mut model, lacking(0, numbered(5, 1, 0)));
+    assert_eq!((model.deployment.replicas, answering(&model)), (1, vec![numbered(5, 1, 7)]));
+    // What is lost later, after it was there, is wanted as before.
+    let mut model = restored("/one", 1, false);
+    take(&mut model, held(1, numbered(5, 1, 7), "/one"));
+    take(&mut model, held(0, numbered(5, 1, 0), "/one"));
+    take(&mut model, lacking(0, numbered(5, 1, 0)));
+    assert_eq!(model.deployment.replicas, 2);
+    // A user says how many there are to be.
+    take(&mut model, Event::Scale(1));
+    assert_eq!(model.deployment.replicas, 1);
+}
+
+#[test]
+fn a_name_that_was_created_again_since_is_the_later_creation() {
+    for deleted in [false, true] {
+        let mut model = restored("/one", 1, deleted);
+        assert_eq!(take(&mut model, held(1, numbered(8, 1, 0), "/two")), [], "deleted: {deleted}");
+        assert_eq!((model.uid, model.deleted, model.serving), (Uid(8), None, Some(Version(1))));
+        assert_eq!(answering(&model), [numbered(8, 1, 0)]);
+        if !deleted {
+            take(&mut model, lacking(0, numbered(5, 1, 0)));
+        }
+        assert_eq!(model.copies.len(), 1, "{:?}", model.copies);
+        assert_eq!(model.latest().expect("it is there").spec.uri, "/two");
+        // An earlier creation, and one that was deleted, are not taken up.
+        let earlier = take(&mut model, held(2, numbered(5, 1, 0), "/one"));
+        assert_eq!(earlier.len(), 1);
+    }
+}
+
+#[test]
+fn another_spec_under_a_number_of_the_journal_is_never_taken_for_it() {
+    // The journal gave version 1 and copy 0 to something that no agent has; one holds something else by these numbers.
+    for replica in [0, 1] {
+        let mut model = restored("/journal", 1, false);
+        let effects = take(&mut model, held(replica, numbered(5, 1, 0), "/found"));
+        let let_go =
+            effects.iter().filter(|effect| matches!(effect, Effect::Unregister { on, .. } if on.index == replica));
+        assert_eq!(let_go.count(), 0, "what answers is not ordered away: {effects:?}");
+        assert_eq!(answering(&model), [numbered(5, 1, 0)], "replica {replica}");
+        assert_eq!(model.entry(Version(1)).expect("kept").spec.uri, "/found");
+        // What users submitted is the newest version, and takes over as any does.
+        let latest = model.latest().expect("it is there");
+        assert_eq!((latest.version, latest.spec.uri.as_str()), (Version(1001), "/journal"));
+        assert_eq!(model.serving, Some(Version(1)));
+        assert!(model.copies.iter().any(|copy| copy.generation.version == Version(1001)), "{:?}", model.copies);
+        // Only one copy has the generation, where it was found.
+        let same = model.copies.iter().filter(|copy| copy.generation == numbered(5, 1, 0));
+        let places: Vec<_> = same.filter_map(|copy| copy.state.replica().map(|on| on.index)).collect();
+        assert_eq!(places, [replica]);
+    }
+    // An agent has what the journal means: the other one has to go.
+    let mut model = restored("/journal", 1, false);
+    assert_eq!(take(&mut model, held(0, numbered(5, 1, 0), "/journal")), []);
+    assert_eq!(take(&mut model, held(1, numbered(5, 1, 9), "/found")).len(), 1);
+    assert_eq!((answering(&model), model.versions.len()), (vec![numbered(5, 1, 0)], 1));
 }

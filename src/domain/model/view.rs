@@ -1,11 +1,11 @@
 //! What others see of a model: its standing, its route, its rows.
 
-use super::{Model, ModelState, Reason, Standing, standing};
+use super::{Model, ModelState, Outlook, Reason, Standing, standing};
 use crate::domain::{
     copy::{self, State},
     names::{ReplicaId, ServerName},
     record::{CopyRow, ModelRow, VersionRow, Write},
-    routes::{Absence, Endpoint, Route, Target},
+    routes::{Endpoint, Route, Target},
     version::Version,
 };
 
@@ -47,7 +47,7 @@ impl Model {
 
     /// Where requests go: every routed copy, versions weighted by their number of copies.
     #[must_use]
-    pub fn route(&self, door: impl Fn(&ReplicaId) -> Option<String>) -> Route {
+    pub fn route(&self, door: impl Fn(&ReplicaId) -> Option<String>, outlook: Outlook<'_>) -> Route {
         let mut targets: Vec<Target> = Vec::new();
         for copy in self.copies.iter().filter(|copy| copy.routed) {
             let Some((replica, door)) = copy.state.replica().and_then(|on| Some((on.clone(), door(on)?))) else {
@@ -69,16 +69,14 @@ impl Model {
             }
         }
         targets.sort_by_key(|target| target.version);
-        let standing = self.standing();
-        let absence = Absence { state: standing.state.name().to_owned(), reason: standing.sentence(), retry_at: None };
-        Route { model: self.name.clone(), targets, absence }
+        Route { model: self.name.clone(), targets, absence: self.absence(outlook) }
     }
 
     /// The route as gateways are told it; none of a model that is deleted and that nobody may be sent to.
     #[must_use]
-    pub fn published(&self, door: impl Fn(&ReplicaId) -> Option<String>) -> Option<Route> {
+    pub fn published(&self, door: impl Fn(&ReplicaId) -> Option<String>, outlook: Outlook<'_>) -> Option<Route> {
         let gone = self.deleted.is_some() && self.copies.iter().all(|copy| !copy.routed);
-        (!gone).then(|| self.route(door))
+        (!gone).then(|| self.route(door, outlook))
     }
 
     /// The journal's row of the model.
@@ -92,6 +90,7 @@ impl Model {
             kubernetes: self.kubernetes.clone(),
             serving: self.serving,
             number_bound: self.number_bound,
+            version_floor: self.version_floor,
             deleted: self.deleted,
         }))
     }

@@ -1,6 +1,6 @@
 //! What happens to a model, and what it asks of the world.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -128,6 +128,8 @@ pub enum Effect {
     Wake(Instant),
     /// Something that a user may want to know of.
     Note(Note),
+    /// A copy has come to answer, so long after it was ordered.
+    Arrived(Duration),
     /// Nothing is left of the model but its retention.
     Terminated,
 }
