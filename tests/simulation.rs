@@ -340,6 +340,37 @@ fn a_scheduler_that_lost_its_journal_adopts_what_agents_hold_and_unloads_none_of
     }
 }
 
+#[test]
+fn a_replica_that_was_given_up_comes_back_and_lets_go_of_what_is_elsewhere_by_then() {
+    for seed in seeds(2, 20) {
+        let shape = Shape { replicas: vec![1000; 3], gateways: 2, ..Shape::new(seed) };
+        simulate(shape, move |world| async move {
+            let mut api = Api::new();
+            let ask = Ask::new("iris", "iris-1", 100, 2);
+            load(&world, &mut api, &ask).await;
+            if let Err(problem) = api.settled("iris", PATIENCE).await {
+                return world.fail(problem);
+            }
+            world.until(PATIENCE, |world| world.gateway_lacks("iris")).await;
+            send(&world, 2, (1, 30));
+            let holders = |world: &World| -> Vec<usize> {
+                (0..world.seats.len()).filter(|index| !world.seats[*index].server.loaded().is_empty()).collect()
+            };
+            let [first, _] = holders(&world)[..] else { return world.fail("two replicas have the copies") };
+            let host = format!("replica-{first}");
+            turmoil::partition(host.as_str(), "scheduler");
+            world.until(PATIENCE, |world| (holders(world).len() < 3).then(|| "no third copy".to_owned())).await;
+            turmoil::repair(host.as_str(), "scheduler");
+            let kept = |world: &World| holders(world).contains(&first).then(|| format!("{host} keeps its copy"));
+            world.until(PATIENCE, kept).await;
+            if let Err(problem) = api.settled("iris", PATIENCE).await {
+                world.fail(problem);
+            }
+            world.until(PATIENCE, World::disagreement).await;
+        });
+    }
+}
+
 /// What the user last had acknowledged of a model.
 #[derive(Clone, Debug)]
 struct Acknowledged {

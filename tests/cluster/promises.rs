@@ -15,9 +15,16 @@ use wharf::{domain::copy::State, ports::Store as _};
 
 use super::world::{World, lock};
 
+/// How often the promises are checked, in steps; less often when there are many copies to look at.
+const CHECK: u64 = 10;
+/// Copies that are looked at that often.
+const FEW: u64 = 30;
+
 /// What was seen at earlier steps.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
+    /// The next step after which to look.
+    next: u64,
     /// The commits that were looked at.
     commits: Option<u64>,
     /// Every copy that the journal ever had, with its replica.
@@ -40,8 +47,11 @@ pub(crate) struct Bounds {
 type Held = BTreeMap<String, BTreeMap<String, String>>;
 
 impl World {
-    /// Looks for broken promises.
-    pub(super) fn check(&self) {
+    /// Looks for broken promises after a step, when it is time to, or at the end.
+    pub(super) fn check(&self, step: u64, over: bool) {
+        if step < lock(&self.seen).next && !over {
+            return;
+        }
         for seat in &self.seats {
             for breach in seat.server.breaches() {
                 self.fail(format!("at {}: {breach}", seat.id));
@@ -50,6 +60,8 @@ impl World {
         let agents: BTreeMap<String, Value> =
             self.seats.iter().filter_map(|seat| Some((seat.id.to_string(), seat.agent()?.inspect()))).collect();
         let held: Held = agents.iter().map(|(replica, seen)| (replica.clone(), copies(seen))).collect();
+        let many = held.values().map(|copies| copies.len() as u64).sum::<u64>();
+        lock(&self.seen).next = step + CHECK * (1 + many / FEW);
         self.check_journal(&agents, &held);
         if !self.faulty.load(Ordering::Relaxed) {
             self.check_routes(&held);

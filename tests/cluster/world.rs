@@ -46,8 +46,6 @@ use super::{
 
 /// When every simulation begins.
 const EPOCH: Instant = Instant::from_micros(1_800_000_000_000_000);
-/// How often the promises are checked, in steps.
-const CHECK: u64 = 10;
 
 /// A step of a millisecond that takes longer than this, by the wall clock, has no end.
 const ENDLESS: Duration = Duration::from_secs(60);
@@ -483,9 +481,7 @@ where
                 Command::Bounce(host) => sim.bounce(host),
             }
         }
-        if step % CHECK == 0 || over {
-            world.check();
-        }
+        world.check(step, over);
         if over || !lock(&world.failures).is_empty() {
             return Ok(());
         }
