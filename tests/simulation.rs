@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use cluster::{Api, Ask, Random, Shape, Tolerance, World, count, seeds, simulate, traffic};
+use cluster::{Api, Ask, Bounds, Random, Shape, Tolerance, World, count, seeds, simulate, traffic};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -29,7 +29,7 @@ fn the_thin_path_leaves_nothing_behind() {
         api.available("iris", PATIENCE).await.unwrap();
         // What status says is true at once, through every gateway.
         let connections = World::connections();
-        let answer = World::infer(&connections, 0, "iris").await;
+        let answer = world.infer(&connections, 0, "iris").await;
         assert_eq!(answer, Ok((200, "iris-1".to_owned())));
         api.unload("iris").await.unwrap();
         world.until(PATIENCE, what_is_left).await;
@@ -57,6 +57,14 @@ async fn load(world: &World, api: &mut Api, ask: &Ask) {
 
 /// Rolls `ask` out to `rollouts` further versions, one after the other.
 async fn roll(world: &World, api: &mut Api, ask: &Ask, rollouts: u64) {
+    if let Err(problem) = api.settled(&ask.name, PATIENCE).await {
+        return world.fail(problem);
+    }
+    world.hold_to(Bounds {
+        wanted: ask.replicas,
+        surge: ask.surge.unwrap_or(1),
+        unavailable: ask.unavailable.unwrap_or(0),
+    });
     for number in 0..rollouts {
         let label = format!("{}-{number}", ask.name);
         world.allow(&ask.name, &label);
@@ -216,22 +224,40 @@ fn a_drain_under_traffic_fails_no_request_and_says_what_is_stuck() {
     });
 }
 
-/// Without faults: what a dependency does about a connection that breaks is not decided by the seed alone.
+/// Each run has a process of its own: tokio numbers the tasks of a whole process (`runtime/task/id.rs`), and by those
+/// numbers it decides in which order a runtime that ends, as a host does that crashes, drops its tasks
+/// (`runtime/task/list.rs`, `OwnedTasks`: four lists, by the number's remainder). With the tasks go their connections, and
+/// each last word on one of them draws its delay from the seed.
 #[test]
 fn a_seed_decides_everything() {
-    for seed in seeds(2, 20) {
-        let run = || {
-            let shape = Shape {
-                replicas: vec![1000; 3],
-                gateways: 2,
-                overcommit: 30,
-                filter: "wharf=debug",
-                latency: (Duration::from_millis(1), Duration::from_millis(50)),
-                ..Shape::new(seed)
-            };
-            simulate(shape, |world| async move { turbulence(world, 15, false).await })
+    const LOG: &str = "WHARF_SIMULATION_LOG";
+    if let Ok(file) = std::env::var(LOG) {
+        let shape = Shape {
+            replicas: vec![1000; 3],
+            gateways: 2,
+            overcommit: 30,
+            filter: "wharf=debug",
+            latency: (Duration::from_millis(1), Duration::from_millis(50)),
+            ..Shape::new(seeds(1, 1)[0])
         };
-        let (one, two) = (run(), run());
+        let log = simulate(shape, |world| async move { turbulence(world, 15, true).await });
+        std::fs::write(file, log).unwrap();
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for seed in seeds(2, 20) {
+        let run = |name: &str| {
+            let file = folder.path().join(name);
+            let child = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "a_seed_decides_everything"])
+                .env("WHARF_SEED", seed.to_string())
+                .env(LOG, &file)
+                .output()
+                .unwrap();
+            assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+            std::fs::read_to_string(file).unwrap()
+        };
+        let (one, two) = (run("one"), run("two"));
         if one != two {
             let (a, b) = one.lines().zip(two.lines()).find(|(a, b)| a != b).unwrap_or(("the end", "the end"));
             panic!("seed {seed}: two runs differ:\n{a}\n{b}");
@@ -371,6 +397,37 @@ fn a_restored_backup_commands_nobody_until_it_is_adopted_and_then_keeps_what_age
     }
 }
 
+#[test]
+fn a_replica_that_was_given_up_comes_back_and_lets_go_of_what_is_elsewhere_by_then() {
+    for seed in seeds(2, 20) {
+        let shape = Shape { replicas: vec![1000; 3], gateways: 2, ..Shape::new(seed) };
+        simulate(shape, move |world| async move {
+            let mut api = Api::new();
+            let ask = Ask::new("iris", "iris-1", 100, 2);
+            load(&world, &mut api, &ask).await;
+            if let Err(problem) = api.settled("iris", PATIENCE).await {
+                return world.fail(problem);
+            }
+            world.until(PATIENCE, |world| world.gateway_lacks("iris")).await;
+            send(&world, 2, (1, 30));
+            let holders = |world: &World| -> Vec<usize> {
+                (0..world.seats.len()).filter(|index| !world.seats[*index].server.loaded().is_empty()).collect()
+            };
+            let [first, _] = holders(&world)[..] else { return world.fail("two replicas have the copies") };
+            let host = format!("replica-{first}");
+            turmoil::partition(host.as_str(), "scheduler");
+            world.until(PATIENCE, |world| (holders(world).len() < 3).then(|| "no third copy".to_owned())).await;
+            turmoil::repair(host.as_str(), "scheduler");
+            let kept = |world: &World| holders(world).contains(&first).then(|| format!("{host} keeps its copy"));
+            world.until(PATIENCE, kept).await;
+            if let Err(problem) = api.settled("iris", PATIENCE).await {
+                world.fail(problem);
+            }
+            world.until(PATIENCE, World::disagreement).await;
+        });
+    }
+}
+
 /// What the user last had acknowledged of a model.
 #[derive(Clone, Debug)]
 struct Acknowledged {
@@ -387,6 +444,7 @@ async fn turbulence(world: Arc<World>, rounds: u64, faulty: bool) {
     let mut api = Api::new();
     let mut random = Random::new(world.shape.seed ^ 0xfa17);
     world.tolerate(Tolerance::Refusals);
+    world.faulty.store(faulty, Ordering::Relaxed);
     send(&world, 2, (1, 50));
     let faults = tokio::task::spawn_local(faults(Arc::clone(&world), if faulty { rounds } else { 0 }));
     let mut wanted: std::collections::BTreeMap<String, Acknowledged> = std::collections::BTreeMap::new();
@@ -434,6 +492,7 @@ async fn turbulence(world: Arc<World>, rounds: u64, faulty: bool) {
         }
     }
     faults.await.unwrap();
+    world.store().heal();
     // Everything heals: what is wanted becomes true within a bounded time.
     for (name, known) in &wanted {
         if let Some((_, replicas)) = &known.maybe {
@@ -470,15 +529,55 @@ async fn turbulence(world: Arc<World>, rounds: u64, faulty: bool) {
     }
     world.until(PATIENCE, |world| names.iter().find_map(|name| world.gateway_lacks(name))).await;
     world.until(PATIENCE, |world| what_is_loaded_and_unwanted(world, &wanted)).await;
+    world.until(PATIENCE, World::disagreement).await;
     // And now not one request fails any more.
     tokio::time::sleep(Duration::from_secs(5)).await;
     world.tolerate(Tolerance::Nothing);
+    world.faulty.store(false, Ordering::Relaxed);
     let before = world.answered.load(Ordering::Relaxed);
     tokio::time::sleep(Duration::from_secs(5)).await;
     let answered = world.answered.load(Ordering::Relaxed) - before;
     if !wanted.is_empty() && answered < 50 {
         world.fail(format!("only {answered} requests were answered in peace"));
     }
+    // What is deleted leaves nothing behind, whatever has happened to it.
+    for name in &names {
+        world.forget(name);
+        if let Err(status) = api.unload(name).await {
+            world.fail(format!("{name} can't be deleted: {status}"));
+        }
+    }
+    world.until(PATIENCE, what_is_left).await;
+    if let Some(left) = what_actors_keep(&world).await {
+        world.fail(left);
+    }
+}
+
+/// What the actors still know of deleted models, after their retention.
+async fn what_actors_keep(world: &World) -> Option<String> {
+    let asked = world.scheduler()?.inspect();
+    let (reply, answer) = tokio::sync::oneshot::channel();
+    asked.do_send(wharf::messages::Ask { question: (), reply });
+    let seen = answer.await.unwrap();
+    let zeros = [
+        "/supervisor/models",
+        "/supervisor/terminated",
+        "/supervisor/retiring",
+        "/placement/copies",
+        "/placement/waiting",
+        "/router/routes",
+        "/router/unreached",
+        "/router/unsettled",
+        "/journal/waiting",
+        "/server~1sim/committing",
+    ];
+    let kept = zeros.iter().find(|path| seen.pointer(path) != Some(&serde_json::json!(0)));
+    if let Some(path) = kept {
+        return Some(format!("the actors keep something at {path}: {seen}"));
+    }
+    let replicas = seen["server/sim"]["replicas"].as_object()?;
+    let kept = replicas.iter().find(|(_, replica)| ["wanted", "reported", "asked"].iter().any(|of| replica[of] != 0));
+    kept.map(|(index, replica)| format!("the server's actor keeps something of replica {index}: {replica}"))
 }
 
 fn what_is_loaded_and_unwanted(

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     domain::{
         error::{Code, Refusal},
+        leader::Leader,
         memory::{Bytes, Resources},
         model::{Outcome, Policy, Submitted},
         names::{ModelName, ReplicaId, ServerName},
@@ -215,7 +216,9 @@ impl World {
             runtime: "test".to_owned(),
             door: format!("door-{index}"),
             lineage: String::new(),
+            leader: Leader::default(),
             inventory: Vec::new(),
+            version: "test".to_owned(),
         };
         self.handle.agents().0.do_send(AgentConnected { hello, session: 1, link });
         down

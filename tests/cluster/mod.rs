@@ -4,12 +4,14 @@
 mod client;
 mod log;
 mod net;
+mod promises;
 mod random;
 mod server;
 mod traffic;
 mod world;
 
 pub(crate) use client::{Api, Ask};
+pub(crate) use promises::Bounds;
 pub(crate) use random::Random;
 
 pub(crate) use traffic::{Tolerance, traffic};

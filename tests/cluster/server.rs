@@ -2,7 +2,7 @@
 //! of what Wharf promises about it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -39,6 +39,8 @@ struct State {
     breaches: Vec<String>,
     /// Every load and unload.
     history: Vec<String>,
+    /// The ids of the requests that some inference server has begun with.
+    begun: Arc<Mutex<BTreeSet<String>>>,
 }
 
 #[derive(Clone, Debug)]
@@ -49,7 +51,7 @@ struct Loaded {
 }
 
 impl FakeServer {
-    pub(crate) fn new(capacity: u64, repository: PathBuf, seed: u64) -> Arc<Self> {
+    pub(crate) fn new(capacity: u64, repository: PathBuf, seed: u64, begun: Arc<Mutex<BTreeSet<String>>>) -> Arc<Self> {
         Arc::new(Self(Mutex::new(State {
             capacity,
             repository,
@@ -61,6 +63,7 @@ impl FakeServer {
             random: Random::new(seed),
             breaches: Vec::new(),
             history: Vec::new(),
+            begun,
         })))
     }
 
@@ -110,7 +113,11 @@ impl FakeServer {
                 let ready = self.state().loaded.get(*name).is_some_and(|one| one.ready);
                 answer(if ready { 200 } else { 404 }, "")
             }
-            ["v2", "models", name, "infer"] => self.infer(name).await,
+            ["v2", "models", name, "infer"] => {
+                let id = request.headers().get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
+                self.begin(id, name);
+                self.infer(name).await
+            }
             _ => answer(404, "no such path"),
         }
     }
@@ -162,6 +169,15 @@ impl FakeServer {
         match state.loaded.remove(name) {
             Some(_) => answer(200, ""),
             None => answer(404, "not loaded"),
+        }
+    }
+
+    /// Notes a request that comes a second time.
+    fn begin(&self, id: &str, name: &str) {
+        let mut state = self.state();
+        let new = state.begun.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
+        if !new {
+            state.breaches.push(format!("the request {id} for {name} came a second time"));
         }
     }
 

@@ -65,12 +65,15 @@ impl World {
 
     /// One request for `name` through a gateway: the status, and the body as text.
     pub(crate) async fn infer(
+        &self,
         connections: &Arc<Connections>,
         gateway: usize,
         name: &str,
     ) -> Result<(u16, String), String> {
         let door = connections.get(&format!("gateway-{gateway}:9000")).map_err(|error| error.to_string())?;
-        let request = http::Request::post(format!("/v2/models/{name}/infer")).body(Body::from("{}")).unwrap();
+        let id = self.requests.fetch_add(1, Ordering::Relaxed);
+        let request = http::Request::post(format!("/v2/models/{name}/infer")).header("x-request-id", id);
+        let request = request.body(Body::from("{}")).unwrap();
         let call = async {
             let response = door.call(request).await.map_err(|error| error.to_string())?;
             let status = response.status().as_u16();
@@ -124,7 +127,7 @@ pub(crate) async fn traffic(world: Arc<World>, gateway: usize, seed: u64, pause_
             lock(&world.expected).iter().map(|(name, expected)| (name.clone(), expected.clone())).collect();
         if let Some((name, before)) = random.one(&names) {
             let tolerance = *lock(&world.tolerance);
-            let answer = World::infer(&connections, gateway, name).await;
+            let answer = world.infer(&connections, gateway, name).await;
             world.judge(gateway, name, (before, tolerance), &answer);
         }
         let pause = random.between(pause_millis.0, pause_millis.1);

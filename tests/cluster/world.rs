@@ -3,10 +3,12 @@
 use std::{
     collections::BTreeMap,
     future::Future,
+    io::Write as _,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
     },
     time::Duration,
 };
@@ -37,6 +39,7 @@ use wharf::{
 use super::{
     log::Log,
     net::Simulated,
+    promises::{Bounds, Seen},
     random::Random,
     server::{FakeServer, FakeSource},
     traffic::{Expected, Tolerance},
@@ -44,8 +47,9 @@ use super::{
 
 /// When every simulation begins.
 const EPOCH: Instant = Instant::from_micros(1_800_000_000_000_000);
-/// How often the promises are checked, in steps.
-const CHECK: u64 = 10;
+
+/// A step of a millisecond that takes longer than this, by the wall clock, has no end.
+const ENDLESS: Duration = Duration::from_secs(60);
 
 /// What a cluster is made of.
 #[derive(Clone, Debug)]
@@ -120,9 +124,16 @@ pub(crate) struct World {
     pub(crate) expected: Mutex<BTreeMap<String, Expected>>,
     pub(crate) tolerance: Mutex<Tolerance>,
     pub(crate) log: Log,
+    /// Requests that were sent; each is known by its number.
+    pub(super) requests: AtomicU64,
     pub(crate) answered: AtomicU64,
     pub(crate) refused: AtomicU64,
     pub(crate) stop: AtomicBool,
+    /// Whether hosts crash, links break or models fail to load: then routes and status may be behind for a while.
+    pub(crate) faulty: AtomicBool,
+    /// What is held to in rollouts, once the first version is there.
+    pub(super) bounds: Mutex<Option<Bounds>>,
+    pub(super) seen: Mutex<Seen>,
     store: Mutex<Arc<MemoryStore>>,
     scheduler: Mutex<Option<Handle>>,
     gateways: Mutex<BTreeMap<usize, Weak<Gateway>>>,
@@ -135,11 +146,12 @@ impl World {
     fn new(shape: Shape) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut random = Random::new(shape.seed);
+        let begun = Arc::default();
         let seats = (0..).zip(&shape.replicas).map(|(index, capacity)| {
             let repository = folder.path().join(format!("replica-{index}")).join("repository");
             Seat {
                 id: ReplicaId::new(ServerName::new("sim").unwrap(), index),
-                server: FakeServer::new(*capacity, repository, random.next()),
+                server: FakeServer::new(*capacity, repository, random.next(), Arc::clone(&begun)),
                 agent: Mutex::default(),
             }
         });
@@ -149,9 +161,13 @@ impl World {
             expected: Mutex::default(),
             tolerance: Mutex::new(Tolerance::Nothing),
             log: Log::default(),
+            requests: AtomicU64::new(0),
             answered: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             stop: AtomicBool::new(false),
+            faulty: AtomicBool::new(false),
+            bounds: Mutex::default(),
+            seen: Mutex::default(),
             store: Mutex::new(Arc::new(journal("one"))),
             scheduler: Mutex::default(),
             gateways: Mutex::default(),
@@ -167,6 +183,11 @@ impl World {
         let what = what.into();
         self.log.line(&format!("BROKEN: {what}"));
         lock(&self.failures).push(what);
+    }
+
+    /// From now on every model is held to these bounds.
+    pub(crate) fn hold_to(&self, bounds: Bounds) {
+        *lock(&self.bounds) = Some(bounds);
     }
 
     pub(crate) fn crash(&self, host: &str) {
@@ -349,15 +370,6 @@ impl World {
         tokio::join!(follow, gateway.serve(listener, CancellationToken::new()));
         Ok(())
     }
-
-    /// Looks for broken promises.
-    fn check(&self) {
-        for seat in &self.seats {
-            for breach in seat.server.breaches() {
-                self.fail(format!("at {}: {breach}", seat.id));
-            }
-        }
-    }
 }
 
 fn journal(lineage: &str) -> MemoryStore {
@@ -408,6 +420,31 @@ where
     log
 }
 
+/// Ends the process when one step does not end: no time passes within it, so no deadline of the simulation can. The
+/// steps that are done are counted in what this gives back; it watches until the sender is dropped.
+fn watch(world: &Arc<World>) -> (Arc<AtomicU64>, mpsc::Sender<()>) {
+    let steps = Arc::new(AtomicU64::new(0));
+    let (running, over) = mpsc::channel();
+    let (seed, log, counted) = (world.shape.seed, world.log.clone(), Arc::clone(&steps));
+    std::thread::spawn(move || {
+        let mut before = None;
+        while over.recv_timeout(ENDLESS) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let now = counted.load(Ordering::Relaxed);
+            if before == Some(now) {
+                let log = log.text();
+                let lines: Vec<&str> = log.lines().collect();
+                let last = lines[lines.len().saturating_sub(60)..].join("\n");
+                let text = format!("seed {seed} (repeat with WHARF_SEED={seed}): step {now} has no end\n{last}\n");
+                // What is printed in a test that does not end is not seen.
+                drop(std::io::stderr().write_all(text.as_bytes()));
+                std::process::abort();
+            }
+            before = Some(now);
+        }
+    });
+    (steps, running)
+}
+
 fn run<D, F>(world: &Arc<World>, driver: D) -> turmoil::Result
 where
     D: FnOnce(Arc<World>) -> F,
@@ -439,8 +476,10 @@ where
         one.stop.store(true, Ordering::Relaxed);
         Ok(())
     });
+    let (steps, _running) = watch(world);
     for step in 0_u64.. {
         let over = sim.step()?;
+        steps.store(step + 1, Ordering::Relaxed);
         let commands = std::mem::take(&mut *lock(&world.commands));
         for command in commands {
             match command {
@@ -453,9 +492,7 @@ where
                 Command::Bounce(host) => sim.bounce(host),
             }
         }
-        if step % CHECK == 0 || over {
-            world.check();
-        }
+        world.check(step, over);
         if over || !lock(&world.failures).is_empty() {
             return Ok(());
         }

@@ -173,7 +173,8 @@ impl Replica {
         }
     }
 
-    /// Takes what is wanted of a copy. Gives back what the agent has said of it already, if it has spoken.
+    /// Takes what is wanted of a copy. Gives back what the agent has said of it already, if it has spoken and that says
+    /// something: who lets a copy go waits for its end, and would answer any other word with the same order again.
     #[expect(clippy::option_option, reason = "no word at all is not the word that it is not there")]
     pub(super) fn set(&mut self, order: Order) -> Option<Option<Report>> {
         let generation = order.generation();
@@ -181,7 +182,8 @@ impl Replica {
         let wished = self.wanted.get(&generation);
         // What was never ordered and never reported is not there. An order to hold it may still be on its way,
         // though: then only the agent can say that its memory is free.
-        let gone = matches!(order, Order::Unregister { .. }) && known.is_none() && wished.is_none();
+        let lets_go = matches!(order, Order::Unregister { .. });
+        let gone = lets_go && known.is_none() && wished.is_none();
         if gone && self.link.is_some() {
             return Some(None);
         }
@@ -190,7 +192,7 @@ impl Replica {
             self.unsaid.insert(generation);
             self.look(generation);
         }
-        known.map(Some)
+        known.filter(|_| !lets_go).map(Some)
     }
 
     /// What the agent has said of a copy; nothing until it has called, and then it will be answered.
@@ -314,13 +316,13 @@ mod tests {
     use super::*;
     use crate::domain::version::{Uid, Version};
 
-    fn generation(number: u32) -> Generation {
+    fn numbered(number: u32) -> Generation {
         Generation { uid: Uid(1), version: Version(1), number }
     }
 
     fn letting_go(number: u32) -> Order {
         let model = ModelName::new("m").unwrap();
-        Order::Unregister { model, generation: generation(number), drain: Duration::ZERO }
+        Order::Unregister { model, generation: numbered(number), drain: Duration::ZERO }
     }
 
     #[test]
@@ -329,19 +331,70 @@ mod tests {
         let mut replica = Replica::new(ReplicaState::Available, Instant::default());
         let resident = Report::Available { residency: Residency::Resident, measured: None };
         for number in 0..3 {
-            replica.reported(&name, generation(number), &resident);
-            replica.reported(&name, generation(number), &resident);
+            replica.reported(&name, numbered(number), &resident);
+            replica.reported(&name, numbered(number), &resident);
         }
         assert_eq!((replica.copies_resident(), replica.unmet.len()), (3, 0));
-        assert!(replica.set(letting_go(0)).is_some());
-        replica.stray(name.clone(), generation(1), Duration::ZERO);
-        assert_eq!(replica.unmet, [generation(0), generation(1)].into());
-        replica.reported(&name, generation(0), &Report::Draining { holds: 1 });
-        replica.reported(&name, generation(1), &Report::Unloaded);
+        assert_eq!(replica.set(letting_go(0)), None);
+        replica.stray(name.clone(), numbered(1), Duration::ZERO);
+        assert_eq!(replica.unmet, [numbered(0), numbered(1)].into());
+        replica.reported(&name, numbered(0), &Report::Draining { holds: 1 });
+        replica.reported(&name, numbered(1), &Report::Unloaded);
         assert_eq!((replica.copies_resident(), replica.unmet.len()), (1, 0));
-        replica.reported(&name, generation(0), &resident);
-        assert_eq!(replica.unmet, [generation(0)].into(), "it was not let go after all");
+        replica.reported(&name, numbered(0), &resident);
+        assert_eq!(replica.unmet, [numbered(0)].into(), "it was not let go after all");
         replica.forget();
         assert_eq!((replica.copies_resident(), replica.unmet.len()), (0, 0));
+    }
+
+    const NOW: Instant = Instant::from_micros(1);
+
+    fn model() -> ModelName {
+        ModelName::new("iris").expect("valid")
+    }
+
+    fn generation() -> Generation {
+        Generation { uid: Uid(1), version: Version(1), number: 1 }
+    }
+
+    fn register() -> Order {
+        let (model, generation) = (model(), generation());
+        Order::Register { model, generation, spec: Arc::default(), need: Resources::default(), attempt: 0 }
+    }
+
+    fn unregister() -> Order {
+        Order::Unregister { model: model(), generation: generation(), drain: Duration::from_secs(1) }
+    }
+
+    fn replica() -> (Replica, mpsc::Receiver<Down>) {
+        let (link, orders) = mpsc::channel(8);
+        let mut replica = Replica::new(ReplicaState::Available, NOW);
+        replica.link = Some(link);
+        (replica, orders)
+    }
+
+    fn available() -> Report {
+        Report::Available { residency: Residency::Resident, measured: None }
+    }
+
+    #[test]
+    fn an_order_to_let_go_is_answered_with_nothing_but_the_end() {
+        let (mut replica, _orders) = replica();
+        // A copy that its model does not know: each word about it is answered with an order to let it go. Were that
+        // answered with the same word again, the two would never end.
+        replica.reported(&model(), generation(), &available());
+        assert_eq!(replica.set(unregister()), None);
+        assert_eq!(replica.set(unregister()), None);
+        replica.reported(&model(), generation(), &Report::Unloaded);
+        assert_eq!(replica.set(unregister()), Some(None), "it is gone");
+    }
+
+    #[test]
+    fn an_order_to_hold_is_answered_with_what_is_known() {
+        let (mut replica, _orders) = replica();
+        assert_eq!(replica.set(register()), None, "its agent has not spoken of it");
+        replica.reported(&model(), generation(), &available());
+        // Perhaps it was told to an actor that is no more.
+        assert_eq!(replica.set(register()), Some(Some(available())));
     }
 }
