@@ -599,7 +599,9 @@ async fn faults(world: Arc<World>, rounds: u64) {
     let hosts = world.hosts();
     for _ in 0..rounds / 2 {
         tokio::time::sleep(Duration::from_millis(random.between(1, 2000))).await;
-        let lasting = Duration::from_millis(random.between(1, 6000));
+        // Some last longer than the scheduler's patience with a silent replica.
+        let (least, most) = if random.percent(20) { (12_000, 20_000) } else { (1, 6000) };
+        let lasting = Duration::from_millis(random.between(least, most));
         let (one, other) = (random.one(&hosts).unwrap().clone(), random.one(&hosts).unwrap().clone());
         match random.below(6) {
             0 | 1 if one != other => {
