@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::{Decision, Entry, Model};
 use crate::domain::{
+    copy::{self, State},
     error::{Code, Refusal},
     names::ModelName,
     record::Write,
@@ -103,7 +104,23 @@ impl Model {
         if changed {
             decision.writes.push(self.row());
         }
+        if same {
+            self.try_again(now, decision);
+        }
         self.answer(outcome, decision)
+    }
+
+    /// Gives up copies that no time would mend, so that others are tried in their place: what was said again is wanted
+    /// still, and what stood in its way may be mended since.
+    fn try_again(&mut self, now: Instant, decision: &mut Decision) {
+        for index in 0..self.copies.len() {
+            let hopeless =
+                matches!(&self.copies[index].state, State::Failed { on: None, failure } if !failure.class.retryable());
+            if hopeless {
+                // A copy that is leaving already takes no other order to.
+                drop(self.step(index, copy::Event::Drain, now, decision));
+            }
+        }
     }
 
     fn create(

@@ -572,6 +572,25 @@ fn resubmitting_the_same_spec_changes_nothing_and_another_number_of_copies_is_no
 }
 
 #[test]
+fn what_no_time_would_mend_is_tried_again_when_it_is_submitted_again() {
+    let mut world = World::new();
+    let submit = Act::Submit { spec: 0, replicas: 1, rollout: Rollout::default() };
+    world.take(submit.clone());
+    world.calm();
+    let (given, on) = {
+        let copy = &world.model.copies[0];
+        (copy.generation, copy.state.replica().expect("placed").clone())
+    };
+    let failure = Failure { class: FailureClass::Incompatible, message: "its agent is too old".to_owned() };
+    world.happen(Event::Reported(on, given, Some(Report::Failed { failure, freed: true })));
+    world.happen(Event::Reconcile);
+    assert!(matches!(world.model.copies[0].state, State::Failed { .. }), "{:?}", world.model.copies);
+    world.take(submit);
+    let [copy] = world.model.copies.as_slice() else { panic!("{:?}", world.model.copies) };
+    assert!(copy.generation != given && world.model.versions.len() == 1, "{copy:?}");
+}
+
+#[test]
 fn a_drain_asks_for_one_new_copy_and_keeps_it() {
     one_new_copy_is_asked_for_and_kept(Act::Drain);
 }
