@@ -24,7 +24,7 @@ use super::{
     metrics::Metrics,
     options::{Facts, Options},
     outbox::Outbox,
-    runtimes::{Oip, Runtime},
+    runtimes::{Runtime, adapter},
     session::Link,
 };
 use crate::{
@@ -45,7 +45,7 @@ pub(crate) struct Core {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) network: Arc<dyn Network>,
     pub(crate) server: Arc<dyn Upstream>,
-    pub(crate) runtime: Box<dyn Runtime>,
+    pub(crate) runtime: Arc<dyn Runtime>,
     pub(crate) artifacts: Arc<Artifacts>,
     pub(crate) book: Book,
     pub(crate) ledger: Ledger,
@@ -71,7 +71,7 @@ impl Core {
         Self {
             facts: ArcSwap::from_pointee(options.facts()),
             restated: Notify::new(),
-            runtime: Box::new(Oip::new(Arc::clone(&deps.server))),
+            runtime: adapter(options.runtime, Arc::clone(&deps.server), options.workers),
             artifacts: Arc::new(artifacts),
             book: Book::new(),
             ledger: Ledger::new(options.capacity.clone()),

@@ -100,6 +100,13 @@ pub(crate) struct Kept {
     attempt: u32,
     /// The artifact that its folder was made from, once it answered.
     pub(crate) artifact: Option<String>,
+    /// How often the inference server holds it in memory.
+    #[serde(default = "once")]
+    pub(crate) instances: u32,
+}
+
+const fn once() -> u32 {
+    1
 }
 
 impl Kept {
@@ -113,10 +120,13 @@ impl Kept {
         }
     }
 
-    pub(crate) fn of(order: Order, artifact: Option<String>) -> Option<Self> {
+    /// The copy that `order` registers, with what its folder was made from and how often it is in memory, once it
+    /// answered.
+    pub(crate) fn of(order: Order, loaded: Option<(String, u32)>) -> Option<Self> {
+        let (artifact, instances) = loaded.map_or((None, 1), |(artifact, instances)| (Some(artifact), instances));
         match order {
             Order::Register { model, generation, spec, need, attempt } => {
-                Some(Self { model, generation, spec, need, attempt, artifact })
+                Some(Self { model, generation, spec, need, attempt, artifact, instances })
             }
             Order::Unregister { .. } => None,
         }

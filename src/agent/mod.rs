@@ -19,7 +19,7 @@ mod reconcile;
 mod recover;
 mod reload;
 mod residence;
-mod runtimes;
+pub mod runtimes;
 mod session;
 
 use std::{
@@ -144,10 +144,10 @@ impl Agent {
             match entry.phase() {
                 Phase::Resident | Phase::Evicting => {
                     loaded += 1;
-                    loaded_bytes = loaded_bytes.saturating_add(entry.need.primary.0);
+                    loaded_bytes = loaded_bytes.saturating_add(entry.need().primary.0);
                 }
                 Phase::Evicted | Phase::Reloading => {
-                    evicted_bytes = evicted_bytes.saturating_add(entry.need.primary.0);
+                    evicted_bytes = evicted_bytes.saturating_add(entry.need().primary.0);
                 }
                 Phase::Preparing | Phase::Draining | Phase::Gone => {}
             }
@@ -174,7 +174,7 @@ impl Agent {
         let metrics = core.metrics.samples();
         json!({
             "replica": core.options.replica.to_string(),
-            "runtime": core.facts.load().runtime,
+            "runtime": core.runtime.kind().name(),
             "capacity": resources(&core.ledger.capacity()),
             "resident": resources(&core.ledger.used()),
             "session": {
@@ -221,7 +221,7 @@ fn copy(entry: &Entry) -> Value {
         "phase": format!("{:?}", entry.phase()),
         "holds": entry.holds(),
         "waiting": entry.waiting.load(std::sync::atomic::Ordering::SeqCst),
-        "need": resources(&entry.need),
+        "need": resources(&entry.need()),
         "uri": artifacts::redacted(&entry.spec.uri),
         "lastUsedMicros": entry.last_used().as_micros(),
         "loads": {

@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use super::runtimes::Kind;
 use crate::{
     domain::{
         memory::{Bytes, Resources},
@@ -30,8 +31,10 @@ pub struct Options {
     pub overcommit_percent: u32,
     /// What the inference server can serve.
     pub capabilities: Vec<String>,
-    /// What serves the models: `builtin`, `mlserver`, `triton`, `oip`.
-    pub runtime: String,
+    /// What serves the models; the inference server is asked when nobody says.
+    pub runtime: Option<Kind>,
+    /// Processes of an `MLServer` that each hold every model.
+    pub workers: u32,
     /// Where gateways reach the door: `host:port`, or `inproc:NAME`.
     pub door_address: String,
     /// The agent's own folder: fence, orders, artifact cache.
@@ -87,8 +90,6 @@ pub struct Facts {
     pub overcommit_percent: u32,
     /// As [`Options::capabilities`].
     pub capabilities: Vec<String>,
-    /// As [`Options::runtime`].
-    pub runtime: String,
 }
 
 impl Options {
@@ -99,7 +100,6 @@ impl Options {
             capacity: self.capacity.clone(),
             overcommit_percent: self.overcommit_percent,
             capabilities: self.capabilities.clone(),
-            runtime: self.runtime.clone(),
         }
     }
 
@@ -113,7 +113,8 @@ impl Options {
             capacity,
             overcommit_percent: 0,
             capabilities: Vec::new(),
-            runtime: "oip".to_owned(),
+            runtime: Some(Kind::Oip),
+            workers: 1,
             door_address: String::new(),
             repository: data_dir.join("repository"),
             data_dir,

@@ -20,6 +20,7 @@ use super::{
     core::Core,
     disk::Kept,
     residence::{NoRoom, late},
+    runtimes::Wanted,
 };
 use crate::{
     domain::{
@@ -125,9 +126,9 @@ impl Core {
 
     async fn bring_up(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Halt> {
         entry.unless_stopped(self.book.turn_of(entry)).await.ok_or(Halt::Stopped)?;
-        if !self.ledger.capacity().covers(&entry.need) {
+        if !self.ledger.capacity().covers(&entry.need()) {
             // Not a byte is fetched of what can never be loaded.
-            return Err(self.too_large(&entry.need).into());
+            return Err(self.too_large(&entry.need()).into());
         }
         if let Some(kept) = Kept::of(entry.order(), None) {
             self.disk.keep(kept).await?;
@@ -135,7 +136,9 @@ impl Core {
         let artifact = self.fetch(entry).await?;
         entry.set_stage(Stage::Loading);
         self.report(entry);
-        self.artifacts.lay_out(&artifact, entry.spec.artifact_version, &self.folder(entry)).await?;
+        let wanted = Wanted { served: &entry.served, version: entry.generation.version, spec: &entry.spec };
+        let instances = self.artifacts.lay_out(&artifact, self.runtime.as_ref(), &wanted, &self.folder(entry)).await?;
+        entry.set_instances(instances);
         let key = artifact.key().to_owned();
         *entry.artifact.lock().unwrap_or_else(PoisonError::into_inner) = Some(artifact);
 
@@ -144,7 +147,7 @@ impl Core {
         match entry.unless_stopped(room).await.ok_or(Halt::Stopped)? {
             Ok(Ok(())) => {}
             Ok(Err(NoRoom::TooLarge | NoRoom::Taken | NoRoom::Unwanted)) => {
-                return Err(self.too_large(&entry.need).into());
+                return Err(self.too_large(&entry.need()).into());
             }
             Err(_) => {
                 return Err(Halt::Failed(Failure {
@@ -162,7 +165,7 @@ impl Core {
         self.load(entry, &mut in_server).await?;
         drop(in_server);
         drop(permit);
-        if let Some(kept) = Kept::of(entry.order(), Some(key)) {
+        if let Some(kept) = Kept::of(entry.order(), Some((key, instances))) {
             self.disk.keep(kept).await?;
         }
         if entry.shift(Phase::Preparing, Phase::Resident) {

@@ -26,9 +26,13 @@ impl Core {
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen;
         self.artifacts.open().await?;
         let copies: Vec<_> = kept.into_iter().filter_map(|kept| self.taken_up(kept)).collect();
-        let names = copies.iter().map(|(entry, _)| entry.served.clone()).collect();
-        let folders = self.disk.clean(self.options.repository.clone(), names).await?;
+        let names: Vec<String> = copies.iter().map(|(entry, _)| entry.served.clone()).collect();
         let loaded: BTreeMap<String, bool> = self.index().await.into_iter().map(|one| (one.name, one.ready)).collect();
+        // While its folder is there: a model whose folder is gone is in memory and in no index of MLServer's.
+        for name in loaded.keys().filter(|name| !names.contains(name)) {
+            self.remove_foreign(name).await;
+        }
+        let folders = self.disk.clean(self.options.repository.clone(), names.clone()).await?;
 
         let mut ours = BTreeSet::new();
         let mut evicted = Vec::new();
@@ -47,7 +51,7 @@ impl Core {
             }
         }
         // Before anything is loaded: a load of the same name may have been cut off.
-        for name in loaded.keys().filter(|name| !ours.contains(name.as_str())) {
+        for name in loaded.keys().filter(|name| names.contains(name) && !ours.contains(name.as_str())) {
             self.remove_foreign(name).await;
         }
         for (entry, artifact) in copies {
@@ -67,15 +71,17 @@ impl Core {
     }
 
     fn taken_up(&self, kept: Kept) -> Option<(Arc<Entry>, Option<String>)> {
-        let artifact = kept.artifact.clone();
-        entry_of(kept.order(), &self.ledger, Arc::clone(&self.clock)).map(|entry| (entry, artifact))
+        let (artifact, instances) = (kept.artifact.clone(), kept.instances);
+        let entry = entry_of(kept.order(), &self.ledger, Arc::clone(&self.clock))?;
+        entry.set_instances(instances);
+        Some((entry, artifact))
     }
 
     async fn index(&self) -> Vec<Indexed> {
         const LONGEST: Duration = Duration::from_secs(5);
         let mut pause = Duration::from_millis(50);
         loop {
-            match timeout(self.options.probe_deadline, self.runtime.index()).await {
+            match timeout(self.patience(self.options.probe_deadline), self.runtime.index()).await {
                 Ok(Ok(index)) => return index,
                 Ok(Err(failure)) => {
                     tracing::warn!(replica = %self.options.replica, error = %failure.message, "waiting for the inference server");
@@ -89,7 +95,7 @@ impl Core {
 
     /// Unloads what no order speaks of: it would take memory that the ledger believes free.
     async fn remove_foreign(&self, name: &str) {
-        let unload = timeout(self.options.unload_deadline, self.runtime.unload(name));
+        let unload = timeout(self.patience(self.options.unload_deadline), self.runtime.unload(name));
         match unload.await {
             Ok(Ok(())) => tracing::info!(served = name, "a model that no order speaks of was unloaded"),
             Ok(Err(failure)) => {

@@ -107,7 +107,7 @@ impl Core {
         match entry.unless_stopped(room).await {
             None => return,
             Some(Ok(Ok(()))) => {}
-            Some(Ok(Err(NoRoom::TooLarge))) => return entry.fail(self.too_large(&entry.need)),
+            Some(Ok(Err(NoRoom::TooLarge))) => return entry.fail(self.too_large(&entry.need())),
             Some(Ok(Err(NoRoom::Taken | NoRoom::Unwanted)) | Err(_)) => {
                 entry.shift(Phase::Reloading, Phase::Evicted);
                 if entry.phase().serves() {
@@ -169,7 +169,7 @@ impl Core {
     }
 
     async fn verify(self: &Arc<Self>, entry: &Arc<Entry>) {
-        let asked = timeout(self.options.probe_deadline, self.runtime.ready(&entry.served));
+        let asked = timeout(self.patience(self.options.probe_deadline), self.runtime.ready(&entry.served));
         let Ok(Ok(false)) = asked.await else { return };
         if !entry.shift(Phase::Resident, Phase::Reloading) {
             return;

@@ -175,6 +175,12 @@ impl Core {
         }
     }
 
+    /// How long an answer is waited for that should come within `deadline`: where a load keeps the server from
+    /// answering, as long as a load may take.
+    pub(crate) fn patience(&self, deadline: Duration) -> Duration {
+        if self.runtime.loads_block() { deadline.max(self.options.load_deadline) } else { deadline }
+    }
+
     /// Asks until the copy answers.
     async fn probe(&self, entry: &Entry) -> Result<(), Failure> {
         const LONGEST: Duration = Duration::from_millis(500);
@@ -188,9 +194,10 @@ impl Core {
                 pause = (pause * 2).min(LONGEST);
             }
         };
-        match timeout(self.options.probe_deadline, asking).await {
+        let within = self.patience(self.options.probe_deadline);
+        match timeout(within, asking).await {
             Ok(answer) => answer,
-            Err(_) => Err(late("it was loaded and did not become ready", self.options.probe_deadline)),
+            Err(_) => Err(late("it was loaded and did not become ready", within)),
         }
     }
 
@@ -199,14 +206,15 @@ impl Core {
         const TRIES: u32 = 3;
         let mut pause = AFTER_FAILURE;
         let mut tried = 0;
+        let within = self.patience(self.options.unload_deadline);
         loop {
-            let failure = match timeout(self.options.unload_deadline, self.runtime.unload(&entry.served)).await {
+            let failure = match timeout(within, self.runtime.unload(&entry.served)).await {
                 Ok(Ok(())) => {
                     self.metrics.unload_model.inc();
                     return Ok(());
                 }
                 Ok(Err(failure)) => failure,
-                Err(_) => late("the inference server did not finish to unload it", self.options.unload_deadline),
+                Err(_) => late("the inference server did not finish to unload it", within),
             };
             self.metrics.unload_failed.inc();
             tried += 1;

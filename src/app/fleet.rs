@@ -208,7 +208,9 @@ impl Fleet {
             (Location::Command(_), _) => {
                 Err("wharf does not start inference servers yet; start it, and give its address".to_owned())
             }
-            (_, Some(Place::At(address))) => inference_server(&self.world, &address).map(drop),
+            (_, Some(Place::At { address, runtime, .. })) => {
+                inference_server(&self.world, Some(runtime), &address).map(drop)
+            }
             (Location::Builtin | Location::Addresses(_), Some(Place::Builtin) | None) => Ok(()),
         }
     }
@@ -287,10 +289,13 @@ impl Fleet {
         let mut options = agent_options(&self.settings, id.clone(), server.capacity.clone(), data.clone());
         options.capabilities = server.capabilities.clone();
         options.overcommit_percent = server.overcommit_percent;
-        options.runtime = server.runtime.name().to_owned();
+        options.runtime = Some(server.runtime);
+        options.workers = server.workers;
         let upstream: Arc<dyn Upstream> = match &place {
             Place::Builtin => builtin(&options),
-            Place::At(address) => inference_server(&self.world, address).map_err(|problem| failed(&id, problem))?,
+            Place::At { address, .. } => {
+                inference_server(&self.world, options.runtime, address).map_err(|problem| failed(&id, problem))?
+            }
         };
         let stop = CancellationToken::new();
         let door = DoorAt::InProcess(&self.connections);
@@ -369,7 +374,6 @@ fn facts(server: &ServerDecl) -> agent::Facts {
         capacity: server.capacity.clone(),
         overcommit_percent: server.overcommit_percent,
         capabilities: server.capabilities.clone(),
-        runtime: server.runtime.name().to_owned(),
     }
 }
 

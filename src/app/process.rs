@@ -18,19 +18,20 @@ use crate::{
     agent::{
         self, Blocking,
         artifacts::{HttpSource, LocalSource},
+        runtimes::Kind,
     },
     domain::{
         memory::Resources,
         model::Policy,
         names::{ReplicaId, ServerName},
     },
-    forward::{self, ClientOptions, Connections, HttpUpstream, Limits, TcpNetwork, Upstream},
+    forward::{self, ClientOptions, Connections, HttpUpstream, Limits, Split, TcpNetwork, Upstream},
     gateway::{self, Gateway},
     ports::{ArtifactSource, Clock, Identity, Network, SystemClock},
     runtime::{self, Execution, Runtime},
     settings::{
         Settings,
-        registry::{Registry, RegistryWatch},
+        registry::{Registry, RegistryWatch, ReplicaAddress},
     },
     store::{EmbeddedStore, OpenOptions},
     telemetry::{
@@ -241,11 +242,15 @@ impl Process {
         options.capabilities = settings.capabilities.split(',').map(|name| name.trim().to_owned()).collect();
         options.overcommit_percent = settings.overcommit_percent;
         options.door_address = settings.advertise.clone();
+        options.workers = settings.runtime_workers;
         let server: Arc<dyn Upstream> = if settings.runtime == "builtin" {
-            options.runtime = "builtin".to_owned();
+            options.runtime = Some(Kind::Builtin);
             builtin(&options)
         } else {
-            inference_server(&self.world, &settings.runtime).map_err(failed)?
+            options.runtime = settings.runtime_kind.0;
+            let grpc = Some(settings.runtime_grpc.clone()).filter(|grpc| !grpc.is_empty());
+            let address = ReplicaAddress { http: settings.runtime.clone(), grpc };
+            inference_server(&self.world, options.runtime, &address).map_err(failed)?
         };
         let sources = sources().map_err(failed)?;
         let scheduler = settings.scheduler.as_str().to_owned();
@@ -359,11 +364,27 @@ pub(super) fn builtin(options: &agent::Options) -> Arc<dyn Upstream> {
     })
 }
 
-pub(super) fn inference_server(world: &World, url: &str) -> Result<Arc<dyn Upstream>, String> {
-    let address = url.trim_end_matches('/').strip_prefix("http://").unwrap_or(url);
-    let upstream =
-        HttpUpstream::new(address, Arc::clone(&world.network), Arc::clone(&world.clock), ClientOptions::default());
-    upstream.map(|upstream| Arc::new(upstream) as Arc<dyn Upstream>).map_err(|error| error.to_string())
+/// A running inference server of this kind, or of one that nobody says. With one address only, it takes both
+/// protocols there, unless it is of a kind that never does.
+pub(super) fn inference_server(
+    world: &World,
+    kind: Option<Kind>,
+    address: &ReplicaAddress,
+) -> Result<Arc<dyn Upstream>, String> {
+    let at = |url: &str| -> Result<Arc<dyn Upstream>, String> {
+        let address = url.trim_end_matches('/');
+        let address = address.strip_prefix("http://").unwrap_or(address);
+        let (network, clock) = (Arc::clone(&world.network), Arc::clone(&world.clock));
+        let upstream = HttpUpstream::new(address, network, clock, ClientOptions::default());
+        Ok(Arc::new(upstream.map_err(|error| error.to_string())?))
+    };
+    let rest = at(&address.http)?;
+    let grpc = address.grpc.as_deref().map(at).transpose()?;
+    match (kind, grpc) {
+        (Some(Kind::MlServer | Kind::Triton), grpc) => Ok(Arc::new(Split::new(rest, grpc))),
+        (_, Some(grpc)) => Ok(Arc::new(Split::new(rest, Some(grpc)))),
+        (_, None) => Ok(rest),
+    }
 }
 
 pub(super) fn sources() -> Result<Vec<Arc<dyn ArtifactSource>>, String> {

@@ -302,6 +302,16 @@ impl Resources {
         }
     }
 
+    /// So many times as much on every device.
+    #[must_use]
+    pub fn times(&self, count: u32) -> Self {
+        let times = |bytes: Bytes| Bytes(bytes.0.saturating_mul(u64::from(count)));
+        Self {
+            primary: times(self.primary),
+            others: self.others.iter().map(|(device, bytes)| (device.clone(), times(*bytes))).collect(),
+        }
+    }
+
     /// The smaller of the two on every device.
     #[must_use]
     pub fn min(&self, other: &Self) -> Self {

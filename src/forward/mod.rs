@@ -14,6 +14,7 @@ mod rename;
 pub mod replay;
 pub mod respond;
 mod server;
+mod split;
 mod stall;
 mod wire;
 
@@ -28,6 +29,7 @@ pub use net::TcpNetwork;
 pub use rename::{RenameError, rename};
 pub use respond::error_response;
 pub use server::{Limits, serve};
+pub use split::Split;
 
 /// A request on its way to a door or an inference server: REST and gRPC alike.
 pub type Request = http::Request<Body>;

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::value::{Address, Form, LogFilter, LogFormat, Raw, Value, read};
+use super::value::{Address, Form, LogFilter, LogFormat, Raw, RuntimeKind, Value, read};
 use crate::domain::memory::Bytes;
 
 /// A setting, as declared.
@@ -192,6 +192,12 @@ section! {
         replica: u32 = "0" in "0" to "9999";
         /// What serves the models: builtin, or the REST address of a running server: http://127.0.0.1:8080.
         runtime: String = "builtin";
+        /// The gRPC address of that server, http://host:port, where it is another than the REST address.
+        runtime_grpc: String = "";
+        /// What that server is: mlserver, triton or oip; it is asked when this is empty.
+        runtime_kind: RuntimeKind = "";
+        /// Its worker processes that each hold every model, if it is an MLServer (its parallel_workers).
+        runtime_workers: u32 = "1" in "0" to "1000";
         /// What the replica can serve, separated by commas.
         capabilities: String = "onnx";
         /// Memory of the replica for models.

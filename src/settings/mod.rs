@@ -15,7 +15,7 @@ use toml::de::{DeTable, DeValue};
 
 pub use keys::{Agent, Gateway, Log, Metrics, Scheduler};
 pub use problem::{Problem, Problems};
-pub use value::{Address, LogFilter, LogFormat};
+pub use value::{Address, LogFilter, LogFormat, RuntimeKind};
 
 use keys::{Refused, Section};
 use problem::{line_of, nearest};

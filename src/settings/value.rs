@@ -4,6 +4,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use toml::de::DeValue;
 
+use super::registry::Runtime;
 use crate::domain::memory::Bytes;
 
 /// A value as it came.
@@ -190,6 +191,22 @@ impl Value for LogFormat {
             "text" => Some(Self::Text),
             "json" => Some(Self::Json),
             _ => None,
+        }
+    }
+}
+
+/// What kind of inference server is at an address; empty when it is to be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RuntimeKind(pub Option<Runtime>);
+
+impl Value for RuntimeKind {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"mlserver\", \"triton\", \"oip\", or \"\" for what the server says of itself";
+
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "" => Some(Self(None)),
+            name => Runtime::named(name).filter(|kind| *kind != Runtime::Builtin).map(|kind| Self(Some(kind))),
         }
     }
 }

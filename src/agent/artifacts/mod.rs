@@ -7,7 +7,6 @@
 
 mod http;
 mod local;
-mod select;
 mod shelf;
 mod uri;
 
@@ -27,7 +26,7 @@ use tokio::sync::watch;
 
 pub use http::HttpSource;
 pub use local::LocalSource;
-use shelf::{Manifest, Shelf};
+use shelf::{Kept, Manifest, Shelf};
 pub(crate) use uri::redacted;
 use uri::{Uri, bad};
 
@@ -35,6 +34,7 @@ use super::{
     disk::{self, DiskError},
     metrics::Metrics,
     options::{Blocking, Options},
+    runtimes::{LARGEST_CONFIGURATION, Listing, Runtime, Wanted},
 };
 use crate::{
     domain::{
@@ -304,21 +304,29 @@ impl Artifacts {
         }
     }
 
-    /// Puts the folder `to` together from an artifact: whole, or not at all.
+    /// Puts the folder `to` together from an artifact, as `runtime` wants it: whole, or not at all. How often the
+    /// inference server will hold it in memory, as far as can be told.
     pub(crate) async fn lay_out(
         &self,
         artifact: &Artifact,
-        artifact_version: Option<u32>,
+        runtime: &dyn Runtime,
+        wanted: &Wanted<'_>,
         to: &Path,
-    ) -> Result<(), Failure> {
-        let manifest = &artifact.manifest;
-        let chosen = select::select(manifest.files.iter().map(|file| file.path.as_str()), artifact_version)?;
-        let digest = |from: &String| {
-            manifest.files.iter().find(|file| file.path == *from).map(|file| file.sha256.clone()).unwrap_or_default()
-        };
-        let files: Vec<_> = chosen.iter().map(|(to, from)| (to.clone(), digest(from))).collect();
+    ) -> Result<u32, Failure> {
+        let (root, manifest) = (self.root.clone(), Arc::clone(&artifact.manifest));
+        let read: Vec<Kept> = manifest
+            .files
+            .iter()
+            .filter(|file| file.bytes <= LARGEST_CONFIGURATION && runtime.reads(&file.path))
+            .cloned()
+            .collect();
+        let contents = disk::run(self.blocking, move || shelf::read(&root, &read)).await?;
+        let files = manifest.files.iter().map(|file| file.path.clone()).collect();
+        let layout = runtime.layout(&Listing { files, contents }, wanted)?;
+        let instances = layout.instances.unwrap_or(1);
         let (root, to) = (self.root.clone(), to.to_owned());
-        disk::run(self.blocking, move || shelf::lay_out(&root, &files, &to)).await
+        disk::run(self.blocking, move || shelf::lay_out(&root, &manifest, &layout, &to)).await?;
+        Ok(instances)
     }
 }
 

@@ -10,10 +10,14 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::uri::{bad, file_name};
 use crate::{
-    agent::disk::{self, DiskError},
+    agent::{
+        disk::{self, DiskError},
+        runtimes::Layout,
+    },
     domain::{copy::Failure, time::Instant},
     ports::{FetchLimits, FetchedFile},
 };
@@ -258,23 +262,45 @@ pub(super) fn discard(root: &Path, dropped: &Dropped) {
     }
 }
 
-/// Puts a folder together from blobs, beside its place, and renames it there.
-pub(super) fn lay_out(root: &Path, files: &[(String, String)], to: &Path) -> Result<(), Failure> {
+/// What is in these files.
+pub(super) fn read(root: &Path, files: &[Kept]) -> Result<BTreeMap<String, Vec<u8>>, Failure> {
+    let read = |file: &Kept| {
+        let path = blob(root, &file.sha256);
+        let contents = fs::read(&path).map_err(|error| disk::failure("the artifact can't be read", &path, &error))?;
+        Ok((file.path.clone(), contents))
+    };
+    files.iter().map(read).collect()
+}
+
+/// Puts a folder together from blobs and from what was made for it, beside its place, and renames it there. A blob is
+/// linked and never written to: a file that differs from the artifact's is another file.
+pub(super) fn lay_out(root: &Path, manifest: &Manifest, layout: &Layout, to: &Path) -> Result<(), Failure> {
+    // A name of its own that is no longer than a file system takes, whatever the copy is called.
     let name = to.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let beside = to.with_file_name(format!(".{name}.preparing"));
+    let beside = to.with_file_name(format!(".{}", disk::hex(&Sha256::digest(name))));
+    let digests: BTreeMap<&str, &str> =
+        manifest.files.iter().map(|file| (file.path.as_str(), file.sha256.as_str())).collect();
+    let place = |path: &str| -> io::Result<PathBuf> {
+        let target = beside.join(path);
+        if let Some(parent) = target.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        Ok(target)
+    };
     let build = || -> io::Result<()> {
         disk::remove(&beside)?;
         fs::create_dir_all(&beside)?;
-        for (path, digest) in files {
-            let target = beside.join(path);
-            if let Some(parent) = target.parent() {
-                fs::create_dir_all(parent)?;
-            }
+        for (path, from) in &layout.links {
+            let target = place(path)?;
+            let digest = digests.get(from.as_str()).ok_or_else(|| io::Error::other(format!("no file {from}")))?;
             let blob = blob(root, digest);
             // Another file system takes no links.
             if fs::hard_link(&blob, &target).is_err() {
                 fs::copy(&blob, &target)?;
             }
+        }
+        for (path, contents) in &layout.written {
+            fs::write(place(path)?, contents)?;
         }
         disk::remove(to)?;
         fs::rename(&beside, to)

@@ -113,7 +113,10 @@ pub(crate) struct Entry {
     pub(crate) model: ModelName,
     pub(crate) generation: Generation,
     pub(crate) spec: Arc<ModelSpec>,
-    pub(crate) need: Resources,
+    /// What the scheduler counts it for.
+    ordered: Resources,
+    /// How often the inference server holds it in memory, once that is known.
+    instances: AtomicU32,
     pub(crate) attempt: u32,
     /// The name by which the inference server knows it.
     pub(crate) served: String,
@@ -193,7 +196,8 @@ impl Entry {
             model,
             generation,
             spec,
-            need,
+            ordered: need,
+            instances: AtomicU32::new(1),
             attempt,
             word: AtomicU64::new(Phase::Preparing.with(0)),
             last_used: AtomicU64::new(clock.now().as_micros()),
@@ -211,6 +215,18 @@ impl Entry {
             pressure,
             clock,
         }
+    }
+
+    /// Memory that it takes: what the scheduler counts it for, as often as the inference server holds it, unless the
+    /// scheduler knew of that.
+    pub(crate) fn need(&self) -> Resources {
+        let instances = if self.spec.runtime.is_some() { 1 } else { self.instances.load(SeqCst).max(1) };
+        self.ordered.times(instances)
+    }
+
+    /// How often the inference server holds it in memory. To be told before it has room in the ledger.
+    pub(crate) fn set_instances(&self, instances: u32) {
+        self.instances.store(instances, SeqCst);
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -385,7 +401,7 @@ impl Entry {
             model: self.model.clone(),
             generation: self.generation,
             spec: Arc::clone(&self.spec),
-            need: self.need.clone(),
+            need: self.ordered.clone(),
             attempt: self.attempt,
         }
     }

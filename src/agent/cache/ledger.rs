@@ -110,7 +110,7 @@ impl Ledger {
         }
         loop {
             let occupants: Vec<_> = seats.values().map(occupant).collect();
-            let victims = match decide(&occupants, &limit, &entry.need) {
+            let victims = match decide(&occupants, &limit, &entry.need()) {
                 Decision::Fits => {
                     seats.insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Taken });
                     return Admission::Seated;
@@ -135,13 +135,13 @@ impl Ledger {
         let limit = room.limit_for(entry);
         let seats = &mut room.seats;
         let covers = |taken: Option<Resources>| {
-            taken.and_then(|taken| taken.checked_add(&entry.need)).is_some_and(|sum| limit.covers(&sum))
+            taken.and_then(|taken| taken.checked_add(&entry.need())).is_some_and(|sum| limit.covers(&sum))
         };
         let others = |seats: &BTreeMap<Generation, Seat>, count: fn(Kind) -> bool| {
             seats
                 .iter()
                 .filter(|(generation, seat)| **generation != entry.generation && count(seat.kind))
-                .try_fold(Resources::default(), |sum, (_, seat)| sum.checked_add(&seat.entry.need))
+                .try_fold(Resources::default(), |sum, (_, seat)| sum.checked_add(&seat.entry.need()))
         };
         if covers(others(seats, |kind| kind != Kind::Promised)) {
             if let Some(seat) = seats.get_mut(&entry.generation) {
@@ -214,7 +214,7 @@ impl Room {
     /// has become smaller than the copy: until it is somewhere else, a request for it must not fail.
     fn limit_for(&self, entry: &Entry) -> Resources {
         match entry.phase() {
-            Phase::Reloading => self.capacity.max(&entry.need),
+            Phase::Reloading => self.capacity.max(&entry.need()),
             Phase::Preparing | Phase::Resident | Phase::Evicting | Phase::Evicted | Phase::Draining | Phase::Gone => {
                 self.capacity.clone()
             }
@@ -248,7 +248,7 @@ fn used(seats: &BTreeMap<Generation, Seat>) -> Resources {
     seats
         .values()
         .filter(|seat| seat.kind != Kind::Promised)
-        .try_fold(Resources::default(), |sum, seat| sum.checked_add(&seat.entry.need))
+        .try_fold(Resources::default(), |sum, seat| sum.checked_add(&seat.entry.need()))
         .unwrap_or_default()
 }
 
@@ -259,7 +259,7 @@ fn occupant(seat: &Seat) -> Occupant {
         (Kind::Taken, Phase::Resident) => Standing::Resident,
         (Kind::Taken | Kind::Promised, _) => Standing::Entering,
     };
-    let bytes = seat.entry.need.clone();
+    let bytes = seat.entry.need();
     Occupant { copy: seat.entry.generation, bytes, last_used: seat.entry.last_used(), holds, standing }
 }
 

@@ -19,6 +19,8 @@ pub const MAX_REPLICAS: u32 = 10_000;
 pub const MAX_OVERCOMMIT_PERCENT: u32 = 1_000;
 /// The overcommit of a server that states none; Seldon's deployment has the same.
 pub const DEFAULT_OVERCOMMIT_PERCENT: u32 = 10;
+/// The most worker processes that an inference server may have.
+pub const MAX_WORKERS: u32 = 1_000;
 /// What the built-in runtime serves.
 pub const BUILTIN_CAPABILITY: &str = "onnx";
 
@@ -44,12 +46,14 @@ pub struct ServerDecl {
     pub overcommit_percent: u32,
     /// What serves its models.
     pub runtime: Runtime,
+    /// Processes of an `MLServer` that each hold every model.
+    pub workers: u32,
     /// Where its replicas are.
     pub location: Location,
 }
 
 /// What serves a server's models.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Runtime {
     /// Wharf's own ONNX runtime, within the agent's process.
     Builtin,
@@ -63,6 +67,12 @@ pub enum Runtime {
 
 impl Runtime {
     const ALL: [Self; 4] = [Self::Builtin, Self::MlServer, Self::Triton, Self::Oip];
+
+    /// The runtime that the registry names so.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|runtime| runtime.name() == name)
+    }
 
     /// The runtime, as the registry names it.
     #[must_use]
@@ -92,15 +102,23 @@ pub enum Location {
 pub enum Place {
     /// In the agent's process.
     Builtin,
-    /// At this REST address.
-    At(String),
+    /// In a running server. One that is spoken to otherwise is another place: what is loaded there was made for the
+    /// server that it was.
+    At {
+        /// Where that listens.
+        address: ReplicaAddress,
+        /// What it is.
+        runtime: Runtime,
+        /// In how many processes it holds each model.
+        workers: u32,
+    },
 }
 
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Builtin => f.write_str("in this process"),
-            Self::At(address) => write!(f, "at {address}"),
+            Self::At { address, .. } => write!(f, "at {}", address.http),
         }
     }
 }
@@ -211,7 +229,11 @@ impl ServerDecl {
     pub fn place(&self, index: u32) -> Option<Place> {
         match &self.location {
             Location::Builtin => Some(Place::Builtin),
-            Location::Addresses(all) => all.get(index as usize).map(|address| Place::At(address.http.clone())),
+            Location::Addresses(all) => all.get(index as usize).map(|address| Place::At {
+                address: address.clone(),
+                runtime: self.runtime,
+                workers: self.workers,
+            }),
             Location::Command(_) => None,
         }
     }

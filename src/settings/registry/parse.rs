@@ -8,8 +8,8 @@ use toml::{
 };
 
 use super::{
-    BUILTIN_CAPABILITY, Command, DEFAULT_OVERCOMMIT_PERCENT, Location, MAX_OVERCOMMIT_PERCENT, MAX_REPLICAS, Registry,
-    RegistryErrors, ReplicaAddress, Runtime, ServerDecl,
+    BUILTIN_CAPABILITY, Command, DEFAULT_OVERCOMMIT_PERCENT, Location, MAX_OVERCOMMIT_PERCENT, MAX_REPLICAS,
+    MAX_WORKERS, Registry, RegistryErrors, ReplicaAddress, Runtime, ServerDecl,
 };
 use crate::{
     domain::{
@@ -22,7 +22,7 @@ use crate::{
     },
 };
 
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
     "name",
     "replicas",
     "capabilities",
@@ -30,6 +30,7 @@ const KEYS: [&str; 11] = [
     "devices",
     "overcommit_percent",
     "runtime",
+    "parallel_workers",
     "addresses",
     "command",
     "env",
@@ -149,6 +150,7 @@ impl<'a, 'i> Entry<'a, 'i> {
                 self.value(item, "overcommit_percent", Some(("0", &most)), found).unwrap_or_default()
             }
         };
+        let workers = self.workers(runtime, found);
         if found.problems.len() > before {
             return None;
         }
@@ -159,6 +161,7 @@ impl<'a, 'i> Entry<'a, 'i> {
             capacity: capacity?,
             overcommit_percent,
             runtime: runtime?,
+            workers,
             location: location?,
         })
     }
@@ -208,12 +211,22 @@ impl<'a, 'i> Entry<'a, 'i> {
             return None;
         };
         let name = self.text(item, "runtime", &wanted, found)?;
-        let runtime = Runtime::ALL.into_iter().find(|runtime| runtime.name() == name);
+        let runtime = Runtime::named(name);
         if runtime.is_none() {
             let hint = nearest(name, names).map_or_else(String::new, |known| format!("; did you mean {known:?}?"));
             self.bad(found, item, "runtime", format!("{name:?} came, wanted {wanted}{hint}"));
         }
         runtime
+    }
+
+    /// In how many processes each model is held.
+    fn workers(&self, runtime: Option<Runtime>, found: &mut Found<'_>) -> u32 {
+        let Some(item) = self.get("parallel_workers") else { return 1 };
+        if runtime.is_some_and(|runtime| runtime != Runtime::MlServer) {
+            let problem = "only an MLServer has parallel workers; remove it";
+            self.bad(found, item, "parallel_workers", problem);
+        }
+        self.value(item, "parallel_workers", Some(("0", &MAX_WORKERS.to_string())), found).unwrap_or(1)
     }
 
     fn location(&self, runtime: Runtime, found: &mut Found<'_>) -> Option<Location> {
