@@ -283,6 +283,7 @@ async fn help_is_data() {
         "model infer --help",
         "server --help",
         "server drain --help",
+        "server probe --help",
         "store --help",
         "store adopt --help",
         "up --help",

@@ -15,6 +15,7 @@ mod measure;
 mod metrics;
 mod options;
 mod outbox;
+pub mod probe;
 mod reconcile;
 mod recover;
 mod reload;

@@ -409,6 +409,8 @@ pub(crate) enum Server {
         #[command(flatten)]
         scheduler: Scheduler,
     },
+    /// Find out what a running inference server is, and print the registry's entry for it.
+    Probe(Probing),
     /// Place nothing new on a server or one of its replicas.
     Cordon {
         #[command(flatten)]
@@ -432,6 +434,21 @@ pub(crate) struct Replica {
     /// One replica of it, by its index; all of them when left out.
     #[arg(long, value_name = "INDEX")]
     pub(crate) replica: Option<u32>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Probing {
+    /// Its REST address.
+    pub(crate) url: String,
+    /// Its gRPC address, if it has another.
+    #[arg(long, value_name = "URL")]
+    pub(crate) grpc: Option<String>,
+    /// Load and unload this model of its repository, to see how it does that; nothing is loaded otherwise.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// How long that load may take, in seconds.
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) timeout: u64,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -102,7 +102,7 @@ impl Runtime for MlServer {
 
     fn load<'a>(&'a self, served: &'a str) -> BoxFuture<'a, Result<(), Failure>> {
         async move {
-            let answer = self.repository.load(served).await?;
+            let answer = self.repository.load_well(served).await?;
             if answer.status.is_success() { Ok(()) } else { Err(refused(&answer)) }
         }
         .boxed()
@@ -130,9 +130,13 @@ impl Runtime for MlServer {
     }
 }
 
-/// What a refused load means. An exception of the model's own code is a 500 without a word.
+/// What a refused load means. An exception of the model's own code is a 500, over REST without a word.
 fn refused(answer: &Answer) -> Failure {
-    if answer.status == StatusCode::INTERNAL_SERVER_ERROR && !answer.is_error_body() {
+    let failure = load_failure(answer);
+    if answer.status != StatusCode::INTERNAL_SERVER_ERROR || failure.class != FailureClass::Runtime {
+        return failure;
+    }
+    if !answer.is_error_body() {
         return Failure {
             class: FailureClass::Artifact,
             message: "MLServer could not load it and does not say why (500); the exception is in MLServer's own log: \
@@ -140,7 +144,9 @@ fn refused(answer: &Answer) -> Failure {
                 .to_owned(),
         };
     }
-    load_failure(answer)
+    // When its workers die, none of them has read the file.
+    let class = if answer.text().contains("orker process") { FailureClass::Runtime } else { FailureClass::Artifact };
+    Failure { class, ..failure }
 }
 
 fn links(folder: &Folder<'_>) -> BTreeMap<String, String> {
@@ -166,11 +172,11 @@ fn raw(value: &Value) -> Result<Box<RawValue>, Failure> {
 }
 
 /// Settings for an artifact that brings none.
-fn made<'a>(files: impl Iterator<Item = &'a str> + Clone, wanted: &Wanted<'_>) -> Result<Object, Failure> {
+fn made<'a>(mut files: impl Iterator<Item = &'a str>, wanted: &Wanted<'_>) -> Result<Object, Failure> {
     let requirements: Vec<&str> = wanted.spec.requirements.iter().map(|one| one.trim()).collect();
     let Some(made) = MADE.iter().find(|made| requirements.contains(&made.requirement)) else {
         let can: Vec<&str> = MADE.iter().map(|made| made.requirement).collect();
-        let elsewhere = files.clone().find(|file| file.ends_with("/model-settings.json"));
+        let elsewhere = files.find(|file| file.ends_with("/model-settings.json"));
         let elsewhere = elsewhere.map_or_else(String::new, |file| format!(" ({file} is in no numbered folder)"));
         return Err(bad(format!(
             "the artifact has no {SETTINGS}{elsewhere}, and Wharf makes one only for {}; put one beside the model that \
@@ -410,7 +416,12 @@ mod tests {
         let answer = |status, body: &str| Answer { status, body: body.as_bytes().to_vec() };
         let refused = |status, body| refused(&answer(status, body)).class;
         assert_eq!(refused(StatusCode::INTERNAL_SERVER_ERROR, "Internal Server Error"), FailureClass::Artifact);
-        assert_eq!(refused(StatusCode::INTERNAL_SERVER_ERROR, r#"{"error":"worker died"}"#), FailureClass::Runtime);
+        assert_eq!(
+            refused(StatusCode::INTERNAL_SERVER_ERROR, r#"{"error":"invalid load key"}"#),
+            FailureClass::Artifact
+        );
+        let died = r#"{"error":"Worker process stopped unexpectedly with exit code 256"}"#;
+        assert_eq!(refused(StatusCode::INTERNAL_SERVER_ERROR, died), FailureClass::Runtime);
         assert_eq!(refused(StatusCode::UNPROCESSABLE_ENTITY, r#"{"error":"Invalid URI"}"#), FailureClass::Artifact);
     }
 }

@@ -5,6 +5,7 @@
 //! what a copy's folder holds is decided from the artifact's listing alone, and carried out elsewhere.
 
 mod asked;
+mod calls;
 mod mlserver;
 mod oip;
 mod pbtxt;
@@ -192,7 +193,7 @@ pub(crate) mod tests {
 
     impl Upstream for Nobody {
         fn call(&self, _: Request) -> BoxFuture<'_, Result<Response, UpstreamError>> {
-            async { Err(UpstreamError { started: false, timed_out: false, message: "nobody".to_owned() }) }.boxed()
+            async { Err(UpstreamError { started: true, timed_out: false, message: "nobody".to_owned() }) }.boxed()
         }
     }
 

@@ -6,6 +6,7 @@ use http::{Method, StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt as _, Limited};
 use serde::Deserialize;
 
+use super::calls;
 use crate::{
     domain::copy::{Failure, FailureClass},
     forward::{Body, Request, Upstream},
@@ -116,6 +117,14 @@ impl Repository {
     /// What it answers to a load, whatever that is.
     pub(crate) async fn load(&self, served: &str) -> Result<Answer, Failure> {
         self.ask(Method::POST, format!("/v2/repository/models/{served}/load"), "{}").await
+    }
+
+    /// What it answers to a load, over gRPC if it takes that.
+    pub(crate) async fn load_well(&self, served: &str) -> Result<Answer, Failure> {
+        match calls::load(self.server.as_ref(), served).await? {
+            Some(answer) => Ok(answer),
+            None => self.load(served).await,
+        }
     }
 
     /// What it answers to an unload, whatever that is.

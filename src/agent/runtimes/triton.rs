@@ -116,7 +116,7 @@ impl Runtime for Triton {
 
     fn load<'a>(&'a self, served: &'a str) -> BoxFuture<'a, Result<(), Failure>> {
         async move {
-            let answer = self.repository.load(served).await?;
+            let answer = self.repository.load_well(served).await?;
             if answer.status.is_success() { Ok(()) } else { Err(refused(&answer)) }
         }
         .boxed()
@@ -156,8 +156,9 @@ impl Runtime for Triton {
         .boxed()
     }
 
+    /// Over REST a load keeps a thread of Triton's, and with it every connection that this thread has.
     fn loads_block(&self) -> bool {
-        false
+        true
     }
 }
 

@@ -4,6 +4,7 @@ mod infer;
 mod load;
 mod misc;
 mod model;
+mod probe;
 mod server;
 pub(super) mod store;
 pub(super) mod tensors;

@@ -47,6 +47,7 @@ pub(super) async fn run(context: &Context, command: Server) -> Result<(), Failur
             let connection = scheduler(context, &at).await?;
             drain(context, &connection, target, Duration::from_secs(timeout)).await
         }
+        Server::Probe(args) => super::probe::run(context, args).await,
         Server::Cordon { target, scheduler: at } => {
             let connection = scheduler(context, &at).await?;
             cordon(context, &connection, target, false).await
