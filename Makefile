@@ -2,7 +2,7 @@
 # CARGO_TARGET_DIR is respected.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove lint fmt clippy doc clients
+.PHONY: help demo test prove lint fmt clippy doc clients servers
 
 CARGO ?= cargo
 target := $(or $(CARGO_TARGET_DIR),target)
@@ -14,10 +14,10 @@ demo: ## play the life of a model in one process, and check what is promised
 	$(CARGO) build --bin wharf
 	$(target)/debug/wharf demo
 
-test: clients ## every test, in reduced counts
+test: clients servers ## every test, in reduced counts
 	$(CARGO) test --no-fail-fast
 
-prove: clients ## every test in full counts; writes docs/proof.md from scratch
+prove: clients servers ## every test in full counts; writes docs/proof.md from scratch
 	rm -f docs/proof.md
 	WHARF_PROVE=1 WHARF_PROOF=$(CURDIR)/docs/proof.md $(CARGO) test --no-fail-fast
 
@@ -35,3 +35,6 @@ doc:
 # The clients of others that tests use, in an environment of their own.
 clients:
 	@if [ -x tests/clients/setup.sh ]; then tests/clients/setup.sh; fi
+
+servers: ## MLServer and Triton, which tests use: installs them under ~/.cache/wharf
+	@tests/servers/setup.sh mlserver triton

@@ -17,7 +17,7 @@ use agent_world::{Server, World, entries, generation, register, rest, text, unre
 use futures::future::join_all;
 use http_body_util::BodyExt as _;
 use wharf::{
-    agent::Facts,
+    agent::{Facts, runtimes::Kind},
     domain::{
         copy::{FailureClass, Report, Residency},
         memory::{Bytes, Resources},
@@ -594,4 +594,68 @@ async fn an_order_that_cannot_be_read_is_answered_and_harms_nothing() {
     assert!(said.contains("order is absent"), "{said}");
     assert_eq!(world.agent.metrics().orders_refused.get(), 3);
     assert_eq!(world.infer("m0", held).await.status(), 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_may_be_as_long_as_names_are() {
+    let (world, mut session) = World::new(10, |_| {}).await;
+    let (name, copy) = ("m".repeat(253), generation(1, 1, 1));
+    session.obeyed(&[world.register(&name, copy, 4)]).await;
+    session.available(copy).await;
+    assert_eq!(entries(&world.options.repository), [format!("{name}_1")]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_counts_as_often_as_mlservers_workers_hold_it() {
+    let (mut world, mut session) = World::new(40, |options| {
+        options.runtime = Some(Kind::MlServer);
+        options.workers = 4;
+    })
+    .await;
+    let resident = |world: &World| world.agent.inspect()["resident"]["primary"].as_u64();
+    let (four, too_large, once) = (generation(1, 1, 1), generation(2, 1, 1), generation(3, 1, 1));
+    let uri = world.artifact_with_settings(10, r#"{"implementation":"m.Mine"}"#);
+    session.obeyed(&[register("four", four, 10, &uri)]).await;
+    session.available(four).await;
+    assert_eq!(resident(&world), Some(40));
+    // After a restart the agent still knows.
+    world.hang_up(session);
+    world.listen();
+    let mut session = world.restart_agent().await;
+    assert_eq!(resident(&world), Some(40));
+
+    let uri = world.artifact_with_settings(11, r#"{"implementation":"m.Mine"}"#);
+    session.obeyed(&[register("too-large", too_large, 11, &uri)]).await;
+    let failure = session.failed(too_large).await;
+    assert!(failure.class == FailureClass::Memory && failure.message.contains("44"), "{}", failure.message);
+
+    // One that refuses workers is in memory once.
+    let uri = world.artifact_with_settings(12, r#"{"implementation":"m.Mine","parallel_workers":0}"#);
+    session.obeyed(&[unregister("four", four, SECOND)]).await;
+    session.unloaded(four).await;
+    session.obeyed(&[register("once", once, 12, &uri)]).await;
+    session.available(once).await;
+    assert_eq!(resident(&world), Some(12));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_a_load_keeps_busy_is_given_the_time_of_a_load() {
+    for (kind, answers) in [(Kind::MlServer, true), (Kind::Oip, false)] {
+        let (world, mut session) = World::new(10, |options| {
+            options.runtime = Some(kind);
+            options.probe_deadline = SECOND;
+            options.load_deadline = 60 * SECOND;
+        })
+        .await;
+        // Another model is being loaded meanwhile.
+        world.server.edit(|state| state.ready_time = 20 * SECOND);
+        let copy = generation(1, 1, 1);
+        let uri = world.artifact_with_settings(4, r#"{"implementation":"m.Mine"}"#);
+        session.obeyed(&[register("iris", copy, 4, &uri)]).await;
+        if answers {
+            session.available(copy).await;
+        } else {
+            assert_eq!(session.failed(copy).await.class, FailureClass::Timeout);
+        }
+    }
 }

@@ -421,3 +421,18 @@ async fn a_registry_that_was_bad_at_the_start_is_followed_all_the_same() {
     fs::write(&path, GOOD).unwrap();
     assert_eq!(watch.next().await.unwrap().servers.len(), 2);
 }
+
+#[test]
+fn only_an_mlserver_has_parallel_workers() {
+    let text = |runtime: &str, workers: &str| {
+        format!(
+            "[[server]]\nname = \"s\"\nruntime = {runtime:?}\ncapabilities = [\"a\"]\nmemory = \"1Gi\"\n\
+             addresses = [\"http://a:1\"]\nparallel_workers = {workers}\n"
+        )
+    };
+    let workers = |workers| Registry::parse(&text("mlserver", workers), "f").unwrap().servers[0].workers;
+    assert_eq!((workers("0"), workers("4")), (0, 4));
+    let problems = registry_problems(&text("triton", "4"));
+    assert!(problems.len() == 1 && problems[0].starts_with("servers.toml:7: "), "{problems:?}");
+    assert!(registry_problems(&text("mlserver", "-1"))[0].contains("from 0 to 1000"));
+}

@@ -53,6 +53,7 @@ pub struct ServerState {
     pub most_bytes: u64,
     pub load_time: Duration,
     pub unload_time: Duration,
+    pub ready_time: Duration,
     pub refuse_load: HashMap<String, (u16, &'static str)>,
     pub hang_load: bool,
     pub repository: PathBuf,
@@ -115,11 +116,8 @@ impl Server {
                 })
             }
             ["v2", "models", name, "ready"] => {
-                if self.is_loaded(name) {
-                    status(200, "")
-                } else {
-                    status(404, "not loaded")
-                }
+                tokio::time::sleep(self.with(|state| state.ready_time)).await;
+                if self.is_loaded(name) { status(200, "") } else { status(404, "not loaded") }
             }
             ["v2", "models", name, "infer"] => self.infer(name).await,
             [_, "ModelInfer"] if grpc => {
@@ -463,6 +461,15 @@ impl World {
         let folder = self.folder.path().join(format!("artifact-{size}"));
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("size"), size.to_string()).unwrap();
+        folder.display().to_string()
+    }
+
+    /// The same, with settings for an `MLServer`.
+    pub fn artifact_with_settings(&self, size: u64, settings: &str) -> String {
+        let folder = self.folder.path().join(format!("with-settings-{size}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("size"), size.to_string()).unwrap();
+        std::fs::write(folder.join("model-settings.json"), settings).unwrap();
         folder.display().to_string()
     }
 

@@ -334,8 +334,8 @@ impl Clients {
         }
         let json: serde_json::Value = serde_json::from_slice(&body).map_err(|_| refused("200, no JSON".to_owned()))?;
         let outputs = json["outputs"].as_array().cloned().unwrap_or_default();
-        let label =
-            outputs.iter().find(|output| output["name"] == "label").and_then(|output| output["data"][0].as_i64());
+        let said = outputs.iter().find(|output| output["name"].as_str().is_some_and(is_label));
+        let label = said.and_then(|output| output["data"][0].as_i64());
         match (json["model_name"].as_str(), label) {
             (Some(model), Some(label)) => Ok(Answer { model: model.to_owned(), label }),
             _ => Err(refused("200, no answer".to_owned())),
@@ -359,7 +359,7 @@ impl Clients {
             body: status.message().to_owned(),
         })?;
         let response = response.into_inner();
-        let place = response.outputs.iter().position(|output| output.name == "label");
+        let place = response.outputs.iter().position(|output| is_label(&output.name));
         let label = place.and_then(|place| match response.raw_output_contents.get(place) {
             Some(raw) => raw.first_chunk().map(|bytes| i64::from_le_bytes(*bytes)),
             None => response.outputs[place].contents.as_ref()?.int64_contents.first().copied(),
@@ -368,6 +368,11 @@ impl Clients {
             || Refused { status: "OK, no answer".to_owned(), headers: String::new(), body: format!("{response:?}") };
         Ok(Answer { model: response.model_name.clone(), label: label.ok_or_else(refused)? })
     }
+}
+
+/// Whether an output of this name is the class; `MLServer` has a name of its own for it.
+fn is_label(name: &str) -> bool {
+    matches!(name, "label" | "predict")
 }
 
 /// The text of a page.

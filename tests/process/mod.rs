@@ -197,6 +197,10 @@ pub struct Spec {
     pub name: String,
     /// The artifact.
     pub uri: String,
+    /// Which version folder of it.
+    pub artifact_version: Option<u32>,
+    /// What its server has to be able to serve.
+    pub requirement: String,
     /// Memory of one copy, in bytes.
     pub memory: u64,
     /// Copies.
@@ -217,6 +221,8 @@ impl Spec {
         Self {
             name: name.to_owned(),
             uri: artifact(from),
+            artifact_version: None,
+            requirement: "onnx".to_owned(),
             memory,
             replicas: 1,
             least: 0,
@@ -224,6 +230,12 @@ impl Spec {
             mark: None,
             rollout: None,
         }
+    }
+
+    /// One copy of the artifact at `uri`, on a server that can serve `requirement`.
+    pub fn at(name: &str, uri: &Path, requirement: &str, memory: u64) -> Self {
+        let (uri, requirement) = (uri.display().to_string(), requirement.to_owned());
+        Self { uri, requirement, ..Self::new(name, "", memory) }
     }
 
     /// So many copies.
@@ -246,7 +258,8 @@ impl Spec {
             model_spec: Some(ModelSpec {
                 uri: self.uri.clone(),
                 memory_bytes: Some(self.memory),
-                requirements: vec!["onnx".to_owned()],
+                artifact_version: self.artifact_version,
+                requirements: vec![self.requirement.clone()],
                 server: self.server.clone(),
                 parameters: self.mark.iter().map(parameter).collect(),
                 ..ModelSpec::default()
