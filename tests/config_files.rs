@@ -436,3 +436,23 @@ fn only_an_mlserver_has_parallel_workers() {
     assert!(problems.len() == 1 && problems[0].starts_with("servers.toml:7: "), "{problems:?}");
     assert!(registry_problems(&text("mlserver", "-1"))[0].contains("from 0 to 1000"));
 }
+
+#[test]
+fn a_server_that_is_spoken_to_otherwise_is_another_place() {
+    let place = |runtime: &str, more: &str| {
+        let text = format!(
+            "[[server]]\nname = \"s\"\nruntime = {runtime:?}\ncapabilities = [\"a\"]\nmemory = \"1Gi\"\n{more}\n"
+        );
+        Registry::parse(&text, "f").unwrap().servers[0].place(0)
+    };
+    let at = r#"addresses = ["http://a:1"]"#;
+    let before = place("mlserver", at);
+    assert_eq!(before, place("mlserver", &format!("{at}\novercommit_percent = 5")));
+    for (runtime, more) in [
+        ("triton", at.to_owned()),
+        ("mlserver", format!("{at}\nparallel_workers = 2")),
+        ("mlserver", r#"addresses = [{ http = "http://a:1", grpc = "http://a:2" }]"#.to_owned()),
+    ] {
+        assert_ne!(before, place(runtime, &more), "{runtime} {more}");
+    }
+}
