@@ -156,7 +156,7 @@ impl Runtime for Triton {
         .boxed()
     }
 
-    /// Over REST a load keeps a thread of Triton's, and with it every connection that this thread has.
+    /// Over REST, requests on connections that are open already were seen to wait for a load.
     fn loads_block(&self) -> bool {
         true
     }
