@@ -202,7 +202,12 @@ def server_subscribers_get_a_snapshot_then_changes(client):
 @check
 def a_model_loads_and_its_first_version_is_its_generation(client):
     client.load("iris", generation=7, replicas=2)
-    status = client.until_state("iris", State.ModelAvailable)
+
+    def whole():
+        status = client.until_state("iris", State.ModelAvailable)
+        return status if status.versions[0].state.availableReplicas == 2 else None
+
+    status = until("both copies answer", whole)
     equal(status.modelName, "iris")
     equal(status.deleted, False)
     version = status.versions[0]
