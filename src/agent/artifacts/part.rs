@@ -170,7 +170,7 @@ impl Part {
 
     /// Its digest, now that all of it came; nothing when only what was there from before can be to blame that it
     /// is another one than the store says.
-    pub(super) async fn close(&mut self, wanted: &Wanted) -> Result<Option<String>, Failure> {
+    pub(super) async fn close(&mut self, wanted: &Wanted, shown: &str) -> Result<Option<String>, Failure> {
         let sha256 = disk::hex(&self.digest.clone().finalize());
         if let Some(right) = wanted.sha256.as_ref().filter(|right| **right != sha256) {
             if self.resumed {
@@ -178,8 +178,7 @@ impl Part {
             }
             self.start_over().await?;
             return Err(bad(format!(
-                "{} is not what the store says: its SHA-256 digest is {sha256}, and {right} was announced; upload it again",
-                wanted.path
+                "{shown} is not what the store says: its SHA-256 digest is {sha256}, and {right} was announced; upload it again"
             )));
         }
         self.whole = true;

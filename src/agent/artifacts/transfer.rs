@@ -174,7 +174,7 @@ impl Transfers {
         loop {
             let before = part.bytes();
             let trouble = match self.pull(origin, file, &mut part, tally).await {
-                Ok(Pulled::Whole) => match part.close(file).await? {
+                Ok(Pulled::Whole) => match part.close(file, &origin.shown(file)).await? {
                     Some(sha256) => return Ok(Arrived::of(file, part.bytes(), sha256, part.tag())),
                     // What was there from before did not fit what came: all of it once more.
                     None => {
@@ -406,4 +406,42 @@ pub(super) fn below(folder: &Path, path: &str) -> Result<PathBuf, Failure> {
         return Err(bad(format!("the artifact has a file {path:?}, which can't be a name on disk")));
     }
     Ok(folder.join(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A clock that a test sets.
+    #[derive(Debug)]
+    struct Hand(AtomicU64);
+
+    impl Clock for Hand {
+        fn now(&self) -> Instant {
+            Instant::from_micros(self.0.load(Relaxed))
+        }
+    }
+
+    #[test]
+    fn all_downloads_together_keep_to_the_rate() {
+        let clock = Arc::new(Hand(AtomicU64::new(5_000_000)));
+        let pace = Pace { rate: 1000, clock: Arc::clone(&clock) as _, free: Mutex::new(Instant::from_micros(0)) };
+        let second = Duration::from_secs(1);
+        assert_eq!(pace.reserve(1000), Duration::ZERO);
+        assert_eq!(pace.reserve(500), second);
+        assert_eq!(pace.reserve(500), second * 3 / 2);
+        clock.0.store(6_500_000, Relaxed);
+        assert_eq!(pace.reserve(1), second / 2);
+        // What was not used is not saved up.
+        clock.0.store(60_000_000, Relaxed);
+        assert_eq!(pace.reserve(1000), Duration::ZERO);
+        assert_eq!(pace.reserve(1000), second);
+    }
+
+    #[test]
+    fn patience_doubles_its_pauses_and_ends() {
+        let patience = Patience { tries: 4, first: Duration::from_secs(1), most: Duration::from_secs(3) };
+        let pauses: Vec<_> = (1..=5).map(|tries| patience.pause(tries).map(|pause| pause.as_secs())).collect();
+        assert_eq!(pauses, [Some(1), Some(2), Some(3), None, None]);
+    }
 }

@@ -107,9 +107,16 @@ impl Bucket {
         let prefix = (!place.key.is_empty()).then_some(&location);
         let mut listed = self.store.list(prefix);
         let mut files: Vec<ObjectMeta> = Vec::new();
-        while let Some(meta) =
-            listed.try_next().await.map_err(|error| self.refused(missing.as_ref().unwrap_or(&error)))?
-        {
+        loop {
+            let meta = match (listed.try_next().await, &missing) {
+                (Ok(Some(meta)), _) => meta,
+                (Ok(None), _) => break,
+                // Who may read a key and not list is told what became of the key.
+                (Err(Error::PermissionDenied { .. }), Some(missing @ Error::NotFound { .. })) => {
+                    return Err(self.refused(missing));
+                }
+                (Err(error), _) => return Err(self.refused(&error)),
+            };
             // One more than the limit is enough to know.
             if files.len() > most {
                 return Err(bad(format!("{} has more files than the limit of {most}", self.asked.shown)).into());
@@ -128,11 +135,18 @@ impl Bucket {
     }
 
     async fn ask(&self, file: &Wanted, from: u64, tag: Option<&str>) -> Result<Opened, Trouble> {
-        let range = (from > 0).then_some(GetRange::Offset(from));
-        let options =
-            GetOptions { range, if_match: tag.or(file.tag.as_deref()).map(ToOwned::to_owned), ..GetOptions::default() };
         let location = Location::parse(&file.at).map_err(|error| bad(format!("{}: {error}", file.path)))?;
-        let got = self.store.get_opts(&location, options).await.map_err(|error| self.refused(&error))?;
+        let if_match = tag.or(file.tag.as_deref()).map(ToOwned::to_owned);
+        let whole = GetOptions { if_match, ..GetOptions::default() };
+        let rest = GetOptions { range: (from > 0).then_some(GetRange::Offset(from)), ..whole.clone() };
+        let got = match self.store.get_opts(&location, rest).await {
+            // Some stores that speak like S3 send a part and call it the whole. What can't be told apart is not used.
+            Err(error) if from > 0 && error.to_string().contains("non-partial response") => {
+                self.store.get_opts(&location, whole).await
+            }
+            got => got,
+        };
+        let got = got.map_err(|error| self.refused(&error))?;
         let (from, total, tag) =
             (got.range.start, Some(got.meta.size), got.meta.e_tag.clone().or_else(|| file.tag.clone()));
         let asked = Asked { shown: self.shown(file), ..self.asked.clone() };

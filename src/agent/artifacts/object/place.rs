@@ -20,8 +20,8 @@ use crate::domain::{
 };
 
 /// The schemes of object stores. Users of other tools write some of them differently.
-pub(super) const SCHEMES: [&str; 12] =
-    ["s3", "s3a", "s3n", "gs", "gcs", "az", "azure", "abfs", "abfss", "wasb", "wasbs", "adl"];
+pub(super) const SCHEMES: [&str; 11] =
+    ["s3", "s3a", "s3n", "gs", "gcs", "az", "azure", "abfs", "abfss", "wasb", "wasbs"];
 
 /// What is asked of an object store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
