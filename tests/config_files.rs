@@ -94,6 +94,14 @@ fn a_size_may_be_a_number_of_bytes() {
 }
 
 #[test]
+fn a_secret_in_the_environment_is_no_setting() {
+    assert_eq!(
+        load("", &[("WHARF_SECRET_A__B", "token: x"), ("WHARF_SECRET_AGENT_HUB", "x")], &[]),
+        Ok(Settings::default())
+    );
+}
+
+#[test]
 fn every_problem_is_told_at_once_with_its_place_and_the_fix() {
     let told = problems(
         "[scheduler]\nlease = 5\nheart_beat = \"1s\"\n\n[schedular]\nx = 1\n[gateway]\nlease = \"1s\"\nmax_in_flight = \"9\"\n[metrics]\nper_model = \"yes\"",
@@ -110,9 +118,10 @@ fn every_problem_is_told_at_once_with_its_place_and_the_fix() {
             "wharf.toml:9: gateway.max_in_flight: \"9\" came, wanted a whole number from 1 to 1000000",
             "wharf.toml:11: metrics.per_model: \"yes\" came, wanted true or false",
             "environment variable WHARF_AGENT__NONSENSE: agent.nonsense: no such setting; [agent] has listen, http, \
-             scheduler, server, replica, runtime, runtime_grpc, runtime_kind, runtime_workers, capabilities, memory, overcommit_percent, advertise, data_dir, \
-             artifact_cache, max_artifact, fetch_deadline, load_deadline, waiting_requests, wait_deadline, \
-             drain_deadline",
+             scheduler, server, replica, runtime, runtime_grpc, runtime_kind, runtime_workers, capabilities, \
+             memory, overcommit_percent, advertise, data_dir, artifact_cache, max_artifact, fetch_deadline, keep_downloads, parallel_downloads, \
+             download_bandwidth, secrets_dir, hub, rclone, rclone_program, rclone_config, load_deadline, \
+             waiting_requests, wait_deadline, drain_deadline",
             "environment variable WHARF_AGENT__WAIT_DEADLINE: agent.wait_deadline: \"soon\" came, wanted a duration \
              such as \"5s\" or \"250ms\" from 10ms to 1h",
             "environment variable WHARF_SCHEDULER_LEASE: scheduler.lease: it is set by WHARF_SCHEDULER__LEASE, with \

@@ -48,7 +48,15 @@ pub(crate) async fn run<T: Send + 'static>(blocking: Blocking, work: impl FnOnce
 
 /// A failure of the replica's own disk. Another replica may do better.
 pub(crate) fn failure(what: &str, path: &Path, error: &io::Error) -> Failure {
-    Failure { class: FailureClass::Runtime, message: format!("{what} ({}): {error}", path.display()) }
+    let advice = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; free space there, lower agent.artifact_cache, or move agent.data_dir"
+        }
+        io::ErrorKind::FileTooLarge => "; raise the limit that the system sets for the agent's files",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "; let the agent write there",
+        _ => "",
+    };
+    Failure { class: FailureClass::Runtime, message: format!("{what} ({}): {error}{advice}", path.display()) }
 }
 
 /// Lower-case hex.

@@ -45,7 +45,7 @@ use crate::{
 pub use self::{
     disk::DiskError,
     metrics::{Cell, Metrics},
-    options::{Blocking, Facts, Options},
+    options::{Blocking, Facts, Options, RcloneUse},
 };
 
 /// What an agent needs from the world.

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::runtimes::Kind;
+use super::{artifacts::Secrets, runtimes::Kind};
 use crate::{
     domain::{
         memory::{Bytes, Resources},
@@ -18,6 +18,17 @@ pub enum Blocking {
     Pool,
     /// Where it comes up: for simulations, which have one thread.
     Inline,
+}
+
+/// When artifacts are fetched through rclone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RcloneUse {
+    /// Whenever it reads that kind of store.
+    Always,
+    /// When the agent itself does not, or the model brings a configuration for it.
+    Fallback,
+    /// Never: nothing is started.
+    Never,
 }
 
 /// An agent's settings. [`Options::new`] has the defaults.
@@ -47,6 +58,12 @@ pub struct Options {
     pub artifact: FetchLimits,
     /// Bytes that cached artifacts may take on disk.
     pub artifact_cache: Bytes,
+    /// How long what came of a broken download is kept to be gone on with.
+    pub keep_downloads: Duration,
+    /// Where the credentials of models are.
+    pub secrets: Secrets,
+    /// When artifacts are fetched through rclone.
+    pub rclone: RcloneUse,
     /// Longest fetch.
     pub fetch_deadline: Duration,
     /// Longest load or reload, without its wait for memory.
@@ -121,6 +138,9 @@ impl Options {
             blocking: Blocking::Pool,
             artifact: FetchLimits { bytes: 64 * GIB, files: 10_000 },
             artifact_cache: Bytes(256 * GIB),
+            keep_downloads: Duration::from_secs(3600),
+            secrets: Secrets::default(),
+            rclone: RcloneUse::Fallback,
             fetch_deadline: Duration::from_secs(3600),
             load_deadline: Duration::from_secs(600),
             probe_deadline: Duration::from_secs(60),

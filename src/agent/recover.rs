@@ -25,6 +25,7 @@ impl Core {
         let (seen, kept) = self.disk.open().await?;
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen;
         self.artifacts.open().await?;
+        self.spawn(Arc::clone(&self.artifacts).keep_sweeping());
         let copies: Vec<_> = kept.into_iter().filter_map(|kept| self.taken_up(kept)).collect();
         let names: Vec<String> = copies.iter().map(|(entry, _)| entry.served.clone()).collect();
         let loaded: BTreeMap<String, bool> = self.index().await.into_iter().map(|one| (one.name, one.ready)).collect();

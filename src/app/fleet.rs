@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     World,
     metrics::expose_agent,
-    process::{ProcessError, agent_options, builtin, inference_server, sources},
+    origins::Origins,
+    process::{ProcessError, agent_options, builtin, inference_server},
     replica::{self, DoorAt},
 };
 use crate::{
@@ -53,6 +54,7 @@ pub(super) struct Fleet {
     board: Arc<Board>,
     world: World,
     settings: settings::Agent,
+    origins: Origins,
     connections: Arc<Connections>,
     metrics: Arc<Metrics>,
     /// Where agents of this process call; absent when it runs none.
@@ -82,7 +84,7 @@ impl Fleet {
     pub(super) fn new(
         handle: &Handle,
         world: World,
-        settings: settings::Agent,
+        (settings, origins): (settings::Agent, Origins),
         connections: Arc<Connections>,
         metrics: Arc<Metrics>,
         scheduler: Option<String>,
@@ -92,6 +94,7 @@ impl Fleet {
             board: Arc::clone(&handle.links.board),
             world,
             settings,
+            origins,
             connections,
             metrics,
             scheduler,
@@ -299,7 +302,8 @@ impl Fleet {
         };
         let stop = CancellationToken::new();
         let door = DoorAt::InProcess(&self.connections);
-        let sources = sources().map_err(|problem| failed(&id, problem))?;
+        let sources = self.origins.ready(&self.settings, &mut options, &self.world.clock);
+        let sources = sources.map_err(|problem| failed(&id, problem))?;
         let running = replica::start(&self.world, options, upstream, sources, door, scheduler, &stop);
         expose_agent(&self.metrics, &id, &running.agent);
         self.replicas.insert(id, Here { stop, running, data, place, empty: 0 });

@@ -9,17 +9,14 @@ use super::{
     World,
     fleet::Fleet,
     metrics::{expose_agent, expose_gateway, expose_scheduler},
+    origins::Origins,
     page::Page,
     replica::{self, DoorAt},
     scheduler,
 };
 use crate::{
     actors::{Fatal, Handle, Spawner, Timing},
-    agent::{
-        self, Blocking,
-        artifacts::{HttpSource, LocalSource},
-        runtimes::Kind,
-    },
+    agent::{self, runtimes::Kind},
     domain::{
         memory::Resources,
         model::Policy,
@@ -27,7 +24,7 @@ use crate::{
     },
     forward::{self, ClientOptions, Connections, HttpUpstream, Limits, Split, TcpNetwork, Upstream},
     gateway::{self, Gateway},
-    ports::{ArtifactSource, Clock, Identity, Network, SystemClock},
+    ports::{Clock, Identity, Network, SystemClock},
     runtime::{self, Execution, Runtime},
     settings::{
         Settings,
@@ -85,6 +82,7 @@ pub enum ProcessError {
 pub struct Process {
     world: World,
     settings: Settings,
+    origins: Origins,
     connections: Arc<Connections>,
     metrics: Arc<Metrics>,
     shutdown: CancellationToken,
@@ -124,7 +122,14 @@ impl Process {
         let metrics = Arc::new(Metrics::new(roles, settings.metrics.per_model));
         let fatal = Fatally(fatal);
         let tasks = JoinSet::new();
-        Self { world: World { network, clock }, settings, connections, metrics, shutdown, fatal, tasks }
+        let origins = Origins::default();
+        Self { world: World { network, clock }, settings, origins, connections, metrics, shutdown, fatal, tasks }
+    }
+
+    /// The same, with `origins` for the artifacts of its agents.
+    #[must_use]
+    pub fn with_origins(self, origins: Origins) -> Self {
+        Self { origins, ..self }
     }
 
     /// Opens the journal and starts the control plane.
@@ -185,7 +190,7 @@ impl Process {
         let mut fleet = Fleet::new(
             handle,
             self.world.clone(),
-            self.settings.agent.clone(),
+            (self.settings.agent.clone(), self.origins.clone()),
             Arc::clone(&self.connections),
             Arc::clone(&self.metrics),
             here,
@@ -252,7 +257,7 @@ impl Process {
             let address = ReplicaAddress { http: settings.runtime.clone(), grpc };
             inference_server(&self.world, options.runtime, &address).map_err(failed)?
         };
-        let sources = sources().map_err(failed)?;
+        let sources = self.origins.ready(&settings, &mut options, &self.world.clock).map_err(failed)?;
         let scheduler = settings.scheduler.as_str().to_owned();
         let door = DoorAt::Port(listener);
         let id = options.replica.clone();
@@ -385,11 +390,6 @@ pub(super) fn inference_server(
         (_, Some(grpc)) => Ok(Arc::new(Split::new(rest, Some(grpc)))),
         (_, None) => Ok(rest),
     }
-}
-
-pub(super) fn sources() -> Result<Vec<Arc<dyn ArtifactSource>>, String> {
-    let http = HttpSource::new().map_err(|failure| failure.message)?;
-    Ok(vec![Arc::new(LocalSource::new(None, Blocking::Pool)), Arc::new(http)])
 }
 
 /// Threads for actors, which live as long as the process.

@@ -18,6 +18,7 @@ pub mod replica;
 pub mod residency;
 pub mod rollout;
 pub mod routes;
+pub mod secret;
 pub mod server;
 pub mod spec;
 pub mod time;

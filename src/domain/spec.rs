@@ -35,12 +35,21 @@ pub struct ModelSpec {
 }
 
 /// Credentials of a storage URI.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Storage {
     /// The name of a secret.
     SecretName(String),
-    /// An rclone configuration, inline.
+    /// An rclone configuration, inline. It holds credentials, and is never printed.
     RcloneConfig(String),
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SecretName(name) => f.debug_tuple("SecretName").field(name).finish(),
+            Self::RcloneConfig(_) => f.write_str("RcloneConfig(***)"),
+        }
+    }
 }
 
 /// A model that stands beside another one.

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::value::{Address, Form, LogFilter, LogFormat, Raw, RuntimeKind, Value, read};
+use super::value::{Address, Form, LogFilter, LogFormat, Raw, RcloneUse, RuntimeKind, Value, read};
 use crate::domain::memory::Bytes;
 
 /// A setting, as declared.
@@ -214,6 +214,23 @@ section! {
         max_artifact: Bytes = "10Gi" in "1Ki" to "1Pi";
         /// How long a download may take.
         fetch_deadline: Duration = "1h" in "1s" to "7d";
+        /// How long what came of a broken download is kept to be gone on with.
+        keep_downloads: Duration = "1h" in "0s" to "7d";
+        /// Files that are downloaded at a time, over all artifacts.
+        parallel_downloads: u32 = "8" in "1" to "256";
+        /// Bytes a second that downloads may take together; 0 sets no bound.
+        download_bandwidth: Bytes = "0" in "0" to "1Ti";
+        /// The directory of secrets that models name: each a file, or a directory of files as Kubernetes mounts it.
+        /// Without one there are the variables WHARF_SECRET_NAME.
+        secrets_dir: String = "";
+        /// The hub that hf:// names.
+        hub: String = "https://huggingface.co";
+        /// What rclone fetches: always, object stores too; fallback, what the agent can't; never, nothing.
+        rclone: RcloneUse = "fallback";
+        /// The rclone program, 1.60 or later. It is started at first use.
+        rclone_program: String = "rclone";
+        /// rclone's configuration, whose remotes models may name: dropbox:models/iris.
+        rclone_config: String = "";
         /// How long the inference server may take to load a model.
         load_deadline: Duration = "10m" in "1s" to "24h";
         /// Requests that may wait for an evicted copy to come back; what is over is refused.

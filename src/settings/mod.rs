@@ -15,7 +15,7 @@ use toml::de::{DeTable, DeValue};
 
 pub use keys::{Agent, Gateway, Log, Metrics, Scheduler};
 pub use problem::{Problem, Problems};
-pub use value::{Address, LogFilter, LogFormat, RuntimeKind};
+pub use value::{Address, LogFilter, LogFormat, RcloneUse, RuntimeKind};
 
 use keys::{Refused, Section};
 use problem::{line_of, nearest};
@@ -23,6 +23,9 @@ use value::Raw;
 
 /// What a variable of the environment starts with to be a setting: `WHARF_SCHEDULER__LEASE`.
 pub const PREFIX: &str = "WHARF_";
+
+/// What a variable starts with that is a secret of the agent's, whatever follows.
+const SECRET: &str = "WHARF_SECRET_";
 
 /// Every setting.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -66,7 +69,7 @@ impl Settings {
         }
         // Sorted, so that the same environment always makes the same message.
         for (variable, value) in environment.into_iter().collect::<BTreeMap<_, _>>() {
-            let Some(name) = variable.strip_prefix(PREFIX) else { continue };
+            let Some(name) = variable.strip_prefix(PREFIX).filter(|_| !variable.starts_with(SECRET)) else { continue };
             let place = format!("environment variable {variable}");
             match name.to_ascii_lowercase().split_once("__") {
                 Some((section, key)) => {

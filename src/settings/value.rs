@@ -211,6 +211,31 @@ impl Value for RuntimeKind {
     }
 }
 
+/// What is fetched through rclone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RcloneUse {
+    /// Whatever it reads.
+    Always,
+    /// What the agent itself does not read.
+    Fallback,
+    /// Nothing.
+    Never,
+}
+
+impl Value for RcloneUse {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"always\", \"fallback\" or \"never\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "always" => Some(Self::Always),
+            "fallback" => Some(Self::Fallback),
+            "never" => Some(Self::Never),
+            _ => None,
+        }
+    }
+}
+
 /// What is logged: a level, or several by module.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LogFilter(pub String);
