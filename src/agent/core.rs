@@ -26,6 +26,7 @@ use super::{
     outbox::Outbox,
     runtimes::{Runtime, adapter},
     session::Link,
+    weigh::Scale,
 };
 use crate::{
     domain::copy::Report,
@@ -56,6 +57,8 @@ pub(crate) struct Core {
     pub(crate) load_times: Durations,
     /// Requests that wait for evicted copies.
     pub(crate) waiting: AtomicU32,
+    /// What copies take.
+    pub(crate) scale: Scale,
     pub(crate) fetches: Semaphore,
     pub(crate) loads: Semaphore,
     pub(crate) reloads: Semaphore,
@@ -80,6 +83,7 @@ impl Core {
             metrics,
             load_times: Durations::default(),
             waiting: AtomicU32::new(0),
+            scale: Scale::default(),
             fetches: Semaphore::new(options.fetches.max(1)),
             loads: Semaphore::new(options.loads.max(1)),
             reloads: Semaphore::new(options.reloads.max(1)),

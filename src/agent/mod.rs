@@ -16,12 +16,14 @@ mod metrics;
 mod options;
 mod outbox;
 pub mod probe;
+mod procfs;
 mod reconcile;
 mod recover;
 mod reload;
 mod residence;
 pub mod runtimes;
 mod session;
+mod weigh;
 
 use std::{
     fmt,
@@ -46,6 +48,7 @@ pub use self::{
     disk::DiskError,
     metrics::{Cell, Metrics},
     options::{Blocking, Facts, Options},
+    procfs::Listening,
 };
 
 /// What an agent needs from the world.
@@ -207,7 +210,7 @@ fn copy(entry: &Entry) -> Value {
     let state = match entry.report() {
         Report::Scheduled => "Scheduled",
         Report::Downloading(_) => "Downloading",
-        Report::Loading => "Loading",
+        Report::Loading { .. } => "Loading",
         Report::Available { .. } => "Available",
         Report::Draining { .. } => "Draining",
         Report::Unloaded => "Unloaded",

@@ -294,6 +294,7 @@ impl Fleet {
         let upstream: Arc<dyn Upstream> = match &place {
             Place::Builtin => builtin(&options),
             Place::At { address, .. } => {
+                options.process = agent::Listening::at(&address.http).map(|process| Arc::new(process) as _);
                 inference_server(&self.world, options.runtime, address).map_err(|problem| failed(&id, problem))?
             }
         };

@@ -5,6 +5,7 @@
 
 pub mod copy;
 pub mod error;
+pub mod ghost;
 pub mod history;
 pub mod invariants;
 pub mod leader;
@@ -19,6 +20,7 @@ pub mod residency;
 pub mod rollout;
 pub mod routes;
 pub mod server;
+pub mod size;
 pub mod spec;
 pub mod time;
 pub mod version;

@@ -154,6 +154,7 @@ pub fn model_view(model: &Model) -> wharf::ModelView {
         deleted: model.deleted.is_some(),
         changed: Some(timestamp(model.changed)),
         rollout: Some(rollout_of(&model.deployment)),
+        conditions: model.misdeclared().map(|what| what.to_string()).collect(),
     }
 }
 
@@ -163,12 +164,17 @@ fn version_view(model: &Model, version: Version) -> wharf::VersionView {
         version: version.0,
         state: standing.state.name().to_owned(),
         reason: standing.sentence(),
-        copies: model.copies.iter().filter(|copy| copy.generation.version == version).map(copy_view).collect(),
+        copies: model
+            .copies
+            .iter()
+            .filter(|copy| copy.generation.version == version)
+            .map(|copy| copy_view(model, copy))
+            .collect(),
         spec: model.entry(version).map(|entry| model_spec_to_wire(&entry.spec)),
     }
 }
 
-fn copy_view(copy: &Copy) -> wharf::CopyView {
+fn copy_view(model: &Model, copy: &Copy) -> wharf::CopyView {
     let on = copy.state.replica();
     let residency = match &copy.state {
         State::Available { residency, .. } => match residency {
@@ -208,7 +214,8 @@ fn copy_view(copy: &Copy) -> wharf::CopyView {
         total: progress.total,
         since: Some(timestamp(copy.since)),
         need: copy.need.primary.0,
-        measured: None,
+        measured: model.measured(copy.generation).map(|bytes| bytes.primary.0),
+        declared: model.declared(copy.generation.version).map(|bytes| bytes.0),
     }
 }
 

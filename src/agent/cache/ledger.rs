@@ -6,12 +6,13 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use super::{Entry, Phase, Pressure};
 use crate::domain::{
     memory::Resources,
-    residency::{Decision, Occupant, Standing, decide, excess},
+    residency::{Decision, Eviction, Occupant, Rules, Standing, decide, excess},
     version::Generation,
 };
 
@@ -26,6 +27,8 @@ pub(crate) struct Ledger {
 #[derive(Debug)]
 struct Room {
     capacity: Resources,
+    /// How it is decided who leaves; without the time.
+    rules: Rules,
     seats: BTreeMap<Generation, Seat>,
 }
 
@@ -72,7 +75,10 @@ pub(crate) enum Settled {
 
 impl Ledger {
     pub(crate) fn new(capacity: Resources) -> Self {
-        Self { room: Mutex::new(Room { capacity, seats: BTreeMap::new() }), pressure: Arc::default() }
+        Self {
+            room: Mutex::new(Room { capacity, rules: Rules::default(), seats: BTreeMap::new() }),
+            pressure: Arc::default(),
+        }
     }
 
     pub(crate) const fn pressure(&self) -> &Arc<Pressure> {
@@ -90,6 +96,17 @@ impl Ledger {
         self.pressure.eased();
     }
 
+    /// From now on it is decided so who leaves.
+    pub(crate) fn set_rules(&self, eviction: Eviction, least_residency: Duration) {
+        let mut room = self.lock();
+        room.rules = Rules { eviction, least_residency, ..room.rules };
+    }
+
+    /// How long a copy stays at least: a wish that waits for one to have stayed asks again after that.
+    pub(crate) fn least_residency(&self) -> Duration {
+        self.lock().rules.least_residency
+    }
+
     fn lock(&self) -> MutexGuard<'_, Room> {
         self.room.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -103,6 +120,7 @@ impl Ledger {
     pub(crate) fn admit(&self, entry: &Arc<Entry>, evict: bool) -> Admission {
         let mut room = self.lock();
         let limit = room.limit_for(entry);
+        let rules = Rules { now: entry.now(), ..room.rules };
         let seats = &mut room.seats;
         if seats.contains_key(&entry.generation) {
             // It never left, or is still leaving.
@@ -110,7 +128,7 @@ impl Ledger {
         }
         loop {
             let occupants: Vec<_> = seats.values().map(occupant).collect();
-            let victims = match decide(&occupants, &limit, &entry.need()) {
+            let victims = match decide(&occupants, &limit, &entry.need(), rules) {
                 Decision::Fits => {
                     seats.insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Taken });
                     return Admission::Seated;
@@ -178,9 +196,10 @@ impl Ledger {
     /// loading or leaving is asked about again.
     pub(crate) fn shed(&self) -> Option<Vec<Arc<Entry>>> {
         let mut room = self.lock();
-        let Room { capacity, seats } = &mut *room;
+        let Room { capacity, rules, seats } = &mut *room;
+        let now = seats.values().next().map(|seat| seat.entry.now()).unwrap_or_default();
         let occupants: Vec<_> = seats.values().map(occupant).collect();
-        let victims = excess(&occupants, capacity)?;
+        let victims = excess(&occupants, capacity, Rules { now, ..*rules })?;
         // One that a request has just taken hold of does not keep the others.
         Some(victims.iter().filter_map(|victim| claim(seats, &[*victim])).flatten().collect())
     }
@@ -260,7 +279,15 @@ fn occupant(seat: &Seat) -> Occupant {
         (Kind::Taken | Kind::Promised, _) => Standing::Entering,
     };
     let bytes = seat.entry.need();
-    Occupant { copy: seat.entry.generation, bytes, last_used: seat.entry.last_used(), holds, standing }
+    Occupant {
+        copy: seat.entry.generation,
+        bytes,
+        last_used: seat.entry.last_used(),
+        holds,
+        standing,
+        since: seat.entry.resident_since(),
+        reload: seat.entry.loads.average().unwrap_or_default(),
+    }
 }
 
 #[cfg(test)]
