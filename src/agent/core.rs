@@ -71,13 +71,15 @@ impl Core {
     pub(crate) fn new(options: Options, deps: Deps) -> Self {
         let metrics = Arc::<Metrics>::default();
         let artifacts = Artifacts::new(&options, deps.sources, Arc::clone(&deps.clock), Arc::clone(&metrics));
+        let ledger = Ledger::new(options.capacity.clone());
+        ledger.set_rules(options.eviction, options.least_residency);
         Self {
             facts: ArcSwap::from_pointee(options.facts()),
             restated: Notify::new(),
             runtime: adapter(options.runtime, Arc::clone(&deps.server), options.workers),
             artifacts: Arc::new(artifacts),
             book: Book::new(),
-            ledger: Ledger::new(options.capacity.clone()),
+            ledger,
             disk: Disk::new(options.data_dir.clone(), options.blocking),
             outbox: Outbox::default(),
             metrics,

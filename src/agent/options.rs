@@ -7,6 +7,7 @@ use crate::{
     domain::{
         memory::{Bytes, Resources},
         names::ReplicaId,
+        residency::Eviction,
         size::Guesses,
     },
     ports::{FetchLimits, ServerProcess},
@@ -36,6 +37,10 @@ pub struct Options {
     pub runtime: Option<Kind>,
     /// Processes of an `MLServer` that each hold every model.
     pub workers: u32,
+    /// Which copies leave memory first when it is short.
+    pub eviction: Eviction,
+    /// How long a copy stays in memory at least, once it is there.
+    pub least_residency: Duration,
     /// How much memory an artifact may take, as long as nobody knows; without it, what the order says.
     pub guesses: Option<Guesses>,
     /// The inference server's process, where it can be looked at.
@@ -120,6 +125,8 @@ impl Options {
             capabilities: Vec::new(),
             runtime: Some(Kind::Oip),
             workers: 1,
+            eviction: Eviction::Lru,
+            least_residency: Duration::ZERO,
             guesses: None,
             process: None,
             door_address: String::new(),

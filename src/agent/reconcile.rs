@@ -217,6 +217,7 @@ impl Core {
             }
         }
         self.ledger.left(entry.generation);
+        self.scale.ghosts().gone(entry.generation);
         self.look_at_process().await;
         if let Err(error) = self.disk.remove(self.folder(entry)).await {
             tracing::warn!(copy = %entry.generation, %error, "a model's folder can't be removed");

@@ -133,6 +133,7 @@ impl Core {
             Ok(()) => {
                 *in_server = InServer::No;
                 self.metrics.cache_evict.inc();
+                self.scale.ghosts().evicted(entry.generation, entry.need().primary);
                 entry.shift(Phase::Evicting, Phase::Evicted);
                 self.ledger.left(entry.generation);
                 self.look_at_process().await;

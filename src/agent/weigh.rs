@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Mutex, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
 };
@@ -21,6 +21,7 @@ use tokio::{
 use super::{artifacts::Artifact, cache::Entry, core::Core, disk};
 use crate::{
     domain::{
+        ghost::{Ghosts, Strain},
         memory::{Bytes, Resources},
         size::{self, Size, SizeKey},
         spec::Parameter,
@@ -45,6 +46,7 @@ pub(crate) struct Scale {
     told: AtomicBool,
     known: Mutex<BTreeMap<SizeKey, Resources>>,
     process: Mutex<Watched>,
+    ghosts: Mutex<Ghosts>,
 }
 
 /// The server's process, as far as it was looked at.
@@ -92,13 +94,19 @@ impl Scale {
         known.insert(size.key.clone(), size.bytes.clone());
     }
 
-    /// Memory of the server's process that nothing in it accounts for.
-    pub(crate) fn leaked(&self) -> Bytes {
-        self.process.lock().unwrap_or_else(PoisonError::into_inner).leaked
+    /// Copies that were evicted.
+    pub(crate) fn ghosts(&self) -> MutexGuard<'_, Ghosts> {
+        self.ghosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Core {
+    /// What there is to say of the replica's memory.
+    pub(crate) fn strain(&self) -> Strain {
+        let leaked = self.scale.process.lock().unwrap_or_else(PoisonError::into_inner).leaked;
+        Strain { leaked, advice: self.scale.ghosts().advice(self.clock.now()) }
+    }
+
     /// Says what a copy is taken for, now that its artifact is on disk.
     pub(crate) fn guess(&self, entry: &Entry, artifact: &Artifact, instances: u32) {
         let key = SizeKey {
@@ -192,10 +200,12 @@ impl Core {
         match watched.baseline {
             Some(baseline) if baseline.process == now.process => {
                 watched.leaked = size::leaked(now.bytes, baseline.bytes, resident);
+                self.ledger.set_leaked(watched.leaked);
             }
             // Only of a process in which nothing is can it be said what it has without anything.
             Some(_) | None if resident == Bytes::ZERO => {
                 *watched = Watched { baseline: Some(now), leaked: Bytes::ZERO };
+                self.ledger.set_leaked(Bytes::ZERO);
             }
             Some(_) | None => *watched = Watched::default(),
         }

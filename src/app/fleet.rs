@@ -249,7 +249,10 @@ impl Fleet {
             for index in 0..server.replicas {
                 let id = ReplicaId::new(server.name.clone(), index);
                 match self.replicas.get(&id) {
-                    Some(here) => here.running.agent.restate(facts(server)),
+                    Some(here) => {
+                        here.running.agent.evict_by(server.eviction);
+                        here.running.agent.restate(facts(server));
+                    }
                     None => self.start(id, server, scheduler.clone())?,
                 }
             }
@@ -291,6 +294,7 @@ impl Fleet {
         options.overcommit_percent = server.overcommit_percent;
         options.runtime = Some(server.runtime);
         options.workers = server.workers;
+        options.eviction = server.eviction;
         let upstream: Arc<dyn Upstream> = match &place {
             Place::Builtin => builtin(&options),
             Place::At { address, .. } => {

@@ -144,6 +144,7 @@ impl Process {
                 default_memory: settings.default_memory,
                 trust: settings.declared_memory,
                 memory_warning_percent: settings.memory_warning_percent,
+                leak_percent: settings.leak_percent,
                 retry_first: settings.retry_first,
                 retry_cap: settings.retry_most,
                 history: settings.history as usize,
@@ -355,6 +356,8 @@ pub(super) fn agent_options(
     options.load_deadline = settings.load_deadline;
     options.reload_queue = settings.waiting_requests;
     options.reload_wait = settings.wait_deadline;
+    options.least_residency = settings.least_residency;
+    options.eviction = settings.eviction;
     options.guesses = Some(settings.memory_guess.clone());
     options
 }

@@ -35,6 +35,43 @@ pub struct Advice {
     pub spared_percent: u32,
 }
 
+/// What an agent says of its replica's memory, beside what is in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Strain {
+    /// Memory of the inference server that no copy accounts for.
+    pub leaked: Bytes,
+    /// What more memory would have spared.
+    pub advice: Advice,
+}
+
+impl Strain {
+    /// What an operator should know of it, a sentence each, to follow the replica's name: a leak from `leak_percent` of
+    /// `capacity` on, and returns from [`MANY`] on.
+    #[must_use]
+    pub fn conditions(&self, capacity: Bytes, leak_percent: u32) -> Vec<String> {
+        let mut conditions = Vec::new();
+        if u128::from(self.leaked.0) * 100 > u128::from(capacity.0) * u128::from(leak_percent) {
+            conditions.push(format!(
+                "leaks: its server keeps {} that no model accounts for; drain it and restart the server",
+                self.leaked
+            ));
+        }
+        let Advice { returns, more, spared_percent } = self.advice;
+        if returns >= MANY {
+            let remedy = match spared_percent {
+                0 => "no memory that is known of would have spared half of them".to_owned(),
+                percent => format!("with {more} more memory {percent} % of them would have stayed"),
+            };
+            conditions
+                .push(format!("thrashes: {returns} evicted copies had to come back within the last hour; {remedy}"));
+        }
+        conditions
+    }
+}
+
+/// Returns within [`WINDOW`] from which on an operator is told.
+pub const MANY: u32 = 20;
+
 impl Ghosts {
     /// A copy was evicted.
     pub fn evicted(&mut self, copy: Generation, bytes: Bytes) {
@@ -101,6 +138,16 @@ mod tests {
         }
         let advice = ghosts.advice(at(10));
         assert_eq!((advice.returns, advice.more, advice.spared_percent), (10, Bytes(7), 90));
+    }
+
+    #[test]
+    fn an_operator_is_told_of_large_leaks_and_of_many_returns() {
+        let advice = |returns, spared_percent| Advice { returns, more: Bytes(1 << 20), spared_percent };
+        let said = |leaked, advice| Strain { leaked: Bytes(leaked), advice }.conditions(Bytes(1000), 10).join("; ");
+        assert_eq!(said(100, advice(MANY - 1, 60)), "");
+        assert!(said(101, advice(0, 0)).contains("keeps 101 B"));
+        assert!(said(0, advice(MANY, 60)).contains("with 1 MiB more memory 60 % of them"));
+        assert!(said(0, advice(MANY, 0)).contains("no memory that is known of"));
     }
 
     #[test]

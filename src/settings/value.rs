@@ -7,6 +7,7 @@ use toml::de::DeValue;
 use super::registry::Runtime;
 use crate::domain::{
     memory::Bytes,
+    residency::Eviction,
     size::{Guesses, Trust},
 };
 
@@ -204,6 +205,15 @@ impl Value for Trust {
 
     fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|trust| trust.name() == text)
+    }
+}
+
+impl Value for Eviction {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"lru\" or \"cost\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|eviction| eviction.name() == text)
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use super::{Entry, Phase, Pressure};
 use crate::domain::{
-    memory::Resources,
+    memory::{Bytes, Resources},
     residency::{Decision, Eviction, Occupant, Rules, Standing, decide, excess},
     version::Generation,
 };
@@ -27,6 +27,8 @@ pub(crate) struct Ledger {
 #[derive(Debug)]
 struct Room {
     capacity: Resources,
+    /// Memory of the server that no copy accounts for.
+    leaked: Bytes,
     /// How it is decided who leaves; without the time.
     rules: Rules,
     seats: BTreeMap<Generation, Seat>,
@@ -76,7 +78,7 @@ pub(crate) enum Settled {
 impl Ledger {
     pub(crate) fn new(capacity: Resources) -> Self {
         Self {
-            room: Mutex::new(Room { capacity, rules: Rules::default(), seats: BTreeMap::new() }),
+            room: Mutex::new(Room { capacity, leaked: Bytes::ZERO, rules: Rules::default(), seats: BTreeMap::new() }),
             pressure: Arc::default(),
         }
     }
@@ -93,6 +95,12 @@ impl Ledger {
     /// From now on there is this much memory. What is in it beyond that leaves by [`Ledger::shed`].
     pub(crate) fn set_capacity(&self, capacity: Resources) {
         self.lock().capacity = capacity;
+        self.pressure.eased();
+    }
+
+    /// So much of the memory is taken by nothing that is known of.
+    pub(crate) fn set_leaked(&self, leaked: Bytes) {
+        self.lock().leaked = leaked;
         self.pressure.eased();
     }
 
@@ -196,7 +204,7 @@ impl Ledger {
     /// loading or leaving is asked about again.
     pub(crate) fn shed(&self) -> Option<Vec<Arc<Entry>>> {
         let mut room = self.lock();
-        let Room { capacity, rules, seats } = &mut *room;
+        let Room { capacity, rules, seats, .. } = &mut *room;
         let now = seats.values().next().map(|seat| seat.entry.now()).unwrap_or_default();
         let occupants: Vec<_> = seats.values().map(occupant).collect();
         let victims = excess(&occupants, capacity, Rules { now, ..*rules })?;
@@ -229,13 +237,21 @@ impl Ledger {
 }
 
 impl Room {
+    /// The memory without what has leaked.
+    fn left(&self) -> Resources {
+        let mut left = self.capacity.clone();
+        left.primary = left.primary.saturating_sub(self.leaked);
+        left
+    }
+
     /// What may be in memory once `entry` is. A copy that answered before comes back, alone if need be, when the memory
     /// has become smaller than the copy: until it is somewhere else, a request for it must not fail.
     fn limit_for(&self, entry: &Entry) -> Resources {
         match entry.phase() {
-            Phase::Reloading => self.capacity.max(&entry.need()),
+            Phase::Reloading => self.left().max(&entry.need()),
             Phase::Preparing | Phase::Resident | Phase::Evicting | Phase::Evicted | Phase::Draining | Phase::Gone => {
-                self.capacity.clone()
+                // What has leaked keeps no copy out that the memory is large enough for: it gets in alone.
+                self.left().max(&entry.need()).min(&self.capacity)
             }
         }
     }
@@ -293,10 +309,7 @@ fn occupant(seat: &Seat) -> Occupant {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        agent::cache::{Acquired, entry::tests::entry},
-        domain::memory::Bytes,
-    };
+    use crate::agent::cache::{Acquired, entry::tests::entry};
 
     fn ledger(capacity: u64) -> Ledger {
         Ledger::new(Resources::primary(Bytes(capacity)))
@@ -350,6 +363,19 @@ mod tests {
         drop(hold);
         assert!(matches!(ledger.admit(&second, false), Admission::Wait));
         assert!(matches!(ledger.admit(&second, true), Admission::Promised(_)));
+    }
+
+    #[test]
+    fn what_has_leaked_is_room_that_is_not_there_and_keeps_no_copy_out() {
+        let ledger = ledger(10);
+        let first = seated(&ledger, 1, 4);
+        ledger.set_leaked(Bytes(3));
+        let second = entry(2, 4, ledger.pressure());
+        assert!(matches!(ledger.admit(&second, true), Admission::Promised(_)), "4 and 4 and 3 are more than 10");
+        ledger.left(first.generation);
+        assert_eq!(ledger.settle(&second), Settled::Seated);
+        ledger.left(second.generation);
+        assert!(matches!(ledger.admit(&entry(3, 9, ledger.pressure()), true), Admission::Seated), "alone it fits");
     }
 
     #[test]

@@ -110,6 +110,8 @@ pub struct Policy {
     pub trust: Trust,
     /// By how much, in percent, the two may differ before users are told.
     pub memory_warning_percent: u32,
+    /// From which share of a replica's memory on, in percent, a leak is told.
+    pub leak_percent: u32,
     /// Wait before the first retry of a failed copy; doubles with each.
     pub retry_first: Duration,
     /// The longest wait between retries.
@@ -126,6 +128,7 @@ impl Default for Policy {
             default_memory: Bytes(256 << 20),
             trust: Trust::Larger,
             memory_warning_percent: 200,
+            leak_percent: 10,
             retry_first: Duration::from_secs(1),
             retry_cap: Duration::from_secs(300),
             rollout_tries: 3,
