@@ -363,7 +363,14 @@ mod tests {
 
     fn register() -> Order {
         let (model, generation) = (model(), generation());
-        Order::Register { model, generation, spec: Arc::default(), need: Resources::default(), attempt: 0, measured: false }
+        Order::Register {
+            model,
+            generation,
+            spec: Arc::default(),
+            need: Resources::default(),
+            attempt: 0,
+            measured: false,
+        }
     }
 
     fn unregister() -> Order {
