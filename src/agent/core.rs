@@ -26,6 +26,7 @@ use super::{
     outbox::Outbox,
     runtimes::{Runtime, adapter},
     session::Link,
+    weigh::Scale,
 };
 use crate::{
     domain::copy::Report,
@@ -56,6 +57,8 @@ pub(crate) struct Core {
     pub(crate) load_times: Durations,
     /// Requests that wait for evicted copies.
     pub(crate) waiting: AtomicU32,
+    /// What copies take.
+    pub(crate) scale: Scale,
     pub(crate) fetches: Semaphore,
     pub(crate) loads: Semaphore,
     pub(crate) reloads: Semaphore,
@@ -68,18 +71,21 @@ impl Core {
     pub(crate) fn new(options: Options, deps: Deps) -> Self {
         let metrics = Arc::<Metrics>::default();
         let artifacts = Artifacts::new(&options, deps.sources, Arc::clone(&deps.clock), Arc::clone(&metrics));
+        let ledger = Ledger::new(options.capacity.clone());
+        ledger.set_rules(options.eviction, options.least_residency);
         Self {
             facts: ArcSwap::from_pointee(options.facts()),
             restated: Notify::new(),
             runtime: adapter(options.runtime, Arc::clone(&deps.server), options.workers),
             artifacts: Arc::new(artifacts),
             book: Book::new(),
-            ledger: Ledger::new(options.capacity.clone()),
+            ledger,
             disk: Disk::new(options.data_dir.clone(), options.blocking),
             outbox: Outbox::default(),
             metrics,
             load_times: Durations::default(),
             waiting: AtomicU32::new(0),
+            scale: Scale::default(),
             fetches: Semaphore::new(options.fetches.max(1)),
             loads: Semaphore::new(options.loads.max(1)),
             reloads: Semaphore::new(options.reloads.max(1)),

@@ -16,12 +16,14 @@ mod metrics;
 mod options;
 mod outbox;
 pub mod probe;
+mod procfs;
 mod reconcile;
 mod recover;
 mod reload;
 mod residence;
 pub mod runtimes;
 mod session;
+mod weigh;
 
 use std::{
     fmt,
@@ -37,7 +39,7 @@ use self::{
     door::Door,
 };
 use crate::{
-    domain::{copy::Report, memory::Resources},
+    domain::{copy::Report, ghost::Strain, memory::Resources, residency::Eviction},
     forward::Upstream,
     ports::{ArtifactSource, Clock, Network},
 };
@@ -46,6 +48,7 @@ pub use self::{
     disk::DiskError,
     metrics::{Cell, Metrics},
     options::{Blocking, Facts, Options, RcloneUse},
+    procfs::Listening,
 };
 
 /// What an agent needs from the world.
@@ -107,6 +110,11 @@ impl Agent {
         self.core.restate(facts);
     }
 
+    /// From now on copies leave memory in this order.
+    pub fn evict_by(&self, eviction: Eviction) {
+        self.core.ledger.set_rules(eviction, self.core.options.least_residency);
+    }
+
     /// Tells the scheduler that the agent stops by intent, so that its copies are moved away. The agent goes
     /// on serving; [`drained`](Self::drained) says when it may stop.
     pub fn drain(&self) {
@@ -153,6 +161,7 @@ impl Agent {
                 Phase::Preparing | Phase::Draining | Phase::Gone => {}
             }
         }
+        let Strain { leaked, advice } = self.core.strain();
         vec![
             ("seldon_loaded_model_gauge", "copies in memory", loaded),
             ("seldon_loaded_model_memory_bytes_gauge", "bytes of the copies in memory", loaded_bytes),
@@ -162,6 +171,18 @@ impl Agent {
                 "seldon_server_replica_memory_capacity_overcommit_bytes_gauge",
                 "what may be registered beyond the replica's memory",
                 overcommit.primary.0,
+            ),
+            ("wharf_agent_leaked_bytes", "memory of the inference server that no copy accounts for", leaked.0),
+            (
+                "wharf_agent_returns_last_hour",
+                "evicted copies that had to come back within the last hour",
+                u64::from(advice.returns),
+            ),
+            ("wharf_agent_more_memory_bytes", "how much more memory would have spared half of them", advice.more.0),
+            (
+                "wharf_agent_more_memory_spares_percent",
+                "how many percent of them it would have spared",
+                u64::from(advice.spared_percent),
             ),
         ]
     }
@@ -207,7 +228,7 @@ fn copy(entry: &Entry) -> Value {
     let state = match entry.report() {
         Report::Scheduled => "Scheduled",
         Report::Downloading(_) => "Downloading",
-        Report::Loading => "Loading",
+        Report::Loading { .. } => "Loading",
         Report::Available { .. } => "Available",
         Report::Draining { .. } => "Draining",
         Report::Unloaded => "Unloaded",

@@ -1,14 +1,16 @@
 //! What an agent is told about itself and its bounds.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use super::{artifacts::Secrets, runtimes::Kind};
 use crate::{
     domain::{
         memory::{Bytes, Resources},
         names::ReplicaId,
+        residency::Eviction,
+        size::Guesses,
     },
-    ports::FetchLimits,
+    ports::{FetchLimits, ServerProcess},
 };
 
 /// Where blocking file work is done.
@@ -46,6 +48,14 @@ pub struct Options {
     pub runtime: Option<Kind>,
     /// Processes of an `MLServer` that each hold every model.
     pub workers: u32,
+    /// Which copies leave memory first when it is short.
+    pub eviction: Eviction,
+    /// How long a copy stays in memory at least, once it is there.
+    pub least_residency: Duration,
+    /// How much memory an artifact may take, as long as nobody knows; without it, what the order says.
+    pub guesses: Option<Guesses>,
+    /// The inference server's process, where it can be looked at.
+    pub process: Option<Arc<dyn ServerProcess>>,
     /// Where gateways reach the door: `host:port`, or `inproc:NAME`.
     pub door_address: String,
     /// The agent's own folder: fence, orders, artifact cache.
@@ -132,6 +142,10 @@ impl Options {
             capabilities: Vec::new(),
             runtime: Some(Kind::Oip),
             workers: 1,
+            eviction: Eviction::Lru,
+            least_residency: Duration::ZERO,
+            guesses: None,
+            process: None,
             door_address: String::new(),
             repository: data_dir.join("repository"),
             data_dir,

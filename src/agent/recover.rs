@@ -62,6 +62,7 @@ impl Core {
                 self.begin(entry);
             }
         }
+        self.look_at_process().await;
         // The capacity may have been made smaller.
         let core = Arc::clone(self);
         self.spawn(async move { core.fit().await });
@@ -72,9 +73,13 @@ impl Core {
     }
 
     fn taken_up(&self, kept: Kept) -> Option<(Arc<Entry>, Option<String>)> {
-        let (artifact, instances) = (kept.artifact.clone(), kept.instances);
+        let (artifact, instances, size) = (kept.artifact.clone(), kept.instances, kept.size.clone());
         let entry = entry_of(kept.order(), &self.ledger, Arc::clone(&self.clock))?;
         entry.set_instances(instances);
+        if let Some(size) = size {
+            self.scale.remember(&size);
+            entry.weighed(size, true);
+        }
         Some((entry, artifact))
     }
 

@@ -90,6 +90,10 @@ impl Core {
         if !entry.shift(Phase::Evicted, Phase::Reloading) {
             return true;
         }
+        if evict {
+            // Somebody wants it. Before anything is evicted for it.
+            self.scale.ghosts().returned(entry.generation, self.clock.now());
+        }
         self.report(entry);
         let (core, owned) = (Arc::clone(self), Arc::clone(entry));
         let begun = self.spawn(async move { core.reloading(&owned, evict).await });

@@ -252,7 +252,10 @@ impl Fleet {
             for index in 0..server.replicas {
                 let id = ReplicaId::new(server.name.clone(), index);
                 match self.replicas.get(&id) {
-                    Some(here) => here.running.agent.restate(facts(server)),
+                    Some(here) => {
+                        here.running.agent.evict_by(server.eviction);
+                        here.running.agent.restate(facts(server));
+                    }
                     None => self.start(id, server, scheduler.clone())?,
                 }
             }
@@ -294,9 +297,11 @@ impl Fleet {
         options.overcommit_percent = server.overcommit_percent;
         options.runtime = Some(server.runtime);
         options.workers = server.workers;
+        options.eviction = server.eviction;
         let upstream: Arc<dyn Upstream> = match &place {
             Place::Builtin => builtin(&options),
             Place::At { address, .. } => {
+                options.process = agent::Listening::at(&address.http).map(|process| Arc::new(process) as _);
                 inference_server(&self.world, options.runtime, address).map_err(|problem| failed(&id, problem))?
             }
         };

@@ -147,6 +147,9 @@ impl Process {
             spawner: actor_threads(),
             policy: Policy {
                 default_memory: settings.default_memory,
+                trust: settings.declared_memory,
+                memory_warning_percent: settings.memory_warning_percent,
+                leak_percent: settings.leak_percent,
                 retry_first: settings.retry_first,
                 retry_cap: settings.retry_most,
                 history: settings.history as usize,
@@ -253,6 +256,7 @@ impl Process {
             builtin(&options)
         } else {
             options.runtime = settings.runtime_kind.0;
+            options.process = agent::Listening::at(&settings.runtime).map(|process| Arc::new(process) as _);
             let grpc = Some(settings.runtime_grpc.clone()).filter(|grpc| !grpc.is_empty());
             let address = ReplicaAddress { http: settings.runtime.clone(), grpc };
             inference_server(&self.world, options.runtime, &address).map_err(failed)?
@@ -357,6 +361,9 @@ pub(super) fn agent_options(
     options.load_deadline = settings.load_deadline;
     options.reload_queue = settings.waiting_requests;
     options.reload_wait = settings.wait_deadline;
+    options.least_residency = settings.least_residency;
+    options.eviction = settings.eviction;
+    options.guesses = Some(settings.memory_guess.clone());
     options
 }
 

@@ -5,6 +5,7 @@
 
 pub mod copy;
 pub mod error;
+pub mod ghost;
 pub mod history;
 pub mod invariants;
 pub mod leader;
@@ -20,6 +21,7 @@ pub mod rollout;
 pub mod routes;
 pub mod secret;
 pub mod server;
+pub mod size;
 pub mod spec;
 pub mod time;
 pub mod version;

@@ -17,6 +17,7 @@ use tract_onnx::{
     data_resolver::{FopenDataResolver, ModelDataResolver},
     pb::{GraphProto, ModelProto, tensor_proto::DataType, type_proto},
     prelude::*,
+    tract_core::ops::konst::Const,
     tract_hir::{
         infer::{DimFact, Factoid as _, ShapeFactoid},
         internal::DimLike as _,
@@ -27,6 +28,9 @@ use super::{
     datatype::Datatype,
     failure::{Failure, Kind, clip, explain, panic_message},
 };
+
+/// Bytes that a node of a graph takes beside its constants: its name, its facts, its place in the plan.
+const NODE: usize = 4096;
 
 /// One axis of a tensor that a model takes or gives.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +81,8 @@ pub(crate) struct Plan {
     pub(crate) outputs: Vec<Port>,
     /// Bytes of the files that it was read from.
     pub(crate) artifact_bytes: u64,
+    /// Bytes of memory that it takes between requests: no less, and where the engine does not tell, more.
+    pub(crate) memory_bytes: u64,
     runnable: Arc<TypedRunnableModel>,
 }
 
@@ -121,9 +127,10 @@ impl Plan {
             let optimized = typed.into_optimized()?;
             let inputs = facts(&optimized, optimized.input_outlets()?)?;
             let outputs = facts(&optimized, optimized.output_outlets()?)?;
-            Ok((inputs, outputs, optimized.into_runnable()?))
+            let held = held(&optimized);
+            Ok((inputs, outputs, held, optimized.into_runnable()?))
         });
-        let (inputs, outputs, runnable) = compiled.map_err(|error| match unsupported(&onnx, graph) {
+        let (inputs, outputs, held, runnable) = compiled.map_err(|error| match unsupported(&onnx, graph) {
             Some(operators) => operators,
             None => format!("can't be compiled: {}", explain(&error)),
         })?;
@@ -134,6 +141,7 @@ impl Plan {
             inputs: ports(taken.map(|info| (info.name.as_str(), None)), &inputs)?,
             outputs: ports(graph.output.iter().map(|info| (info.name.as_str(), declared(info))), &outputs)?,
             artifact_bytes: bytes.len() as u64 + files.total(),
+            memory_bytes: held.max(bytes.len() as u64 + files.total()),
             runnable,
         })
     }
@@ -232,6 +240,26 @@ fn name_axes(model: &mut InferenceModel, shared: bool) -> TractResult<bool> {
 
 fn facts(model: &TypedModel, outlets: &[OutletId]) -> TractResult<Vec<TypedFact>> {
     outlets.iter().map(|outlet| model.outlet_fact(*outlet).cloned()).collect()
+}
+
+/// Bytes of the constants of a model that is ready to run, each counted once, in the form in which it is kept, as far as
+/// the engine shows them: what an operator has packed into itself it does not. The artifact's bytes are the bound then.
+fn held(model: &TypedModel) -> u64 {
+    let mut seen = BTreeSet::new();
+    let mut bytes = (model.nodes.len() * NODE) as u64;
+    let constants = model.nodes.iter().flat_map(|node| {
+        let own = node.op_as::<Const>().map(Const::val);
+        node.outputs.iter().filter_map(|output| output.fact.konst.as_ref()).chain(own)
+    });
+    for tensor in constants {
+        if seen.insert(Arc::as_ptr(tensor)) {
+            let plain = tensor.len() * tensor.datum_type().size_of();
+            // What is packed for the processor has a size of its own.
+            let packed = tensor.exotic_fact().ok().flatten().and_then(|fact| fact.mem_size().to_usize().ok());
+            bytes = bytes.saturating_add(packed.unwrap_or(plain) as u64);
+        }
+    }
+    bytes
 }
 
 /// What the model's file says an output's elements are.

@@ -125,7 +125,7 @@ fn metadata(plan: &Plan) -> Value {
         "platform": PLATFORM,
         "inputs": tensors(&plan.inputs),
         "outputs": tensors(&plan.outputs),
-        "parameters": { "artifact_bytes": plan.artifact_bytes },
+        "parameters": { "artifact_bytes": plan.artifact_bytes, "memory_bytes": plan.memory_bytes },
     })
 }
 

@@ -3,7 +3,11 @@
 use std::{path::PathBuf, time::Duration};
 
 use super::value::{Address, Form, LogFilter, LogFormat, Raw, RcloneUse, RuntimeKind, Value, read};
-use crate::domain::memory::Bytes;
+use crate::domain::{
+    memory::Bytes,
+    residency::Eviction,
+    size::{Guesses, Trust},
+};
 
 /// A setting, as declared.
 #[derive(Clone, Copy, Debug)]
@@ -138,6 +142,14 @@ section! {
         drain_deadline: Duration = "30s" in "0s" to "24h";
         /// Memory that a model counts for when its manifest declares none.
         default_memory: Bytes = "256Mi" in "1" to "1Ti";
+        /// What counts when a model's manifest declares memory and another amount was measured: the "larger" of the two,
+        /// what was "measured", or what was "declared".
+        declared_memory: Trust = "larger";
+        /// By how much declared and measured memory may differ before the model says so, in percent of the smaller.
+        memory_warning_percent: u32 = "200" in "100" to "100000";
+        /// From which share of a replica's memory on, in percent, `server status` tells of memory that its server does
+        /// not give back.
+        leak_percent: u32 = "10" in "1" to "100";
         /// The pause before the first retry of a copy that failed to load; it doubles from there.
         retry_first: Duration = "1s" in "10ms" to "24h";
         /// The longest pause between two such retries.
@@ -202,8 +214,16 @@ section! {
         capabilities: String = "onnx";
         /// Memory of the replica for models.
         memory: Bytes = "1Gi" in "1" to "1Pi";
+        /// How much memory a model without a declared amount takes until it is measured: a factor of its artifact's
+        /// bytes and a constant, by capability or runtime; "*" is for all others.
+        memory_guess: Guesses = "builtin=3+16Mi, mlserver=3+128Mi, triton=3+64Mi, *=3+64Mi";
         /// How much more than its memory may be registered on it, in percent.
         overcommit_percent: u32 = "10" in "0" to "1000";
+        /// Which copies leave memory first when it is short: "lru", the least recently used; "cost", those whose memory
+        /// spares the least reload time. For servers of the registry the registry says it.
+        eviction: Eviction = "lru";
+        /// How long a copy stays in memory at least, once it is there.
+        least_residency: Duration = "0s" in "0s" to "1h";
         /// Where gateways reach the door, host:port; where it listens, when empty.
         advertise: String = "";
         /// The directory of artifacts and of what the agent remembers.

@@ -5,7 +5,11 @@ use std::{fmt, path::PathBuf, time::Duration};
 use toml::de::DeValue;
 
 use super::registry::Runtime;
-use crate::domain::memory::Bytes;
+use crate::domain::{
+    memory::Bytes,
+    residency::Eviction,
+    size::{Guesses, Trust},
+};
 
 /// A value as it came.
 #[derive(Debug)]
@@ -192,6 +196,34 @@ impl Value for LogFormat {
             "json" => Some(Self::Json),
             _ => None,
         }
+    }
+}
+
+impl Value for Trust {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"larger\", \"measured\" or \"declared\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|trust| trust.name() == text)
+    }
+}
+
+impl Value for Eviction {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"lru\" or \"cost\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|eviction| eviction.name() == text)
+    }
+}
+
+impl Value for Guesses {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str =
+        "names with a factor and a constant, one of them for all others: \"builtin=3+16Mi, *=3+64Mi\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::parse(text)
     }
 }
 

@@ -56,6 +56,7 @@ use super::{
 use crate::{
     domain::{
         copy::{Failure, FailureClass, Progress},
+        memory::Bytes,
         secret::{Credentials, Secret},
         spec::{ModelSpec, Storage},
     },
@@ -99,6 +100,24 @@ impl Artifact {
     /// What it is kept under.
     pub(crate) fn key(&self) -> &str {
         &self.manifest.key
+    }
+
+    /// Bytes of all its files.
+    pub(crate) fn bytes(&self) -> Bytes {
+        Bytes(self.manifest.bytes())
+    }
+
+    /// The digest of what it is, wherever it came from: of its files' paths and digests.
+    pub(crate) fn digest(&self) -> String {
+        let mut files: Vec<_> = self.manifest.files.iter().map(|file| (&file.path, &file.sha256)).collect();
+        files.sort_unstable();
+        let mut digest = Sha256::new();
+        for (path, sha256) in files {
+            digest.update((path.len() as u64).to_be_bytes());
+            digest.update(path.as_bytes());
+            digest.update(sha256.as_bytes());
+        }
+        disk::hex(&digest.finalize())
     }
 }
 

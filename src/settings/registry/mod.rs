@@ -8,7 +8,7 @@ mod watch;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use crate::domain::{memory::Resources, names::ServerName};
+use crate::domain::{memory::Resources, names::ServerName, residency::Eviction};
 
 pub use super::problem::Problems as RegistryErrors;
 pub use watch::RegistryWatch;
@@ -44,6 +44,8 @@ pub struct ServerDecl {
     pub capacity: Resources,
     /// How much more than its capacity may be registered on a replica.
     pub overcommit_percent: u32,
+    /// Which copies leave a replica's memory first when it is short.
+    pub eviction: Eviction,
     /// What serves its models.
     pub runtime: Runtime,
     /// Processes of an `MLServer` that each hold every model.

@@ -22,13 +22,14 @@ use crate::{
     },
 };
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 13] = [
     "name",
     "replicas",
     "capabilities",
     "memory",
     "devices",
     "overcommit_percent",
+    "eviction",
     "runtime",
     "parallel_workers",
     "addresses",
@@ -150,6 +151,8 @@ impl<'a, 'i> Entry<'a, 'i> {
                 self.value(item, "overcommit_percent", Some(("0", &most)), found).unwrap_or_default()
             }
         };
+        let eviction =
+            self.get("eviction").and_then(|item| self.value(item, "eviction", None, found)).unwrap_or_default();
         let workers = self.workers(runtime, found);
         if found.problems.len() > before {
             return None;
@@ -160,6 +163,7 @@ impl<'a, 'i> Entry<'a, 'i> {
             capabilities,
             capacity: capacity?,
             overcommit_percent,
+            eviction,
             runtime: runtime?,
             workers,
             location: location?,
