@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::runtimes::Kind;
+use super::{process::Started, runtimes::Kind};
 use crate::{
     domain::{
         memory::{Bytes, Resources},
@@ -35,6 +35,8 @@ pub struct Options {
     pub runtime: Option<Kind>,
     /// Processes of an `MLServer` that each hold every model.
     pub workers: u32,
+    /// What the agent runs, and reaches as its inference server; nothing when that runs by itself.
+    pub started: Option<Started>,
     /// Where gateways reach the door: `host:port`, or `inproc:NAME`.
     pub door_address: String,
     /// The agent's own folder: fence, orders, artifact cache.
@@ -115,6 +117,7 @@ impl Options {
             capabilities: Vec::new(),
             runtime: Some(Kind::Oip),
             workers: 1,
+            started: None,
             door_address: String::new(),
             repository: data_dir.join("repository"),
             data_dir,

@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use toml::de::DeValue;
 
-use super::registry::Runtime;
+use super::registry::{Lifetime, Runtime};
 use crate::domain::memory::Bytes;
 
 /// A value as it came.
@@ -201,13 +201,23 @@ pub struct RuntimeKind(pub Option<Runtime>);
 
 impl Value for RuntimeKind {
     const FORM: Form = Form::Text;
-    const WANTED: &'static str = "\"mlserver\", \"triton\", \"oip\", or \"\" for what the server says of itself";
+    const WANTED: &'static str =
+        "\"mlserver\", \"triton\", \"oip\", \"process\", or \"\" for what the server says of itself";
 
     fn parse(text: &str) -> Option<Self> {
         match text {
             "" => Some(Self(None)),
             name => Runtime::named(name).filter(|kind| *kind != Runtime::Builtin).map(|kind| Self(Some(kind))),
         }
+    }
+}
+
+impl Value for Lifetime {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"agent\" or \"independent\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::named(text)
     }
 }
 
