@@ -9,6 +9,7 @@
 )]
 
 mod process;
+mod servers;
 
 use std::{
     collections::BTreeSet,
@@ -19,7 +20,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -29,6 +30,10 @@ use http_body_util::{BodyExt as _, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use process::{Home, SOON, Spec, Wharf};
 use serde_json::{Value, json};
+use wharf::rpc::proto::wharf::ModelView;
+
+/// How long heavy servers may take to start on a machine that is busy.
+const LONG: Duration = Duration::from_secs(180);
 
 fn program() -> String {
     format!("{}/tests/servers/oip.py", env!("CARGO_MANIFEST_DIR"))
@@ -106,12 +111,15 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// Asks a model over REST: status and body.
-async fn ask(gateway: &str, model: &str, id: &str, seconds: f64) -> (u16, Value) {
+async fn ask(gateway: &str, model: &str) -> (u16, Value) {
+    ask_with(gateway, model, json!({ "id": "ask", "inputs": [] })).await
+}
+
+async fn ask_with(gateway: &str, model: &str, body: Value) -> (u16, Value) {
     let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
-    let body = json!({ "id": id, "inputs": [], "parameters": { "seconds": seconds } }).to_string();
     let request = http::Request::post(format!("http://{gateway}/v2/models/{model}/infer"))
         .header("content-type", "application/json")
-        .body(Full::from(body))
+        .body(Full::from(body.to_string()))
         .unwrap();
     let response = tokio::time::timeout(SOON, client.request(request)).await.unwrap().unwrap();
     let status = response.status().as_u16();
@@ -123,7 +131,7 @@ async fn ask(gateway: &str, model: &str, id: &str, seconds: f64) -> (u16, Value)
 async fn answered_by(wharf: &Wharf, model: &str) -> u32 {
     let deadline = Instant::now() + SOON;
     loop {
-        let (status, body) = ask(&wharf.gateway, model, "ask", 0.0).await;
+        let (status, body) = ask(&wharf.gateway, model).await;
         if status == 200 {
             return u32::try_from(body["outputs"][0]["data"][0].as_u64().unwrap()).unwrap();
         }
@@ -152,18 +160,24 @@ fn said(shim: &mut Child, lines: usize) -> Vec<u32> {
     out.lines().take(lines).map(|line| line.unwrap().trim().parse().unwrap()).collect()
 }
 
-#[test]
-fn a_shim_ends_as_its_program_does() {
-    assert_eq!(shim(1000, "exit 7").wait().unwrap().code(), Some(7));
-    assert_eq!(shim(1000, "kill -9 $$").wait().unwrap().code(), Some(128 + 9));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_wharf"));
-    let mut child =
-        command.args(["shim", "--", "/no/such/program"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let pipe = child.stdin.take();
-    assert_eq!(child.wait().unwrap().code(), Some(127));
+/// How a shim ends whose pipe stays open.
+fn end_of(mut shim: Child) -> (Option<i32>, String) {
+    let pipe = shim.stdin.take();
+    let code = shim.wait().unwrap().code();
     drop(pipe);
     let mut words = String::new();
-    child.stderr.unwrap().read_to_string(&mut words).unwrap();
+    shim.stderr.unwrap().read_to_string(&mut words).unwrap();
+    (code, words)
+}
+
+#[test]
+fn a_shim_ends_as_its_program_does() {
+    assert_eq!(end_of(shim(1000, "exit 7")).0, Some(7));
+    assert_eq!(end_of(shim(1000, "kill -9 $$")).0, Some(128 + 9));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_wharf"));
+    command.args(["shim", "--", "/no/such/program"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let (code, words) = end_of(command.spawn().unwrap());
+    assert_eq!(code, Some(127));
     assert!(words.contains("can't run /no/such/program"), "{words}");
 }
 
@@ -246,68 +260,140 @@ async fn nothing_is_left_when_the_agent_is_killed() {
     until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
 }
 
+fn resident(view: &ModelView) -> usize {
+    let copies = view.versions.iter().flat_map(|version| &version.copies);
+    copies.filter(|copy| copy.state == "Available" && copy.residency == "resident").count()
+}
+
+/// A request that failed: its number, its status, what was answered.
+type Failed = (String, u16, Value);
+
+/// Clients that ask the models in turns, one request after the other.
+struct Traffic {
+    stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+    failed: Arc<Mutex<Vec<Failed>>>,
+    clients: tokio::task::JoinSet<()>,
+}
+
+impl Traffic {
+    const CLIENTS: usize = 4;
+
+    fn start(wharf: &Wharf, names: [&'static str; 2], inputs: &Value) -> Self {
+        let (stop, sent, failed) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default(), Arc::default());
+        let mut clients = tokio::task::JoinSet::new();
+        for client in 0..Self::CLIENTS {
+            let (gateway, inputs) = (wharf.gateway.clone(), inputs.clone());
+            let (stop, sent, failed) =
+                (Arc::clone(&stop), Arc::clone(&sent), Arc::<Mutex<Vec<Failed>>>::clone(&failed));
+            clients.spawn(async move {
+                for (turn, name) in names.iter().cycle().enumerate() {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let id = format!("{client}-{turn}");
+                    let (status, body) = ask_with(&gateway, name, json!({ "id": id, "inputs": inputs })).await;
+                    if status != 200 {
+                        failed.lock().unwrap().push((id, status, body));
+                    }
+                    sent.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        Self { stop, sent, failed, clients }
+    }
+
+    async fn more(&self, requests: u64) {
+        let enough = self.sent.load(Ordering::Relaxed) + requests;
+        until("requests", || self.sent.load(Ordering::Relaxed) >= enough).await;
+    }
+
+    /// Ends it. Every request that failed is one that was with a server when that was killed, of which there were so many.
+    async fn end(mut self, wharf: &Wharf, kills: usize, reached: &BTreeSet<String>) {
+        self.stop.store(true, Ordering::Relaxed);
+        while let Some(done) = self.clients.join_next().await {
+            done.unwrap();
+        }
+        let failed = std::mem::take(&mut *self.failed.lock().unwrap());
+        let sent = self.sent.load(Ordering::Relaxed);
+        println!("{sent} requests, {} failed in {kills} kills, each with the server that was killed", failed.len());
+        for (id, status, body) in &failed {
+            // What was written to the server and not read yet is noted nowhere; it counts as begun all the same.
+            let begun = reached.contains(id) || *status == 502 && !body.to_string().contains("could not be reached");
+            assert!(begun, "request {id} failed with {status} {body} before it reached a server\n{}", wharf.tail());
+        }
+        assert!(failed.len() <= kills * Self::CLIENTS, "no more than were under way: {failed:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_killed_server_fails_what_had_reached_it_and_nothing_else() {
     let place = Place::new();
     let home = Home::new(&place.registry(2, "", &[]));
     let wharf = home.up().await;
-    let names = ["a", "b", "c"];
+    let names = ["a", "b"];
     for name in names {
         wharf.submit(&place.model(name, "").replicas(2)).await.unwrap();
+        wharf.until(name, "on both replicas", |view| resident(view) == 2).await;
     }
-    for name in names {
-        let both = |view: &wharf::rpc::proto::wharf::ModelView| {
-            view.versions.iter().flat_map(|version| &version.copies).filter(|copy| copy.state == "Available").count()
-                == 2
-        };
-        wharf.until(name, "on both replicas", both).await;
-    }
-    let stop = Arc::new(AtomicBool::new(false));
-    let failed: Arc<Mutex<Vec<(String, u16, Value)>>> = Arc::default();
-    let mut clients = tokio::task::JoinSet::new();
-    for client in 0..4 {
-        let (gateway, stop, failed) = (wharf.gateway.clone(), Arc::clone(&stop), Arc::clone(&failed));
-        clients.spawn(async move {
-            let mut sent = 0_u64;
-            while !stop.load(Ordering::Relaxed) {
-                let id = format!("{client}-{sent}");
-                let (status, body) = ask(&gateway, names[usize::try_from(sent % 3).unwrap()], &id, 0.005).await;
-                if status != 200 {
-                    failed.lock().unwrap().push((id, status, body));
-                }
-                sent += 1;
-            }
-            sent
-        });
-    }
-    for round in 0..3 {
+    let traffic = Traffic::start(&wharf, names, &json!([]));
+    for _ in 0..3 {
         let before = place.pids().len();
-        until("requests", || place.noted("requests").len() > 200 * (round + 1)).await;
+        traffic.more(200).await;
         let victim = *place.pids().iter().rfind(|pid| runs(**pid)).unwrap();
         kill(victim, "-9");
         until("another server", || place.pids().len() > before).await;
         for name in names {
-            let both = |view: &wharf::rpc::proto::wharf::ModelView| {
-                let copies = view.versions.iter().flat_map(|version| &version.copies);
-                copies.filter(|copy| copy.state == "Available" && copy.residency == "Resident").count() == 2
-            };
-            wharf.until(name, "back on both replicas", both).await;
+            wharf.until(name, "back on both replicas", |view| resident(view) == 2).await;
         }
     }
-    stop.store(true, Ordering::Relaxed);
-    let mut sent = 0;
-    while let Some(done) = clients.join_next().await {
-        sent += done.unwrap();
+    traffic.end(&wharf, 3, &place.noted("requests").into_iter().collect()).await;
+}
+
+/// The programs of MLServer that run below this folder.
+fn mlservers(home: &Home) -> Vec<u32> {
+    let below = home.path().display().to_string();
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_one = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        line.contains(&below) && line.contains("mlserver start") && !line.contains(" shim ")
+    };
+    pids.filter(is_one).collect()
+}
+
+#[tokio::test]
+async fn a_killed_mlserver_comes_back_with_its_copies_and_no_request_fails_that_had_not_reached_it() {
+    let _turn = servers::TURN.lock().await;
+    let home = Home::new(&format!(
+        "[[server]]\nname = \"mlserver\"\nruntime = \"mlserver\"\ncapabilities = [\"sklearn\"]\nreplicas = 2\n\
+         memory = \"1Gi\"\ncommand = [{:?}, \"start\", \"{{repository}}\"]\n",
+        servers::mlserver().display().to_string(),
+    ));
+    let wharf = home.up().await;
+    let names = ["a", "b"];
+    for name in names {
+        let spec = Spec::at(name, &servers::trained("sklearn-iris-1"), "sklearn", 1 << 20).replicas(2);
+        wharf.submit(&spec).await.unwrap();
+        wharf.until_within(LONG, name, "on both replicas", |view| resident(view) == 2).await;
     }
-    let reached: BTreeSet<String> = place.noted("requests").into_iter().collect();
-    let failed = std::mem::take(&mut *failed.lock().unwrap());
-    println!("{sent} requests, {} failed, all of which had reached the server that was killed", failed.len());
-    for (id, status, body) in &failed {
-        // What was written to the server and not read yet is not noted; it counts as begun all the same.
-        let begun = reached.contains(id) || *status == 502 && !body.to_string().contains("could not be reached");
-        assert!(begun, "request {id} failed with {status} {body} before it reached a server\n{}", wharf.tail());
+    let flower = json!([{ "name": "X", "shape": [1, 4], "datatype": "FP32", "data": [5.1, 3.5, 1.4, 0.2] }]);
+    let traffic = Traffic::start(&wharf, names, &flower);
+    traffic.more(50).await;
+    kill(mlservers(&home)[0], "-9");
+    for name in names {
+        wharf.until_within(LONG, name, "on one replica", |view| resident(view) < 2).await;
     }
-    assert!(failed.len() <= 12, "no more than were under way: {failed:?}");
+    for name in names {
+        wharf.until_within(LONG, name, "back on both replicas", |view| resident(view) == 2).await;
+    }
+    traffic.more(20).await;
+    traffic.end(&wharf, 1, &BTreeSet::new()).await;
+    let pids = mlservers(&home);
+    assert_eq!(pids.len(), 2);
+    wharf.kill();
+    until("nothing is left", || !pids.iter().any(|pid| runs(*pid))).await;
 }
 
 #[tokio::test]
@@ -317,9 +403,7 @@ async fn a_model_that_takes_the_server_down_is_kept_out_and_the_others_come_back
     let wharf = home.up().await;
     available(&wharf, &place.model("good", "")).await;
     wharf.submit(&place.model("bad", "crash-on-load")).await.unwrap();
-    let told = |view: &wharf::rpc::proto::wharf::ModelView| {
-        format!("{view:?}").contains("quarantined: the inference server ended 2 times")
-    };
+    let told = |view: &ModelView| format!("{view:?}").contains("quarantined: the inference server ended 2 times");
     wharf.until("bad", "quarantined", told).await;
     answered_by(&wharf, "good").await;
     let ends = wharf.metric("wharf_agent_server_ended_total").await;
@@ -340,7 +424,7 @@ async fn a_model_whose_requests_take_the_server_down_is_kept_out() {
     let deadline = Instant::now() + SOON;
     while wharf.metric("wharf_agent_quarantined_total").await != Some(1.0) {
         assert!(Instant::now() < deadline, "{}", wharf.tail());
-        let (status, _) = ask(&wharf.gateway, "bad", "ask", 0.0).await;
+        let (status, _) = ask(&wharf.gateway, "bad").await;
         assert_ne!(status, 200);
     }
     assert_eq!(wharf.metric("wharf_agent_server_ended_total").await, Some(2.0));
@@ -424,6 +508,6 @@ async fn a_model_whose_process_can_not_start_says_why() {
     let wharf = Home::new(registry);
     let wharf = wharf.up().await;
     wharf.submit(&place.model("a", "")).await.unwrap();
-    let told = |view: &wharf::rpc::proto::wharf::ModelView| format!("{view:?}").contains("can't run /no/such/program");
+    let told = |view: &ModelView| format!("{view:?}").contains("can't run /no/such/program");
     wharf.until("a", "told what is wrong", told).await;
 }

@@ -20,7 +20,7 @@ use rustix::{
     io::Errno,
     process::{
         Pid, Signal, WaitId, WaitIdOptions, WaitOptions, getpid, getppid, kill_process, kill_process_group,
-        set_child_subreaper, set_parent_process_death_signal, setsid, waitid, waitpid,
+        set_child_subreaper, set_parent_process_death_signal, setsid, wait, waitid,
     },
 };
 use tokio::{
@@ -182,7 +182,7 @@ fn signal_group(group: Pid, signal: Signal) {
 /// Waits for what has ended; true when there are no children any more.
 fn childless() -> bool {
     loop {
-        match waitpid(None, WaitOptions::NOHANG) {
+        match wait(WaitOptions::NOHANG) {
             Ok(Some(_)) | Err(Errno::INTR) => {}
             Ok(None) => return false,
             Err(_) => return true,

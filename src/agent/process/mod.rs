@@ -33,7 +33,7 @@ use self::{
     child::{Child, Root, forget},
     launch::Ports,
 };
-use super::measure::{Durations, retry_after};
+use super::measure::retry_after;
 use crate::{
     agent::runtimes::Kind,
     domain::{
@@ -44,6 +44,7 @@ use crate::{
     forward::{Body, ClientOptions, HttpUpstream, Request, Response, Split, Upstream, UpstreamError},
     ports::{Clock, Network},
     settings::registry::Lifetime,
+    telemetry::durations::Durations,
 };
 
 pub(super) use crash::Tended;
