@@ -16,6 +16,7 @@ mod metrics;
 mod options;
 mod outbox;
 pub mod probe;
+pub mod process;
 mod procfs;
 mod reconcile;
 mod recover;
@@ -89,6 +90,27 @@ impl Agent {
     /// # Errors
     /// When the agent's files can't be used.
     pub async fn run(&self, scheduler: String, shutdown: CancellationToken) -> Result<(), DiskError> {
+        let stop = shutdown.child_token();
+        let serve = async {
+            let done = self.serve(scheduler, shutdown).await;
+            stop.cancel();
+            done
+        };
+        match &self.core.options.started {
+            None => serve.await,
+            Some(process::Started::Server(server)) => {
+                let tended = process::Tended(Arc::clone(&self.core));
+                tokio::join!(serve, server.keep_up(&tended, stop.clone())).0
+            }
+            Some(process::Started::Models(models)) => {
+                let done = serve.await;
+                models.stop_all().await;
+                done
+            }
+        }
+    }
+
+    async fn serve(&self, scheduler: String, shutdown: CancellationToken) -> Result<(), DiskError> {
         tokio::select! {
             biased;
             () = shutdown.cancelled() => return Ok(()),
@@ -96,6 +118,13 @@ impl Agent {
         }
         session::keep(Arc::clone(&self.core), scheduler, self.leaving.clone(), shutdown).await;
         Ok(())
+    }
+
+    /// The replica goes for good: a server that the agent runs is stopped with it, also one that was to live on.
+    pub fn retire(&self) {
+        if let Some(process::Started::Server(server)) = &self.core.options.started {
+            server.retire();
+        }
     }
 
     /// Where requests come in.

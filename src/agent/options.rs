@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use super::{artifacts::Secrets, runtimes::Kind};
+use super::{artifacts::Secrets, process::Started, runtimes::Kind};
 use crate::{
     domain::{
         memory::{Bytes, Resources},
@@ -56,6 +56,8 @@ pub struct Options {
     pub guesses: Option<Guesses>,
     /// The inference server's process, where it can be looked at.
     pub process: Option<Arc<dyn ServerProcess>>,
+    /// What the agent runs, and reaches as its inference server; nothing when that runs by itself.
+    pub started: Option<Started>,
     /// Where gateways reach the door: `host:port`, or `inproc:NAME`.
     pub door_address: String,
     /// The agent's own folder: fence, orders, artifact cache.
@@ -146,6 +148,7 @@ impl Options {
             least_residency: Duration::ZERO,
             guesses: None,
             process: None,
+            started: None,
             door_address: String::new(),
             repository: data_dir.join("repository"),
             data_dir,

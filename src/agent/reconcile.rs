@@ -88,6 +88,12 @@ impl Core {
             let most = self.options.max_copies;
             return refuse(FailureClass::Memory, format!("the agent holds {most} copies, and takes no more"));
         }
+        let suspect = (generation.uid, generation.version);
+        let quarantined = self.quarantine.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(why) = quarantined.reason(suspect) {
+            return refuse(FailureClass::Runtime, why.to_owned());
+        }
+        drop(quarantined);
         let Some(entry) = entry_of(order, &self.ledger, Arc::clone(&self.clock)) else { return };
         if let Err(present) = self.book.insert(&entry) {
             return self.report(&present);

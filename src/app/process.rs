@@ -16,7 +16,11 @@ use super::{
 };
 use crate::{
     actors::{Fatal, Handle, Spawner, Timing},
-    agent::{self, runtimes::Kind},
+    agent::{
+        self,
+        process::{Launch, Models, Server, Started},
+        runtimes::Kind,
+    },
     domain::{
         memory::Resources,
         model::Policy,
@@ -27,8 +31,8 @@ use crate::{
     ports::{Clock, Identity, Network, SystemClock},
     runtime::{self, Execution, Runtime},
     settings::{
-        Settings,
-        registry::{Registry, RegistryWatch, ReplicaAddress},
+        STARTED, Settings,
+        registry::{self, Registry, RegistryWatch, ReplicaAddress},
     },
     store::{EmbeddedStore, OpenOptions},
     telemetry::{
@@ -254,6 +258,10 @@ impl Process {
         let server: Arc<dyn Upstream> = if settings.runtime == "builtin" {
             options.runtime = Some(Kind::Builtin);
             builtin(&options)
+        } else if settings.runtime == STARTED {
+            options.runtime = settings.runtime_kind.0;
+            let command = settings.started().map_err(|(setting, problem)| failed(format!("{setting}: {problem}")))?;
+            started(&self.world, &settings, &mut options, &command)
         } else {
             options.runtime = settings.runtime_kind.0;
             options.process = agent::Listening::at(&settings.runtime).map(|process| Arc::new(process) as _);
@@ -374,6 +382,30 @@ pub(super) fn builtin(options: &agent::Options) -> Arc<dyn Upstream> {
         execution: Execution::Pool { threads },
         limits: runtime::Limits { load: options.load_deadline, ..runtime::Limits::default() },
     })
+}
+
+/// The inference server that the agent of these options is to run, or each of them: what `command` starts.
+pub(super) fn started(
+    world: &World,
+    settings: &crate::settings::Agent,
+    options: &mut agent::Options,
+    command: &registry::Command,
+) -> Arc<dyn Upstream> {
+    let kind = options.runtime.unwrap_or(Kind::Oip);
+    let mut launch = Launch::new(options.replica.clone(), kind, command.clone(), options.data_dir.clone());
+    launch.repository = options.repository.clone();
+    launch.start = settings.start_deadline;
+    launch.grace = settings.stop_deadline;
+    let (network, clock) = (Arc::clone(&world.network), Arc::clone(&world.clock));
+    if kind == Kind::Process {
+        let models = Arc::new(Models::new(launch, network, clock));
+        options.started = Some(Started::Models(Arc::clone(&models)));
+        models
+    } else {
+        let server = Arc::new(Server::new(launch, network, clock));
+        options.started = Some(Started::Server(Arc::clone(&server)));
+        server
+    }
 }
 
 /// A running inference server of this kind, or of one that nobody says. With one address only, it takes both

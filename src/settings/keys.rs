@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::value::{Address, Form, LogFilter, LogFormat, Raw, RcloneUse, RuntimeKind, Value, read};
+use super::{
+    registry::Lifetime,
+    value::{Address, Form, LogFilter, LogFormat, Raw, RcloneUse, RuntimeKind, Value, read},
+};
 use crate::domain::{
     memory::Bytes,
     residency::Eviction,
@@ -202,14 +205,30 @@ section! {
         server: String = "onnx";
         /// The replica's index within the server.
         replica: u32 = "0" in "0" to "9999";
-        /// What serves the models: builtin, or the REST address of a running server: http://127.0.0.1:8080.
+        /// What serves the models: builtin, start for a server that the agent starts, or the REST address of a running
+        /// one: http://127.0.0.1:8080.
         runtime: String = "builtin";
         /// The gRPC address of that server, http://host:port, where it is another than the REST address.
         runtime_grpc: String = "";
-        /// What that server is: mlserver, triton or oip; it is asked when this is empty.
+        /// What that server is: mlserver, triton, oip or process; it is asked when this is empty.
         runtime_kind: RuntimeKind = "";
         /// Its worker processes that each hold every model, if it is an MLServer (its parallel_workers).
         runtime_workers: u32 = "1" in "0" to "1000";
+        /// With runtime = "start", the program and its arguments, separated by spaces, with blanks as in the registry; what
+        /// starts a server of runtime_kind, when empty.
+        command: String = "";
+        /// Variables of its environment, NAME=VALUE, separated by spaces.
+        env: String = "";
+        /// The directory that it starts in; the agent's own, when empty.
+        workdir: String = "";
+        /// The first of its three ports; free ones are found when it is 0.
+        ports: u32 = "0" in "0" to "65000";
+        /// How long it lives: agent (it ends with the agent, however that ends) or independent.
+        lifetime: Lifetime = "agent";
+        /// How long it may take to start.
+        start_deadline: Duration = "5m" in "1s" to "24h";
+        /// How long it may take to stop before it is killed.
+        stop_deadline: Duration = "10s" in "100ms" to "10m";
         /// What the replica can serve, separated by commas.
         capabilities: String = "onnx";
         /// Memory of the replica for models.

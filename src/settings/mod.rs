@@ -23,6 +23,8 @@ use value::Raw;
 
 /// What a variable of the environment starts with to be a setting: `WHARF_SCHEDULER__LEASE`.
 pub const PREFIX: &str = "WHARF_";
+/// What `agent.runtime` says of an inference server that the agent starts.
+pub const STARTED: &str = "start";
 
 /// What a variable starts with that is a secret of the agent's, whatever follows.
 const SECRET: &str = "WHARF_SECRET_";
@@ -201,6 +203,11 @@ impl Settings {
                 "agent.max_artifact",
                 format!("{} is more than agent.artifact_cache, {}", agent.max_artifact, agent.artifact_cache),
             );
+        }
+        if agent.runtime == STARTED
+            && let Err((key, wrong)) = agent.started()
+        {
+            problem(key, wrong);
         }
         let addresses = [
             ("scheduler.listen", &scheduler.listen),

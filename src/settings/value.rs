@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use toml::de::DeValue;
 
-use super::registry::Runtime;
+use super::registry::{Lifetime, Runtime};
 use crate::domain::{
     memory::Bytes,
     residency::Eviction,
@@ -233,7 +233,8 @@ pub struct RuntimeKind(pub Option<Runtime>);
 
 impl Value for RuntimeKind {
     const FORM: Form = Form::Text;
-    const WANTED: &'static str = "\"mlserver\", \"triton\", \"oip\", or \"\" for what the server says of itself";
+    const WANTED: &'static str =
+        "\"mlserver\", \"triton\", \"oip\", \"process\", or \"\" for what the server says of itself";
 
     fn parse(text: &str) -> Option<Self> {
         match text {
@@ -265,6 +266,15 @@ impl Value for RcloneUse {
             "never" => Some(Self::Never),
             _ => None,
         }
+    }
+}
+
+impl Value for Lifetime {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"agent\" or \"independent\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::named(text)
     }
 }
 

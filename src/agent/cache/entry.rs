@@ -138,6 +138,8 @@ pub(crate) struct Entry {
     reload_began: AtomicU64,
     resident_since: AtomicU64,
     verified: AtomicU64,
+    /// When the inference server last broke a request of it off.
+    broke_off: AtomicU64,
     /// Requests that wait for it to come back.
     pub(crate) waiting: AtomicU32,
     /// The phase, or the number of holds of a draining copy, changed.
@@ -220,6 +222,7 @@ impl Entry {
             reload_began: AtomicU64::new(0),
             resident_since: AtomicU64::new(0),
             verified: AtomicU64::new(0),
+            broke_off: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
             changed: Notify::new(),
             stop: CancellationToken::new(),
@@ -410,6 +413,17 @@ impl Entry {
     /// How long the reload that is going on has run.
     pub(crate) fn reloading_for(&self) -> Duration {
         self.clock.now().since(Instant::from_micros(self.reload_began.load(SeqCst)))
+    }
+
+    /// The inference server broke a request of it off.
+    pub(crate) fn broke_off(&self) {
+        self.broke_off.fetch_max(self.clock.now().as_micros(), SeqCst);
+    }
+
+    /// Whether it did so within the time before `now`.
+    pub(crate) fn broke_off_since(&self, now: Instant, within: Duration) -> bool {
+        let at = self.broke_off.load(SeqCst);
+        at > 0 && now.since(Instant::from_micros(at)) <= within
     }
 
     /// Whether it is time to ask the inference server whether it still has the copy; true at most once a second.
