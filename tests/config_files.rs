@@ -88,6 +88,17 @@ fn later_sources_win() {
 }
 
 #[test]
+fn the_library_that_other_programs_use_is_taken_where_no_setting_says_more() {
+    let library = ("ORT_DYLIB_PATH", "/lib/ort.so");
+    let taken = |file: &str, environment: Pairs<'_>| load(file, environment, &[]).unwrap().agent.onnx_runtime;
+    assert_eq!(taken("", &[]), "auto");
+    assert_eq!(taken("", &[library]), "/lib/ort.so");
+    assert_eq!(taken("", &[("ORT_DYLIB_PATH", "")]), "auto");
+    assert_eq!(taken("[agent]\nonnx_runtime = \"off\"", &[library]), "off");
+    assert_eq!(taken("", &[library, ("WHARF_AGENT__ONNX_RUNTIME", "/other.so")]), "/other.so");
+}
+
+#[test]
 fn a_size_may_be_a_number_of_bytes() {
     let settings = load("[gateway]\nbody_limit = 0x10_0000", &[], &[]).unwrap();
     assert_eq!(settings.gateway.body_limit, Bytes(1 << 20));

@@ -35,6 +35,8 @@ pub struct Options {
     pub runtime: Option<Kind>,
     /// Processes of an `MLServer` that each hold every model.
     pub workers: u32,
+    /// What runs the models within a runtime that has a choice, for people.
+    pub engine: Option<String>,
     /// Where gateways reach the door: `host:port`, or `inproc:NAME`.
     pub door_address: String,
     /// The agent's own folder: fence, orders, artifact cache.
@@ -103,6 +105,12 @@ impl Options {
         }
     }
 
+    /// What people are told of `runtime`: `builtin`, or `builtin (ONNX Runtime)`.
+    #[must_use]
+    pub fn told_runtime(&self, runtime: &str) -> String {
+        self.engine.as_ref().map_or_else(|| runtime.to_owned(), |engine| format!("{runtime} ({engine})"))
+    }
+
     /// Defaults for an agent of `replica`, with its own files in `data_dir` and the inference server's
     /// repository below it.
     #[must_use]
@@ -115,6 +123,7 @@ impl Options {
             capabilities: Vec::new(),
             runtime: Some(Kind::Oip),
             workers: 1,
+            engine: None,
             door_address: String::new(),
             repository: data_dir.join("repository"),
             data_dir,

@@ -292,7 +292,7 @@ impl Fleet {
         options.runtime = Some(server.runtime);
         options.workers = server.workers;
         let upstream: Arc<dyn Upstream> = match &place {
-            Place::Builtin => builtin(&options),
+            Place::Builtin => builtin(&mut options, &self.settings),
             Place::At { address, .. } => {
                 inference_server(&self.world, options.runtime, address).map_err(|problem| failed(&id, problem))?
             }

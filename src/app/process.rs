@@ -28,7 +28,7 @@ use crate::{
     forward::{self, ClientOptions, Connections, HttpUpstream, Limits, Split, TcpNetwork, Upstream},
     gateway::{self, Gateway},
     ports::{ArtifactSource, Clock, Identity, Network, SystemClock},
-    runtime::{self, Execution, Runtime},
+    runtime::{self, Execution, Library, Onnx, Runtime},
     settings::{
         Settings,
         registry::{Registry, RegistryWatch, ReplicaAddress},
@@ -245,7 +245,7 @@ impl Process {
         options.workers = settings.runtime_workers;
         let server: Arc<dyn Upstream> = if settings.runtime == "builtin" {
             options.runtime = Some(Kind::Builtin);
-            builtin(&options)
+            builtin(&mut options, &settings)
         } else {
             options.runtime = settings.runtime_kind.0;
             let grpc = Some(settings.runtime_grpc.clone()).filter(|grpc| !grpc.is_empty());
@@ -355,13 +355,20 @@ pub(super) fn agent_options(
     options
 }
 
-pub(super) fn builtin(options: &agent::Options) -> Arc<dyn Upstream> {
+/// The built-in runtime for an agent with these options, which say from then on what runs its models.
+pub(super) fn builtin(options: &mut agent::Options, settings: &crate::settings::Agent) -> Arc<dyn Upstream> {
     let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    Runtime::new(runtime::Options {
+    let (onnx, problem) = Onnx::find(Library::of(&settings.onnx_runtime));
+    if let Some(problem) = problem {
+        tracing::error!(replica = %options.replica, problem, "ONNX Runtime is not used; tract runs the models");
+    }
+    options.engine = onnx.is_onnx_runtime().then(|| "ONNX Runtime".to_owned());
+    let runtime = runtime::Options {
         repository: options.repository.clone(),
         execution: Execution::Pool { threads },
         limits: runtime::Limits { load: options.load_deadline, ..runtime::Limits::default() },
-    })
+    };
+    Runtime::with(runtime, onnx)
 }
 
 /// A running inference server of this kind, or of one that nobody says. With one address only, it takes both

@@ -198,6 +198,9 @@ section! {
         runtime_kind: RuntimeKind = "";
         /// Its worker processes that each hold every model, if it is an MLServer (its parallel_workers).
         runtime_workers: u32 = "1" in "0" to "1000";
+        /// What runs the models of the built-in runtime: the path of libonnxruntime.so; auto looks where ORT_DYLIB_PATH
+        /// says and the system keeps its libraries, and takes tract where there is none; off always takes tract.
+        onnx_runtime: String = "auto";
         /// What the replica can serve, separated by commas.
         capabilities: String = "onnx";
         /// Memory of the replica for models.
