@@ -121,7 +121,8 @@ fn every_problem_is_told_at_once_with_its_place_and_the_fix() {
             "wharf.toml:9: gateway.max_in_flight: \"9\" came, wanted a whole number from 1 to 1000000",
             "wharf.toml:11: metrics.per_model: \"yes\" came, wanted true or false",
             "environment variable WHARF_AGENT__NONSENSE: agent.nonsense: no such setting; [agent] has listen, http, \
-             scheduler, server, replica, runtime, runtime_grpc, runtime_kind, runtime_workers, capabilities, memory, overcommit_percent, advertise, data_dir, \
+             scheduler, server, replica, runtime, runtime_grpc, runtime_kind, runtime_workers, onnx_runtime, \
+             capabilities, memory, overcommit_percent, advertise, data_dir, \
              artifact_cache, max_artifact, fetch_deadline, load_deadline, waiting_requests, wait_deadline, \
              drain_deadline",
             "environment variable WHARF_AGENT__WAIT_DEADLINE: agent.wait_deadline: \"soon\" came, wanted a duration \

@@ -12,6 +12,7 @@ pub mod memory;
 pub mod model;
 pub mod names;
 pub mod order;
+pub mod outlier;
 pub mod placement;
 pub mod record;
 pub mod replica;
