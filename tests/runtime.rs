@@ -612,3 +612,85 @@ async fn rest_and_grpc_share_a_port_and_a_huge_body_is_refused_unread() {
     };
     tokio::time::timeout(Duration::from_secs(60), all).await.unwrap();
 }
+
+/// Bytes of this process that are in memory.
+fn in_memory() -> u64 {
+    let statm = fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+}
+
+/// A model that adds a constant of this many bytes.
+fn large(bytes: usize) -> Vec<u8> {
+    use prost::Message as _;
+    use tract_onnx::pb::{
+        GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto,
+        ValueInfoProto, tensor_shape_proto::Dimension, tensor_shape_proto::dimension, type_proto,
+    };
+    let length = (bytes / 4) as i64;
+    let value = |name: &str| {
+        let shape = TensorShapeProto {
+            dim: vec![Dimension { value: Some(dimension::Value::DimValue(length)), ..Default::default() }],
+        };
+        let tensor = type_proto::Tensor { elem_type: 1, shape: Some(shape) };
+        ValueInfoProto {
+            name: name.to_owned(),
+            r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..Default::default() }),
+            ..Default::default()
+        }
+    };
+    let constant = TensorProto {
+        name: "c".to_owned(),
+        dims: vec![length],
+        data_type: 1,
+        raw_data: (0..bytes).map(|byte| (byte % 60) as u8).collect::<Vec<_>>().into(),
+        ..Default::default()
+    };
+    let add = NodeProto {
+        input: vec!["x".to_owned(), "c".to_owned()],
+        output: vec!["y".to_owned()],
+        op_type: "Add".to_owned(),
+        ..Default::default()
+    };
+    let graph = GraphProto {
+        name: "g".to_owned(),
+        node: vec![add],
+        initializer: vec![constant],
+        input: vec![value("x")],
+        output: vec![value("y")],
+        ..Default::default()
+    };
+    let opset = OperatorSetIdProto { domain: String::new(), version: 17 };
+    ModelProto { ir_version: 8, opset_import: vec![opset], graph: Some(graph), ..Default::default() }.encode_to_vec()
+}
+
+#[tokio::test]
+async fn what_a_model_of_onnx_runtime_took_is_free_after_its_unload() {
+    const BYTES: u64 = 256 << 20;
+    let Some(onnx) = onnx_runtime() else { return };
+    let repository = tempfile::tempdir().unwrap();
+    fs::create_dir(repository.path().join("large")).unwrap();
+    fs::write(repository.path().join("large/model.onnx"), large(BYTES as usize)).unwrap();
+    let options = Options {
+        repository: repository.path().to_owned(),
+        execution: Execution::Inline,
+        limits: Limits { body_bytes: BYTES as usize * 2, ..Limits::default() },
+    };
+    let runtime = Runtime::with(options, onnx);
+    let before = in_memory();
+    assert_eq!(load(&runtime, "large").await.status, 200);
+    let shape = json!([BYTES / 4]);
+    let head = json!({
+        "parameters": { "binary_data_output": true },
+        "inputs": [{ "name": "x", "datatype": "FP32", "shape": shape, "parameters": { "binary_data_size": BYTES } }],
+    });
+    let head = head.to_string().into_bytes();
+    let request = http::Request::post("/v2/models/large/infer").header("Inference-Header-Content-Length", head.len());
+    let body = [head, vec![0; BYTES as usize]].concat();
+    let answer = send(&runtime, request.body(Body::from(Bytes::from(body))).unwrap()).await;
+    assert_eq!(answer.status, 200);
+    drop(answer);
+    assert!(in_memory() > before + BYTES / 2, "it takes memory");
+    assert_eq!(rest(&runtime, Method::POST, "/v2/repository/models/large/unload", "{}").await.status, 200);
+    let left = in_memory().saturating_sub(before);
+    assert!(left < BYTES / 4, "{left} bytes are left");
+}

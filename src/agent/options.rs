@@ -53,8 +53,10 @@ pub struct Options {
     pub fetch_deadline: Duration,
     /// Longest load or reload, without its wait for memory.
     pub load_deadline: Duration,
-    /// Longest wait for readiness after a load.
+    /// Longest wait for readiness after a load, and for the answer to a warm-up.
     pub probe_deadline: Duration,
+    /// How often what the inference server has is compared with what it should have.
+    pub audit: Duration,
     /// Longest unload.
     pub unload_deadline: Duration,
     /// How long a first load waits for memory that is held.
@@ -133,6 +135,7 @@ impl Options {
             fetch_deadline: Duration::from_secs(3600),
             load_deadline: Duration::from_secs(600),
             probe_deadline: Duration::from_secs(60),
+            audit: Duration::from_secs(1),
             unload_deadline: Duration::from_secs(60),
             memory_deadline: Duration::from_secs(60),
             reload_wait: Duration::from_secs(30),

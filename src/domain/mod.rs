@@ -23,3 +23,4 @@ pub mod server;
 pub mod spec;
 pub mod time;
 pub mod version;
+pub mod warmup;
