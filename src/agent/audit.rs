@@ -35,7 +35,7 @@ impl Core {
                 continue;
             }
             let began = self.clock.now();
-            let index = timeout(self.options.probe_deadline, self.runtime.index()).await;
+            let index = timeout(self.patience(self.options.probe_deadline), self.runtime.index()).await;
             took = self.clock.now().since(began);
             let problem = match index {
                 Ok(Ok(index)) => {
