@@ -88,6 +88,17 @@ fn later_sources_win() {
 }
 
 #[test]
+fn the_library_that_other_programs_use_is_taken_where_no_setting_says_more() {
+    let library = ("ORT_DYLIB_PATH", "/lib/ort.so");
+    let taken = |file: &str, environment: Pairs<'_>| load(file, environment, &[]).unwrap().agent.onnx_runtime;
+    assert_eq!(taken("", &[]), "auto");
+    assert_eq!(taken("", &[library]), "/lib/ort.so");
+    assert_eq!(taken("", &[("ORT_DYLIB_PATH", "")]), "auto");
+    assert_eq!(taken("[agent]\nonnx_runtime = \"off\"", &[library]), "off");
+    assert_eq!(taken("", &[library, ("WHARF_AGENT__ONNX_RUNTIME", "/other.so")]), "/other.so");
+}
+
+#[test]
 fn a_size_may_be_a_number_of_bytes() {
     let settings = load("[gateway]\nbody_limit = 0x10_0000", &[], &[]).unwrap();
     assert_eq!(settings.gateway.body_limit, Bytes(1 << 20));
@@ -118,7 +129,7 @@ fn every_problem_is_told_at_once_with_its_place_and_the_fix() {
             "wharf.toml:9: gateway.max_in_flight: \"9\" came, wanted a whole number from 1 to 1000000",
             "wharf.toml:11: metrics.per_model: \"yes\" came, wanted true or false",
             "environment variable WHARF_AGENT__NONSENSE: agent.nonsense: no such setting; [agent] has listen, http, \
-             scheduler, server, replica, runtime, runtime_grpc, runtime_kind, runtime_workers, capabilities, \
+             scheduler, server, replica, runtime, runtime_grpc, runtime_kind, runtime_workers, command, env, workdir, ports, lifetime, start_deadline, stop_deadline, onnx_runtime, capabilities, \
              memory, overcommit_percent, advertise, data_dir, artifact_cache, max_artifact, fetch_deadline, keep_downloads, parallel_downloads, \
              download_bandwidth, secrets_dir, hub, rclone, rclone_program, rclone_config, load_deadline, \
              waiting_requests, wait_deadline, drain_deadline",

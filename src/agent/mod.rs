@@ -6,6 +6,7 @@
 //! serving, evicting and reloading what it knows when no scheduler is to be had.
 
 pub mod artifacts;
+mod audit;
 mod cache;
 mod core;
 mod disk;
@@ -24,6 +25,7 @@ mod reload;
 mod residence;
 pub mod runtimes;
 mod session;
+mod warm;
 mod weigh;
 
 use std::{
@@ -116,6 +118,7 @@ impl Agent {
             () = shutdown.cancelled() => return Ok(()),
             recovered = self.core.recover() => recovered?,
         }
+        self.core.spawn(Arc::clone(&self.core).audit());
         session::keep(Arc::clone(&self.core), scheduler, self.leaving.clone(), shutdown).await;
         Ok(())
     }

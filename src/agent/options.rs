@@ -58,6 +58,8 @@ pub struct Options {
     pub process: Option<Arc<dyn ServerProcess>>,
     /// What the agent runs, and reaches as its inference server; nothing when that runs by itself.
     pub started: Option<Started>,
+    /// What runs the models within a runtime that has a choice, for people.
+    pub engine: Option<String>,
     /// Where gateways reach the door: `host:port`, or `inproc:NAME`.
     pub door_address: String,
     /// The agent's own folder: fence, orders, artifact cache.
@@ -80,8 +82,10 @@ pub struct Options {
     pub fetch_deadline: Duration,
     /// Longest load or reload, without its wait for memory.
     pub load_deadline: Duration,
-    /// Longest wait for readiness after a load.
+    /// Longest wait for readiness after a load, and for the answer to a warm-up.
     pub probe_deadline: Duration,
+    /// How often what the inference server has is compared with what it should have.
+    pub audit: Duration,
     /// Longest unload.
     pub unload_deadline: Duration,
     /// How long a first load waits for memory that is held.
@@ -132,6 +136,12 @@ impl Options {
         }
     }
 
+    /// What people are told of `runtime`: `builtin`, or `builtin (ONNX Runtime)`.
+    #[must_use]
+    pub fn told_runtime(&self, runtime: &str) -> String {
+        self.engine.as_ref().map_or_else(|| runtime.to_owned(), |engine| format!("{runtime} ({engine})"))
+    }
+
     /// Defaults for an agent of `replica`, with its own files in `data_dir` and the inference server's
     /// repository below it.
     #[must_use]
@@ -149,6 +159,7 @@ impl Options {
             guesses: None,
             process: None,
             started: None,
+            engine: None,
             door_address: String::new(),
             repository: data_dir.join("repository"),
             data_dir,
@@ -161,6 +172,7 @@ impl Options {
             fetch_deadline: Duration::from_secs(3600),
             load_deadline: Duration::from_secs(600),
             probe_deadline: Duration::from_secs(60),
+            audit: Duration::from_secs(1),
             unload_deadline: Duration::from_secs(60),
             memory_deadline: Duration::from_secs(60),
             reload_wait: Duration::from_secs(30),

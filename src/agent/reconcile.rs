@@ -170,6 +170,7 @@ impl Core {
         // leave: only then is its memory known.
         let mut in_server = entry.in_server.lock().await;
         self.load(entry, &mut in_server).await?;
+        self.warm_up(entry).await?;
         drop(in_server);
         drop(permit);
         if let Some(mut kept) = Kept::of(entry.order(), Some((key, instances))) {

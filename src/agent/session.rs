@@ -195,7 +195,7 @@ impl Session<'_> {
             capacity: Some(resources_to_wire(&facts.capacity)),
             capabilities: facts.capabilities.clone(),
             overcommit_percent: facts.overcommit_percent,
-            runtime: self.core.runtime.kind().name().to_owned(),
+            runtime: self.core.options.told_runtime(self.core.runtime.kind().name()),
             door: options.door_address.clone(),
             lineage: seen.lineage,
             leader_epoch: seen.epoch,
@@ -211,7 +211,7 @@ impl Session<'_> {
             capacity: Some(resources_to_wire(&facts.capacity)),
             capabilities: facts.capabilities.clone(),
             overcommit_percent: facts.overcommit_percent,
-            runtime: self.core.runtime.kind().name().to_owned(),
+            runtime: self.core.options.told_runtime(self.core.runtime.kind().name()),
         }
     }
 

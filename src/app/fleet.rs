@@ -299,7 +299,7 @@ impl Fleet {
         options.workers = server.workers;
         options.eviction = server.eviction;
         let upstream: Arc<dyn Upstream> = match &place {
-            Place::Builtin => builtin(&options),
+            Place::Builtin => builtin(&mut options, &self.settings),
             Place::At { address, .. } => {
                 options.process = agent::Listening::at(&address.http).map(|process| Arc::new(process) as _);
                 inference_server(&self.world, options.runtime, address).map_err(|problem| failed(&id, problem))?

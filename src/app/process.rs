@@ -29,7 +29,7 @@ use crate::{
     forward::{self, ClientOptions, Connections, HttpUpstream, Limits, Split, TcpNetwork, Upstream},
     gateway::{self, Gateway},
     ports::{Clock, Identity, Network, SystemClock},
-    runtime::{self, Execution, Runtime},
+    runtime::{self, Execution, Library, Onnx, Runtime},
     settings::{
         STARTED, Settings,
         registry::{self, Registry, RegistryWatch, ReplicaAddress},
@@ -257,7 +257,7 @@ impl Process {
         options.workers = settings.runtime_workers;
         let server: Arc<dyn Upstream> = if settings.runtime == "builtin" {
             options.runtime = Some(Kind::Builtin);
-            builtin(&options)
+            builtin(&mut options, &settings)
         } else if settings.runtime == STARTED {
             options.runtime = settings.runtime_kind.0;
             let command = settings.started().map_err(|(setting, problem)| failed(format!("{setting}: {problem}")))?;
@@ -375,13 +375,20 @@ pub(super) fn agent_options(
     options
 }
 
-pub(super) fn builtin(options: &agent::Options) -> Arc<dyn Upstream> {
+/// The built-in runtime for an agent with these options, which say from then on what runs its models.
+pub(super) fn builtin(options: &mut agent::Options, settings: &crate::settings::Agent) -> Arc<dyn Upstream> {
     let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    Runtime::new(runtime::Options {
+    let (onnx, problem) = Onnx::find(Library::of(&settings.onnx_runtime));
+    if let Some(problem) = problem {
+        tracing::error!(replica = %options.replica, problem, "ONNX Runtime is not used; tract runs the models");
+    }
+    options.engine = onnx.is_onnx_runtime().then(|| "ONNX Runtime".to_owned());
+    let runtime = runtime::Options {
         repository: options.repository.clone(),
         execution: Execution::Pool { threads },
         limits: runtime::Limits { load: options.load_deadline, ..runtime::Limits::default() },
-    })
+    };
+    Runtime::with(runtime, onnx)
 }
 
 /// The inference server that the agent of these options is to run, or each of them: what `command` starts.

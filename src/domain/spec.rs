@@ -8,6 +8,7 @@ use super::{
     error::SpecError,
     memory::Bytes,
     names::{ModelName, ServerName},
+    warmup::Warmup,
 };
 
 /// Everything about a version that makes it another version when it changes.
@@ -32,6 +33,9 @@ pub struct ModelSpec {
     pub parameters: Vec<Parameter>,
     /// What the inference server is known to do with it.
     pub runtime: Option<RuntimeInfo>,
+    /// The request that a copy must answer before it is Available.
+    #[serde(default)]
+    pub warmup: Warmup,
 }
 
 /// Credentials of a storage URI.

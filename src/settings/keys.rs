@@ -229,6 +229,9 @@ section! {
         start_deadline: Duration = "5m" in "1s" to "24h";
         /// How long it may take to stop before it is killed.
         stop_deadline: Duration = "10s" in "100ms" to "10m";
+        /// What runs the models of the built-in runtime: the path of libonnxruntime.so; auto looks where ORT_DYLIB_PATH
+        /// says and the system keeps its libraries, and takes tract where there is none; off always takes tract.
+        onnx_runtime: String = "auto";
         /// What the replica can serve, separated by commas.
         capabilities: String = "onnx";
         /// Memory of the replica for models.

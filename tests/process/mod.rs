@@ -179,7 +179,8 @@ impl Home {
 fn wharf() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_wharf"));
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("WHARF_") || name.to_string_lossy().starts_with("SELDON_") {
+        let named = name.to_string_lossy();
+        if named.starts_with("WHARF_") || named.starts_with("SELDON_") || named == "ORT_DYLIB_PATH" {
             command.env_remove(name);
         }
     }
