@@ -354,7 +354,6 @@ mod tests {
                 })
                 .collect();
             let (lru, cost) = (reloads(Eviction::Lru, &unequal, seed), reloads(Eviction::Cost, &unequal, seed));
-            println!("seed {seed}: lru {lru:?}, cost {cost:?}");
             assert!(cost.1 * 10 < lru.1 * 8, "seed {seed}: {cost:?} is not a fifth less than {lru:?}");
             let equal = vec![(10, Duration::from_millis(500)); 60];
             assert_eq!(reloads(Eviction::Lru, &equal, seed), reloads(Eviction::Cost, &equal, seed));
