@@ -78,7 +78,8 @@ impl World {
             // One that stopped within a commit can't be read before it is opened again.
             let Ok(contents) = store.load() else { return };
             seen.commits = Some(store.commits());
-            seen.leaders.insert(store.identity().lineage, contents.counters.leader_epoch);
+            let leader = seen.leaders.entry(store.identity().lineage).or_default();
+            *leader = contents.counters.leader_epoch.max(*leader);
             let mut registered: BTreeMap<String, u64> = BTreeMap::new();
             for copy in &contents.copies {
                 seen.journaled.insert((copy.replica.to_string(), copy.generation.to_string()));
