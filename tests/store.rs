@@ -238,7 +238,9 @@ fn keeps_the_contract<S: Store>(steps: &[Step], mut open: impl FnMut(Option<S>) 
         for row in &contents.models {
             let found = store.load_model(&row.name).unwrap().expect("a row");
             prop_assert_eq!(&found.model, row);
-            prop_assert!(found.versions.iter().eq(contents.versions.iter().filter(|version| version.model == row.name)));
+            prop_assert!(
+                found.versions.iter().eq(contents.versions.iter().filter(|version| version.model == row.name))
+            );
             prop_assert!(found.copies.iter().eq(contents.copies.iter().filter(|copy| copy.model == row.name)));
         }
         prop_assert_eq!(store.load().unwrap(), contents);
