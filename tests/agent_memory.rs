@@ -6,7 +6,6 @@
     missing_docs,
     unreachable_pub,
     missing_debug_implementations,
-    dead_code,
     reason = "a test stops where it fails, and shares a helper module of which it uses a part"
 )]
 

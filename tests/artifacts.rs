@@ -116,6 +116,7 @@ fn register(copy: Generation, uri: &str, storage: Option<Storage>) -> Order {
         spec: Arc::new(ModelSpec { uri: uri.to_owned(), storage, ..ModelSpec::default() }),
         need: Resources::primary(Bytes(3)),
         attempt: 0,
+        measured: false,
     }
 }
 

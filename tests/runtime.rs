@@ -642,7 +642,7 @@ fn large(bytes: usize) -> Vec<u8> {
         name: "c".to_owned(),
         dims: vec![length],
         data_type: 1,
-        raw_data: (0..bytes).map(|byte| (byte % 60) as u8).collect::<Vec<_>>().into(),
+        raw_data: (0..bytes).map(|byte| (byte % 60) as u8).collect::<Vec<_>>(),
         ..Default::default()
     };
     let add = NodeProto {
