@@ -90,12 +90,15 @@ impl Known<'_> {
     }
 }
 
+/// A difference that nobody has to do anything about, however large the factor.
+const SMALL: Bytes = Bytes(16 << 20);
+
 /// Whether what was declared and what was measured differ by more than this factor, in percent: at 200, when one is
-/// more than twice the other.
+/// more than twice the other. A few megabytes are no difference.
 #[must_use]
 pub fn differ(declared: Bytes, measured: Bytes, percent: u32) -> bool {
-    let (low, high) = (u128::from(declared.min(measured).0), u128::from(declared.max(measured).0));
-    high * 100 > low * u128::from(percent)
+    let (low, high) = (declared.min(measured), declared.max(measured));
+    high.saturating_sub(low) > SMALL && u128::from(high.0) * 100 > u128::from(low.0) * u128::from(percent)
 }
 
 /// How much memory an artifact of a given size takes at most, as a guess.
@@ -257,8 +260,10 @@ mod tests {
 
     #[test]
     fn a_difference_counts_from_the_factor_on_whichever_is_larger() {
-        assert!(!differ(Bytes(100), Bytes(200), 200) && !differ(Bytes(200), Bytes(100), 200));
-        assert!(differ(Bytes(100), Bytes(201), 200) && differ(Bytes(201), Bytes(100), 200));
+        let mebibytes = |declared: u64, measured: u64| differ(Bytes(declared << 20), Bytes(measured << 20), 200);
+        assert!(!mebibytes(100, 200) && !mebibytes(200, 100));
+        assert!(mebibytes(100, 201) && mebibytes(201, 100));
+        assert!(!mebibytes(16, 0) && mebibytes(17, 0), "a few megabytes are no difference");
     }
 
     proptest! {

@@ -378,18 +378,20 @@ mod tests {
 
     #[test]
     fn of_declared_and_measured_the_larger_counts_and_a_great_difference_is_told_once() {
-        for (trust, expected) in [(Trust::Larger, 1000), (Trust::Measured, 300), (Trust::Declared, 1000)] {
+        let mebibytes = |(trust, size): (Trust, u64)| (trust, size << 20);
+        for (trust, expected) in [(Trust::Larger, 1000), (Trust::Measured, 300), (Trust::Declared, 1000)].map(mebibytes)
+        {
             let mut world = World::new(Policy { trust, ..Policy::default() });
-            world.happen(definition("/a", Some(1000), 1));
+            world.happen(definition("/a", Some(1000 << 20), 1));
             let copy = world.place(0);
-            world.report(0, copy, Report::Loading { estimate: Some(Box::new(size("a", 9000))) });
-            assert_eq!(world.need(copy), 1000, "a guess says nothing against a declaration");
-            world.measured(0, copy, size("a", 300));
+            world.report(0, copy, Report::Loading { estimate: Some(Box::new(size("a", 9000 << 20))) });
+            assert_eq!(world.need(copy), 1000 << 20, "a guess says nothing against a declaration");
+            world.measured(0, copy, size("a", 300 << 20));
             assert_eq!((world.need(copy), world.notes("Misdeclared")), (expected, 1), "{trust:?}");
             assert_eq!(world.model.misdeclared().count(), 1);
-            world.measured(0, copy, size("a", 301));
+            world.measured(0, copy, size("a", 301 << 20));
             assert_eq!(world.notes("Misdeclared"), 0);
-            world.measured(0, copy, size("a", 900));
+            world.measured(0, copy, size("a", 900 << 20));
             assert_eq!(world.model.misdeclared().count(), 0);
         }
     }
