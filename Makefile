@@ -36,5 +36,6 @@ doc:
 clients:
 	@if [ -x tests/clients/setup.sh ]; then tests/clients/setup.sh; fi
 
-servers: ## MLServer and Triton, which tests use: installs them under ~/.cache/wharf
+servers: ## MLServer, Triton and ONNX Runtime, which tests use: installs them under ~/.cache/wharf
 	@tests/servers/setup.sh mlserver triton
+	@tests/servers/onnxruntime.sh

@@ -5,6 +5,7 @@
 
 mod fleet;
 pub mod metrics;
+pub mod origins;
 pub mod page;
 pub mod process;
 pub mod replica;

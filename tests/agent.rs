@@ -21,6 +21,8 @@ use wharf::{
     domain::{
         copy::{FailureClass, Report, Residency},
         memory::{Bytes, Resources},
+        order::Order,
+        warmup::Warmup,
     },
     forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY},
     rpc::proto::{agent::agent_message, inference::ModelInferRequest},
@@ -34,7 +36,7 @@ async fn a_copy_lives_from_its_order_to_its_last_word_and_leaves_nothing_behind(
     world.server.edit(|state| state.load_time = SECOND);
     let first = generation(1, 1, 1);
     session.obeyed(&[world.register("iris", first, 4)]).await;
-    session.until(first, |report| *report == Report::Loading).await;
+    session.until(first, |report| matches!(report, Report::Loading { .. })).await;
     session.available(first).await;
     assert_eq!(entries(&world.folder_of("iris_1")), ["size"]);
 
@@ -242,7 +244,7 @@ async fn a_held_copy_is_not_evicted_and_the_next_one_waits_for_it() {
     let held = world.infer("m0", copies[0]).await;
     let second = generation(2, 1, 1);
     session.obeyed(&[world.register("m1", second, 6)]).await;
-    session.until(second, |report| *report == Report::Loading).await;
+    session.until(second, |report| matches!(report, Report::Loading { .. })).await;
     tokio::time::sleep(SECOND).await;
     assert!(world.server.is_loaded("m0_1") && !world.server.is_loaded("m1_1"));
     // The client disconnects: its stream is dropped unread.
@@ -327,7 +329,7 @@ async fn an_unregister_ends_whatever_is_going_on() {
     world.server.edit(|state| state.load_time = 20 * SECOND);
     let copy = generation(1, 1, 1);
     session.obeyed(&[world.register("m0", copy, 6)]).await;
-    session.until(copy, |report| *report == Report::Loading).await;
+    session.until(copy, |report| matches!(report, Report::Loading { .. })).await;
     world.until(|world| world.server.is_loaded("m0_1")).await;
     session.obeyed(&[unregister("m0", copy, SECOND)]).await;
     session.unloaded(copy).await;
@@ -489,6 +491,57 @@ async fn an_inference_server_that_lost_its_models_gets_them_back() {
     assert_eq!(world.infer("m0", copy).await.status(), 200);
     assert_eq!(world.agent.metrics().lost_found.get(), 1);
     assert_eq!(world.agent.inspect()["resident"]["primary"], 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn lost_models_come_back_without_a_request_for_them() {
+    let (world, mut session) = World::new(10, |_| {}).await;
+    world.all_available(&mut session, &[2, 3, 4]).await;
+    tokio::time::sleep(2 * SECOND).await;
+    assert_eq!(world.agent.metrics().lost_found.get(), 0);
+    world.server.edit(|state| {
+        state.loaded.remove("m0_1");
+        state.loaded.remove("m2_1");
+    });
+    let back = world.until(|world| world.server.is_loaded("m0_1") && world.server.is_loaded("m2_1"));
+    tokio::time::timeout(2 * SECOND, back).await.expect("noticed within two audits");
+    world
+        .until(|world| {
+            world.agent.inspect()["copies"].as_array().unwrap().iter().all(|copy| copy["phase"] == "Resident")
+        })
+        .await;
+    assert_eq!((world.server.loads_of("m1_1"), world.agent.metrics().lost_found.get()), (1, 2));
+    assert_eq!(world.agent.inspect()["resident"]["primary"], 9);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_is_available_once_its_warm_up_was_answered_and_failed_when_it_was_not() {
+    let (world, mut session) = World::new(10, |_| {}).await;
+    let warm = |name: &str, generation, warmup: &str| {
+        let mut order = world.register(name, generation, 2);
+        if let Order::Register { spec, .. } = &mut order {
+            Arc::make_mut(spec).warmup = Warmup::parse(warmup).unwrap();
+        }
+        order
+    };
+    let inputs = r#"[{"name":"x","datatype":"FP32","shape":[1],"data":[0]}]"#;
+    let good = generation(1, 1, 1);
+    world.server.answer(false);
+    session.obeyed(&[warm("good", good, inputs)]).await;
+    world.until(|world| world.server.0.lock().unwrap().paths == ["infer good_1"]).await;
+    assert_eq!(world.agent.inspect()["copies"][0]["state"], "Loading");
+    world.server.answer(true);
+    session.available(good).await;
+
+    // This server's metadata tells nothing.
+    let bad = generation(2, 1, 1);
+    session.obeyed(&[warm("bad", bad, "auto")]).await;
+    let report = session.until(bad, |report| matches!(report, Report::Failed { freed: true, .. })).await;
+    let Report::Failed { failure, .. } = report else { panic!("{report:?}") };
+    assert_eq!(failure.class, FailureClass::Runtime);
+    assert!(failure.message.contains("warm it up"), "{}", failure.message);
+    assert!(!world.server.is_loaded("bad_1"));
+    assert_eq!(world.agent.inspect()["resident"]["primary"], 2);
 }
 
 #[tokio::test(start_paused = true)]

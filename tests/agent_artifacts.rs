@@ -31,9 +31,9 @@ use axum::{
 use futures::{FutureExt as _, future::BoxFuture};
 use tokio::sync::Semaphore;
 use wharf::{
-    agent::artifacts::HttpSource,
+    agent::artifacts::{HttpSource, Patience, Transfers},
     domain::copy::{Failure, FailureClass, Progress, Report},
-    ports::{ArtifactSource, FetchLimits, FetchRequest, Fetched, FetchedFile, ProgressSink},
+    ports::{ArtifactSource, FetchLimits, FetchRequest, Fetched, FetchedFile, ProgressSink, SystemClock},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -170,16 +170,22 @@ async fn web() -> (String, Arc<AtomicUsize>) {
     (format!("http://{address}"), served)
 }
 
+fn http() -> HttpSource {
+    let patience = Patience { tries: 2, first: Duration::from_millis(1), most: Duration::from_millis(1) };
+    HttpSource::new(Arc::new(Transfers::new(4, 0, Arc::new(SystemClock::new())).with_patience(patience))).unwrap()
+}
+
 async fn fetch(uri: &str, known: Option<&str>) -> Result<Fetched, Failure> {
-    let into = tempfile::tempdir().unwrap();
+    let (into, notes) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let request = FetchRequest {
         uri: uri.to_owned(),
-        storage: None,
+        credentials: None,
         known: known.map(ToOwned::to_owned),
         into: into.path().to_owned(),
+        notes: notes.path().to_owned(),
         limits: FetchLimits { bytes: 100, files: 1 },
     };
-    let fetched = HttpSource::new().unwrap().fetch(request, Arc::new(|_| {})).await?;
+    let fetched = http().fetch(request, Arc::new(|_| {})).await?;
     if let Fetched::Files { files, .. } = &fetched {
         assert_eq!(std::fs::read(into.path().join(&files[0].path)).unwrap(), b"abc");
     }
@@ -217,7 +223,7 @@ async fn what_the_web_refuses_is_told_apart() {
 #[tokio::test]
 async fn a_pinned_digest_is_enforced() {
     let (base, _) = web().await;
-    let source = HttpSource::new().unwrap();
+    let source = http();
     let (world, mut session) = World::with_sources(20, |_| {}, vec![Arc::new(source)]).await;
     let right = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
     let copy = generation(1, 1, 1);

@@ -15,7 +15,7 @@ use wharf::{
     domain::memory::Bytes,
     settings::{
         LogFormat, Problems, Settings, SettingsFile,
-        registry::{Location, Registry, RegistryChange, RegistryErrors, RegistryWatch, Runtime},
+        registry::{Lifetime, Location, Registry, RegistryChange, RegistryErrors, RegistryWatch, Runtime},
     },
 };
 
@@ -88,9 +88,28 @@ fn later_sources_win() {
 }
 
 #[test]
+fn the_library_that_other_programs_use_is_taken_where_no_setting_says_more() {
+    let library = ("ORT_DYLIB_PATH", "/lib/ort.so");
+    let taken = |file: &str, environment: Pairs<'_>| load(file, environment, &[]).unwrap().agent.onnx_runtime;
+    assert_eq!(taken("", &[]), "auto");
+    assert_eq!(taken("", &[library]), "/lib/ort.so");
+    assert_eq!(taken("", &[("ORT_DYLIB_PATH", "")]), "auto");
+    assert_eq!(taken("[agent]\nonnx_runtime = \"off\"", &[library]), "off");
+    assert_eq!(taken("", &[library, ("WHARF_AGENT__ONNX_RUNTIME", "/other.so")]), "/other.so");
+}
+
+#[test]
 fn a_size_may_be_a_number_of_bytes() {
     let settings = load("[gateway]\nbody_limit = 0x10_0000", &[], &[]).unwrap();
     assert_eq!(settings.gateway.body_limit, Bytes(1 << 20));
+}
+
+#[test]
+fn a_secret_in_the_environment_is_no_setting() {
+    assert_eq!(
+        load("", &[("WHARF_SECRET_A__B", "token: x"), ("WHARF_SECRET_AGENT_HUB", "x")], &[]),
+        Ok(Settings::default())
+    );
 }
 
 #[test]
@@ -110,9 +129,10 @@ fn every_problem_is_told_at_once_with_its_place_and_the_fix() {
             "wharf.toml:9: gateway.max_in_flight: \"9\" came, wanted a whole number from 1 to 1000000",
             "wharf.toml:11: metrics.per_model: \"yes\" came, wanted true or false",
             "environment variable WHARF_AGENT__NONSENSE: agent.nonsense: no such setting; [agent] has listen, http, \
-             scheduler, server, replica, runtime, runtime_grpc, runtime_kind, runtime_workers, capabilities, memory, overcommit_percent, advertise, data_dir, \
-             artifact_cache, max_artifact, fetch_deadline, load_deadline, waiting_requests, wait_deadline, \
-             drain_deadline",
+             scheduler, server, replica, runtime, runtime_grpc, runtime_kind, runtime_workers, command, env, workdir, ports, lifetime, start_deadline, stop_deadline, onnx_runtime, capabilities, \
+             memory, overcommit_percent, advertise, data_dir, artifact_cache, max_artifact, fetch_deadline, keep_downloads, parallel_downloads, \
+             download_bandwidth, secrets_dir, hub, rclone, rclone_program, rclone_config, load_deadline, \
+             waiting_requests, wait_deadline, drain_deadline",
             "environment variable WHARF_AGENT__WAIT_DEADLINE: agent.wait_deadline: \"soon\" came, wanted a duration \
              such as \"5s\" or \"250ms\" from 10ms to 1h",
             "environment variable WHARF_SCHEDULER_LEASE: scheduler.lease: it is set by WHARF_SCHEDULER__LEASE, with \
@@ -307,11 +327,78 @@ fn a_name_is_taken_once() {
     assert!(told[0].starts_with("servers.toml:5: ") && told[0].contains("line 1"), "{told:?}");
 }
 
+fn started(runtime: &str, more: &str) -> String {
+    format!("[[server]]\nname = \"a\"\nruntime = {runtime:?}\ncapabilities = [\"x\"]\nmemory = \"1Gi\"\n{more}\n")
+}
+
 #[test]
-fn what_can_not_be_done_yet_is_refused_plainly() {
-    let text = "[[server]]\nname = \"a\"\nruntime = \"mlserver\"\ncapabilities = [\"x\"]\nmemory = \"1Gi\"\ncommand = [\"mlserver\", \"start\", \".\"]";
-    let told = registry_problems(text);
-    assert!(told.len() == 1 && told[0].contains("not supported yet") && told[0].contains("addresses"), "{told:?}");
+fn a_server_is_started_as_the_registry_says_or_as_its_kind_is() {
+    let command = |runtime: &str, more: &str| {
+        let registry = Registry::parse(&started(runtime, more), "servers.toml").unwrap();
+        let Location::Command(command) = registry.servers[0].location.clone() else { panic!("{registry:?}") };
+        command
+    };
+    let usual = command("mlserver", "parallel_workers = 2");
+    assert_eq!(usual.argv, ["mlserver", "start", "{repository}"]);
+    assert_eq!(usual.env["MLSERVER_PARALLEL_WORKERS"], "2");
+    assert_eq!((usual.lifetime, usual.ports, usual.health.as_str()), (Lifetime::Agent, None, "/v2/health/ready"));
+    let own = command(
+        "mlserver",
+        "command = [\"/opt/mlserver\", \"start\", \"{repository}\"]\nworkdir = \"/opt\"\nports = 8080\n\
+         lifetime = \"independent\"\nenv = { MLSERVER_HOST = \"::1\", NAME = \"{replica}\" }",
+    );
+    assert_eq!(own.argv[0], "/opt/mlserver");
+    assert_eq!((own.lifetime, own.ports), (Lifetime::Independent, Some(8080)));
+    let env = |name: &str| own.env[name].as_str();
+    assert_eq!([env("MLSERVER_HOST"), env("MLSERVER_GRPC_PORT"), env("NAME")], ["::1", "{grpc_port}", "{replica}"]);
+    let each = command("process", "command = [\"serve\", \"{port}\"]\nhealth = \"/v2/models/{model_name}/ready\"");
+    assert_eq!(each.health, "/v2/models/{model_name}/ready");
+}
+
+#[test]
+fn a_command_that_can_not_be_obeyed_is_told_with_its_line() {
+    for (runtime, more, line, words) in [
+        ("oip", "", 1, "or the command that starts one"),
+        ("oip", "command = []", 6, "it names no program"),
+        ("oip", "command = [\"a\", \"{http_prot}\"]", 6, "did you mean {http_port}?"),
+        ("oip", "command = [\"a\", \"{model_name}\"]", 6, "nothing fills {model_name}"),
+        ("oip", "command = [\"a\"]\nenv = { A = \"{nothing}\" }", 7, "nothing fills {nothing}"),
+        ("oip", "command = [\"a\"]\nports = 65001", 7, "wanted a whole number from 1 to 65000"),
+        ("oip", "command = [\"a\"]\nlifetime = \"ever\"", 7, "\"agent\" (it ends with the agent)"),
+        ("oip", "command = [\"a\"]\nhealth = \"ready\"", 7, "wanted the path"),
+        ("oip", "addresses = [\"http://a:1\"]\nports = 7", 7, "there is no command"),
+        ("oip", "addresses = [\"http://a:1\"]\ncommand = [\"a\"]", 7, "there are addresses too"),
+        ("process", "command = [\"a\"]\nports = 7", 7, "a free port of its own"),
+        ("process", "command = [\"a\"]\nlifetime = \"independent\"", 7, "ends with the agent"),
+        ("process", "addresses = [\"http://a:1\"]", 6, "each model is a process of its own"),
+        ("builtin", "command = [\"a\"]", 6, "has no command"),
+    ] {
+        let told = registry_problems(&started(runtime, more));
+        let place = format!("servers.toml:{line}: ");
+        assert!(told.len() == 1 && told[0].starts_with(&place) && told[0].contains(words), "{more}: {told:?}");
+    }
+}
+
+#[test]
+fn an_agent_of_its_own_starts_a_server_as_its_settings_say() {
+    let load = |settings: &[(&str, &str)]| {
+        let set = settings.iter().map(|(name, value)| (format!("agent.{name}"), (*value).to_owned()));
+        Settings::load(None, [], set.chain([("agent.runtime".to_owned(), "start".to_owned())]))
+    };
+    let usual = load(&[("runtime_kind", "mlserver"), ("ports", "8080")]).unwrap().agent.started().unwrap();
+    assert_eq!((usual.argv[0].as_str(), usual.ports), ("mlserver", Some(8080)));
+    let own = load(&[("command", "serve --port {http_port}"), ("env", "A=1 B={replica}"), ("lifetime", "independent")]);
+    let own = own.unwrap().agent.started().unwrap();
+    assert_eq!((own.argv.len(), own.env["B"].as_str(), own.lifetime), (3, "{replica}", Lifetime::Independent));
+    for (settings, words) in [
+        (&[][..], "agent.command: it is empty"),
+        (&[("command", "serve {prot}")], "agent.command: nothing fills {prot}"),
+        (&[("command", "serve"), ("env", "A")], "agent.env: \"A\" came"),
+        (&[("command", "serve"), ("runtime_kind", "process"), ("ports", "1")], "agent.ports: a process for one model"),
+    ] {
+        let problems = load(settings).expect_err(words).to_string();
+        assert!(problems.contains(words), "{words}: {problems}");
+    }
 }
 
 fn with(edit: impl Fn(&mut Registry)) -> Registry {

@@ -18,6 +18,8 @@ mod follow;
 mod grpc;
 #[path = "gateway/limits.rs"]
 mod limits;
+#[path = "gateway/outlier.rs"]
+mod outlier;
 #[path = "gateway/retries.rs"]
 mod retries;
 #[path = "gateway/simulated.rs"]

@@ -2,7 +2,12 @@
 //! compared with what ONNX Runtime answers (`tests/models/expected.json`, made by `tests/models/make.py`).
 #![allow(clippy::disallowed_methods, clippy::print_stdout, missing_docs, clippy::unwrap_used)]
 
-use std::{fs, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -20,7 +25,7 @@ use wharf::{
         grpc_inference_service_client::GrpcInferenceServiceClient,
         model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
     },
-    runtime::{Execution, Limits, Options, Runtime, serve},
+    runtime::{Execution, Library, Limits, Onnx, Options, Runtime, serve},
 };
 
 fn samples() -> std::path::PathBuf {
@@ -37,7 +42,39 @@ fn runtime(repository: &Path, execution: Execution, limits: Limits) -> Arc<Runti
 }
 
 fn inline() -> Arc<Runtime> {
-    runtime(&samples(), Execution::Inline, Limits::default())
+    inline_by(&Onnx::tract())
+}
+
+fn inline_by(onnx: &Onnx) -> Arc<Runtime> {
+    let options = Options { repository: samples(), execution: Execution::Inline, limits: Limits::default() };
+    Runtime::with(options, onnx.clone())
+}
+
+/// Where `tests/servers/onnxruntime.sh` puts ONNX Runtime, if it has been there.
+fn library() -> Option<PathBuf> {
+    let named = std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from);
+    let cache = || {
+        let cache = std::env::var_os("WHARF_CACHE").map(PathBuf::from);
+        Some(cache.unwrap_or(std::env::home_dir()?.join(".cache/wharf")).join("servers/onnxruntime/libonnxruntime.so"))
+    };
+    named.or_else(cache).filter(|path| path.is_file())
+}
+
+/// ONNX Runtime, if its library is there.
+fn onnx_runtime() -> Option<Onnx> {
+    let Some(library) = library() else {
+        println!("without ONNX Runtime, which tests/servers/onnxruntime.sh installs");
+        return None;
+    };
+    let (onnx, problem) = Onnx::find(Library::At(&library));
+    assert_eq!(problem, None);
+    assert!(onnx.is_onnx_runtime());
+    Some(onnx)
+}
+
+/// Every engine that there is.
+fn engines() -> Vec<Onnx> {
+    [Onnx::tract()].into_iter().chain(onnx_runtime()).collect()
 }
 
 struct Answer {
@@ -82,7 +119,11 @@ async fn load(runtime: &Runtime, model: &str) -> Answer {
 }
 
 async fn loaded(model: &str) -> Arc<Runtime> {
-    let runtime = inline();
+    loaded_by(&Onnx::tract(), model).await
+}
+
+async fn loaded_by(onnx: &Onnx, model: &str) -> Arc<Runtime> {
+    let runtime = inline_by(onnx);
     let answer = load(&runtime, model).await;
     assert_eq!(answer.status, 200, "{model}: {:?}", answer.body);
     runtime
@@ -182,22 +223,27 @@ fn rest_inputs(case: &Value) -> Vec<Value> {
 
 #[tokio::test]
 async fn every_sample_answers_over_rest_as_onnx_runtime_does() {
-    for (model, cases) in expected() {
-        let runtime = loaded(&model).await;
+    let expected = expected();
+    for (onnx, (model, cases)) in engines().iter().flat_map(|onnx| expected.iter().map(move |one| (onnx, one))) {
+        let runtime = loaded_by(onnx, model).await;
         for case in cases.as_array().unwrap() {
-            let answer = infer(&runtime, &model, &json!({ "id": "7", "inputs": rest_inputs(case) })).await;
-            assert_eq!(answer.status, 200, "{model}: {:?}", answer.body);
+            let answer = infer(&runtime, model, &json!({ "id": "7", "inputs": rest_inputs(case) })).await;
+            assert_eq!(answer.status, 200, "{model} {onnx:?}: {:?}", answer.body);
             let json = answer.json();
             assert_eq!(
                 (&json["model_name"], &json["model_version"], &json["id"]),
                 (&json!(model), &json!("1"), &json!("7"))
             );
             let outputs = case["outputs"].as_object().unwrap();
-            assert_eq!(json["outputs"].as_array().unwrap().len(), outputs.len(), "{model}");
+            assert_eq!(json["outputs"].as_array().unwrap().len(), outputs.len(), "{model} {onnx:?}");
             for output in json["outputs"].as_array().unwrap() {
                 let wanted = &outputs[output["name"].as_str().unwrap()];
-                assert_eq!((&output["datatype"], &output["shape"]), (&wanted["datatype"], &wanted["shape"]), "{model}");
-                same(&model, wanted["datatype"].as_str().unwrap(), &output["data"], &wanted["data"]);
+                assert_eq!(
+                    (&output["datatype"], &output["shape"]),
+                    (&wanted["datatype"], &wanted["shape"]),
+                    "{model} {onnx:?}"
+                );
+                same(model, wanted["datatype"].as_str().unwrap(), &output["data"], &wanted["data"]);
             }
         }
     }
@@ -205,8 +251,9 @@ async fn every_sample_answers_over_rest_as_onnx_runtime_does() {
 
 #[tokio::test]
 async fn every_sample_answers_binary_data_with_binary_data() {
-    for (model, cases) in expected() {
-        let runtime = loaded(&model).await;
+    let expected = expected();
+    for (onnx, (model, cases)) in engines().iter().flat_map(|onnx| expected.iter().map(move |one| (onnx, one))) {
+        let runtime = loaded_by(onnx, model).await;
         for case in cases.as_array().unwrap() {
             let mut behind = Vec::new();
             let mut inputs = Vec::new();
@@ -221,13 +268,13 @@ async fn every_sample_answers_binary_data_with_binary_data() {
                 .header("Inference-Header-Content-Length", head.len())
                 .body(Body::from(Bytes::from([head.into_bytes(), behind].concat())));
             let answer = send(&runtime, request.unwrap()).await;
-            assert_eq!(answer.status, 200, "{model}: {:?}", answer.body);
+            assert_eq!(answer.status, 200, "{model} {onnx:?}: {:?}", answer.body);
             let length: usize = answer.headers["inference-header-content-length"].to_str().unwrap().parse().unwrap();
             let (head, mut rest) = answer.body.split_at(length);
             let head: Value = serde_json::from_slice(head).unwrap();
             for output in head["outputs"].as_array().unwrap() {
                 let size = output["parameters"]["binary_data_size"].as_u64().unwrap() as usize;
-                same_raw(&model, &rest[..size], &case["outputs"][output["name"].as_str().unwrap()]);
+                same_raw(model, &rest[..size], &case["outputs"][output["name"].as_str().unwrap()]);
                 rest = &rest[size..];
             }
             assert!(rest.is_empty());
@@ -292,20 +339,21 @@ fn same_response(model: &str, response: &ModelInferResponse, case: &Value, binar
 
 #[tokio::test]
 async fn every_sample_answers_over_grpc_in_the_kind_that_was_sent() {
-    for (model, cases) in expected() {
-        let runtime = inline();
+    let expected = expected();
+    for (onnx, (model, cases)) in engines().iter().flat_map(|onnx| expected.iter().map(move |one| (onnx, one))) {
+        let runtime = inline_by(onnx);
         let mut client = grpc(&runtime);
         let order = RepositoryModelLoadRequest { model_name: model.clone(), ..Default::default() };
         client.repository_model_load(order).await.unwrap();
         for case in cases.as_array().unwrap() {
-            let response = client.model_infer(request(&model, case, true)).await.unwrap().into_inner();
-            same_response(&model, &response, case, true);
+            let response = client.model_infer(request(model, case, true)).await.unwrap().into_inner();
+            same_response(model, &response, case, true);
             // FP16 has no typed contents.
             if model == "identity-fp16" {
                 continue;
             }
-            let response = client.model_infer(request(&model, case, false)).await.unwrap().into_inner();
-            same_response(&model, &response, case, false);
+            let response = client.model_infer(request(model, case, false)).await.unwrap().into_inner();
+            same_response(model, &response, case, false);
         }
     }
 }
@@ -370,6 +418,71 @@ async fn metadata_tells_what_the_model_takes_and_gives() {
 }
 
 #[tokio::test]
+async fn onnx_runtime_is_named_in_metadata_and_refuses_with_words_too() {
+    let Some(onnx) = onnx_runtime() else { return };
+    let by_tract = get(&*loaded("iris-1").await, "/v2/models/iris-1").await.json();
+    let mut by_library = get(&*loaded_by(&onnx, "iris-1").await, "/v2/models/iris-1").await.json();
+    assert_eq!(by_library["platform"], "onnx_onnxruntime");
+    by_library["platform"] = json!("onnx_tract");
+    assert_eq!(by_library, by_tract);
+    let external = loaded_by(&onnx, "external").await;
+    assert_eq!(external.artifact_bytes("external"), loaded("external").await.artifact_bytes("external"));
+
+    let runtime = inline_by(&onnx);
+    for (model, reasons) in [
+        ("broken", &["tests/models/broken/model.onnx", "not an ONNX model"][..]),
+        ("unsupported", &["tests/models/unsupported/model.onnx", "Frobnicate"]),
+        ("iris-zipmap", &["ZipMap", "options={\"zipmap\": False}"]),
+    ] {
+        let message = load(&runtime, model).await.refused(422);
+        assert!(reasons.iter().all(|reason| message.contains(reason)), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn onnx_runtime_takes_empty_batches_and_a_bad_index_takes_nothing_down() {
+    let Some(onnx) = onnx_runtime() else { return };
+    let add = loaded_by(&onnx, "add").await;
+    let none = ["a", "b"].map(|name| json!({ "name": name, "datatype": "FP32", "shape": [0, 3], "data": [] }));
+    let answer = infer(&add, "add", &json!({ "inputs": none })).await;
+    assert_eq!(answer.status, 200, "{:?}", answer.body);
+    assert_eq!(
+        (&answer.json()["outputs"][0]["shape"], &answer.json()["outputs"][0]["data"]),
+        (&json!([0, 3]), &json!([]))
+    );
+
+    let pick = loaded_by(&onnx, "pick").await;
+    let ask =
+        |index: i64| json!({ "inputs": [{ "name": "index", "datatype": "INT64", "shape": [1], "data": [index] }] });
+    let message = infer(&pick, "pick", &ask(7)).await.refused(400);
+    assert!(message.contains("\"pick\" can't be run on these inputs"), "{message}");
+    assert_eq!(infer(&pick, "pick", &ask(2)).await.status, 200);
+
+    let text = loaded_by(&onnx, "identity-bytes").await;
+    let zero = json!({ "inputs": [{ "name": "x", "datatype": "BYTES", "shape": [1, 1], "data": ["a\u{0}b"] }] });
+    assert!(infer(&text, "identity-bytes", &zero).await.refused(400).contains("zero byte"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_requests_at_once_for_one_model_of_onnx_runtime_are_all_answered() {
+    let Some(onnx) = onnx_runtime() else { return };
+    let options =
+        Options { repository: samples(), execution: Execution::Pool { threads: 4 }, limits: Limits::default() };
+    let runtime = Runtime::with(options, onnx);
+    assert_eq!(load(&runtime, "mlp").await.status, 200);
+    let case = &expected()["mlp"][1];
+    let client = grpc(&runtime);
+    let asks = (0..64).map(|_| {
+        let mut client = client.clone();
+        async move { client.model_infer(request("mlp", case, true)).await }
+    });
+    for response in futures::future::join_all(asks).await {
+        same_response("mlp", &response.unwrap().into_inner(), case, true);
+    }
+    assert_eq!(rest(&runtime, Method::POST, "/v2/repository/models/mlp/unload", "{}").await.status, 200);
+}
+
+#[tokio::test]
 async fn the_index_tells_disk_and_memory_apart_and_unload_frees() {
     let runtime = loaded("iris-1").await;
     load(&runtime, "broken").await.refused(422);
@@ -401,7 +514,7 @@ async fn an_artifact_that_cannot_be_served_says_which_and_why() {
     let runtime = inline();
     for (model, reasons) in [
         ("broken", &["tests/models/broken/model.onnx", "not an ONNX model"][..]),
-        ("unsupported", &["tests/models/unsupported/model.onnx", "Frobnicate"]),
+        ("unsupported", &["tests/models/unsupported/model.onnx", "Frobnicate", "set agent.onnx_runtime"]),
         ("iris-zipmap", &["ZipMap", "options={\"zipmap\": False}"]),
     ] {
         let message = load(&runtime, model).await.refused(422);
@@ -498,4 +611,86 @@ async fn rest_and_grpc_share_a_port_and_a_huge_body_is_refused_unread() {
         }
     };
     tokio::time::timeout(Duration::from_secs(60), all).await.unwrap();
+}
+
+/// Bytes of this process that are in memory.
+fn in_memory() -> u64 {
+    let statm = fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+}
+
+/// A model that adds a constant of this many bytes.
+fn large(bytes: usize) -> Vec<u8> {
+    use prost::Message as _;
+    use tract_onnx::pb::{
+        GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto,
+        ValueInfoProto, tensor_shape_proto::Dimension, tensor_shape_proto::dimension, type_proto,
+    };
+    let length = (bytes / 4) as i64;
+    let value = |name: &str| {
+        let shape = TensorShapeProto {
+            dim: vec![Dimension { value: Some(dimension::Value::DimValue(length)), ..Default::default() }],
+        };
+        let tensor = type_proto::Tensor { elem_type: 1, shape: Some(shape) };
+        ValueInfoProto {
+            name: name.to_owned(),
+            r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..Default::default() }),
+            ..Default::default()
+        }
+    };
+    let constant = TensorProto {
+        name: "c".to_owned(),
+        dims: vec![length],
+        data_type: 1,
+        raw_data: vec![7; bytes],
+        ..Default::default()
+    };
+    let add = NodeProto {
+        input: vec!["x".to_owned(), "c".to_owned()],
+        output: vec!["y".to_owned()],
+        op_type: "Add".to_owned(),
+        ..Default::default()
+    };
+    let graph = GraphProto {
+        name: "g".to_owned(),
+        node: vec![add],
+        initializer: vec![constant],
+        input: vec![value("x")],
+        output: vec![value("y")],
+        ..Default::default()
+    };
+    let opset = OperatorSetIdProto { domain: String::new(), version: 17 };
+    ModelProto { ir_version: 8, opset_import: vec![opset], graph: Some(graph), ..Default::default() }.encode_to_vec()
+}
+
+#[tokio::test]
+async fn what_a_model_of_onnx_runtime_took_is_free_after_its_unload() {
+    const BYTES: u64 = 128 << 20;
+    let Some(onnx) = onnx_runtime() else { return };
+    let repository = tempfile::tempdir().unwrap();
+    fs::create_dir(repository.path().join("large")).unwrap();
+    fs::write(repository.path().join("large/model.onnx"), large(BYTES as usize)).unwrap();
+    let options = Options {
+        repository: repository.path().to_owned(),
+        execution: Execution::Inline,
+        limits: Limits { body_bytes: BYTES as usize * 2, ..Limits::default() },
+    };
+    let runtime = Runtime::with(options, onnx);
+    let before = in_memory();
+    assert_eq!(load(&runtime, "large").await.status, 200);
+    let shape = json!([BYTES / 4]);
+    let head = json!({
+        "parameters": { "binary_data_output": true },
+        "inputs": [{ "name": "x", "datatype": "FP32", "shape": shape, "parameters": { "binary_data_size": BYTES } }],
+    });
+    let head = head.to_string().into_bytes();
+    let request = http::Request::post("/v2/models/large/infer").header("Inference-Header-Content-Length", head.len());
+    let body = [head, vec![0; BYTES as usize]].concat();
+    let answer = send(&runtime, request.body(Body::from(Bytes::from(body))).unwrap()).await;
+    assert_eq!(answer.status, 200);
+    drop(answer);
+    assert!(in_memory() > before + BYTES / 2, "it takes memory");
+    assert_eq!(rest(&runtime, Method::POST, "/v2/repository/models/large/unload", "{}").await.status, 200);
+    let left = in_memory().saturating_sub(before);
+    assert!(left < BYTES / 4, "{left} bytes are left");
 }

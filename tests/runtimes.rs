@@ -57,7 +57,7 @@ struct Artifacts {
 fn artifacts(kind: Kind) -> Artifacts {
     let onnx = |name: &str| (PathBuf::from(artifact(name)), None);
     match kind {
-        Kind::Builtin | Kind::Oip => Artifacts {
+        Kind::Builtin | Kind::Oip | Kind::Process => Artifacts {
             requirement: "onnx",
             first: onnx("iris-1"),
             second: onnx("iris-2"),

@@ -112,7 +112,7 @@ fn events() -> Vec<(&'static str, Event)> {
         ("Unplaced", Event::Unplaced { reason: Unplaced::default() }),
         ("Reported(Scheduled)", Event::Reported(Report::Scheduled)),
         ("Reported(Downloading)", Event::Reported(Report::Downloading(Progress { done: 1, total: None }))),
-        ("Reported(Loading)", Event::Reported(Report::Loading)),
+        ("Reported(Loading)", Event::Reported(Report::Loading { estimate: None })),
         ("Reported(Available)", Event::Reported(Report::Available { residency: Residency::Resident, measured: None })),
         ("Reported(Draining)", Event::Reported(Report::Draining { holds: 1 })),
         ("Reported(Unloaded)", Event::Reported(Report::Unloaded)),
@@ -145,7 +145,7 @@ const fn all_are_listed(state: &State, event: &Event) {
         | Event::Reported(
             Report::Scheduled
             | Report::Downloading(_)
-            | Report::Loading
+            | Report::Loading { .. }
             | Report::Available { .. }
             | Report::Draining { .. }
             | Report::Unloaded

@@ -22,7 +22,8 @@ use wharf::{
         leader::{Leader, Leaders},
         memory::{Bytes, Resources},
         names::{ModelName, ReplicaId, ServerName},
-        record::{Contents, CopyRow, Counters, ModelRow, Owner, ServerRow, VersionRow, Write},
+        record::{Contents, CopyRow, Counters, ModelRow, Owner, ServerRow, SizeRow, VersionRow, Write},
+        size::SizeKey,
         spec::{Deployment, KubernetesMeta, ModelSpec, Parameter, Passthrough, RuntimeInfo, Storage},
         time::Instant,
         version::{Generation, Uid, Version},
@@ -53,6 +54,7 @@ struct Model {
     models: BTreeMap<String, ModelRow>,
     versions: BTreeMap<(String, u32), VersionRow>,
     copies: BTreeMap<(String, Generation), CopyRow>,
+    sizes: BTreeMap<(String, SizeKey), SizeRow>,
     servers: BTreeMap<String, ServerRow>,
     counters: Counters,
 }
@@ -66,11 +68,14 @@ impl Model {
                     self.models.remove(name.as_str());
                     self.versions.retain(|key, _| key.0 != name.as_str());
                     self.copies.retain(|key, _| key.0 != name.as_str());
+                    self.sizes.retain(|key, _| key.0 != name.as_str());
                 }
                 Write::PutVersion(row) => drop(self.versions.insert((row.model.to_string(), row.version.0), *row)),
                 Write::RemoveVersion(name, version) => drop(self.versions.remove(&(name.to_string(), version.0))),
                 Write::PutCopy(row) => drop(self.copies.insert((row.model.to_string(), row.generation), *row)),
                 Write::RemoveCopy(name, generation) => drop(self.copies.remove(&(name.to_string(), generation))),
+                Write::PutSize(row) => drop(self.sizes.insert((row.model.to_string(), row.key.clone()), *row)),
+                Write::RemoveSize(name, key) => drop(self.sizes.remove(&(name.to_string(), key))),
                 Write::PutServer(row) => drop(self.servers.insert(row.name.to_string(), *row)),
                 Write::RemoveServer(name) => drop(self.servers.remove(name.as_str())),
                 Write::PutCounters(counters) => self.counters = counters,
@@ -83,6 +88,7 @@ impl Model {
             models: self.models.values().cloned().collect(),
             versions: self.versions.values().cloned().collect(),
             copies: self.copies.values().cloned().collect(),
+            sizes: self.sizes.values().cloned().collect(),
             servers: self.servers.values().cloned().collect(),
             counters: self.counters.clone(),
         }
@@ -112,6 +118,12 @@ fn generation() -> impl Strategy<Value = Generation> {
         version: Version(version),
         number,
     })
+}
+
+fn size_key() -> impl Strategy<Value = SizeKey> {
+    let part = |of: &[&'static str]| prop::sample::select(of.to_vec()).prop_map(str::to_owned);
+    (part(&["a", "ab", "b"]), part(&["oip", "triton"]), part(&["1", "1+a", "10"]))
+        .prop_map(|(artifact, runtime, configuration)| SizeKey { artifact, runtime, configuration })
 }
 
 fn write() -> impl Strategy<Value = Write> {
@@ -157,6 +169,13 @@ fn write() -> impl Strategy<Value = Write> {
             }))
         }),
         1 => (model_name(), generation()).prop_map(|(model, generation)| Write::RemoveCopy(model, generation)),
+        2 => (model_name(), size_key(), 1..5_u32).prop_map(|(model, key, version)| Write::PutSize(Box::new(SizeRow {
+            model,
+            key,
+            bytes: Resources::primary(Bytes(7)),
+            versions: (1..=version).map(Version).collect(),
+        }))),
+        1 => (model_name(), size_key()).prop_map(|(model, key)| Write::RemoveSize(model, key)),
         1 => (server_name(), 0..9_u32).prop_map(|(name, marks)| Write::PutServer(Box::new(ServerRow {
             name,
             owner: Owner::Api,
@@ -217,10 +236,12 @@ fn keeps_the_contract<S: Store>(steps: &[Step], mut open: impl FnMut(Option<S>) 
         }
         prop_assert_eq!(store.load_server(&ServerName::new("nobody-s").unwrap()).unwrap(), None);
         for row in &contents.models {
-            let (found, versions, copies) = store.load_model(&row.name).unwrap().expect("a row");
-            prop_assert_eq!(&found, row);
-            prop_assert!(versions.iter().eq(contents.versions.iter().filter(|version| version.model == row.name)));
-            prop_assert!(copies.iter().eq(contents.copies.iter().filter(|copy| copy.model == row.name)));
+            let found = store.load_model(&row.name).unwrap().expect("a row");
+            prop_assert_eq!(&found.model, row);
+            prop_assert!(
+                found.versions.iter().eq(contents.versions.iter().filter(|version| version.model == row.name))
+            );
+            prop_assert!(found.copies.iter().eq(contents.copies.iter().filter(|copy| copy.model == row.name)));
         }
         prop_assert_eq!(store.load().unwrap(), contents);
         prop_assert_eq!(&store.load_events().unwrap(), &kept);
@@ -672,6 +693,32 @@ fn a_newer_schema_is_refused_with_both_numbers() {
     }
     set_meta(&path, "schema", &SCHEMA.to_string());
     open_file(&path, another).unwrap();
+}
+
+#[test]
+fn a_journal_of_schema_1_is_brought_to_this_one_and_loses_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal");
+    let server = ServerRow::called(ServerName::new("t").unwrap());
+    open_file(&path, identity).unwrap().commit(&[Write::PutServer(Box::new(server.clone()))]).unwrap();
+    // As the first schema was: without sizes.
+    let database = redb::Database::open(&path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    assert!(transaction.delete_table(redb::TableDefinition::<&[u8], &[u8]>::new("sizes")).unwrap());
+    transaction.commit().unwrap();
+    drop(database);
+    set_meta(&path, "schema", "1");
+    let size = SizeRow {
+        model: ModelName::new("m").unwrap(),
+        key: SizeKey { artifact: "a".to_owned(), runtime: "oip".to_owned(), configuration: "1".to_owned() },
+        bytes: Resources::primary(Bytes(5)),
+        versions: [Version(1)].into(),
+    };
+    let store = open_file(&path, another).unwrap();
+    assert_eq!(store.load().unwrap().servers, [server]);
+    store.commit(&[Write::PutSize(Box::new(size.clone()))]).unwrap();
+    drop(store);
+    assert_eq!(open_file(&path, another).unwrap().load().unwrap().sizes, [size]);
 }
 
 #[test]

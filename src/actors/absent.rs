@@ -266,10 +266,10 @@ impl Handler<Found> for Supervisor {
                 let Some(Absent { why: Why::Panicked(cause), .. }) = self.absent_models.get(&name) else { return };
                 let cause = cause.clone();
                 // The ledger may have a place for a copy of which the one that panicked never heard.
-                let generations = rows.iter().flat_map(|(.., copies)| copies).map(|copy| copy.generation).collect();
+                let generations = rows.iter().flat_map(|rows| &rows.copies).map(|copy| copy.generation).collect();
                 self.links.placement.tell(Only { model: name.clone(), generations });
-                if let Some((row, versions, copies)) = rows {
-                    self.restore_model(row, versions, copies, ctx);
+                if let Some(rows) = rows {
+                    self.restore_model(rows, ctx);
                     self.model_back(&name, ctx);
                 } else {
                     self.model_gone(&name, ctx);

@@ -180,8 +180,9 @@ impl ModelActor {
             Effect::Withdraw(generation) | Effect::Release(generation) => {
                 links.placement.tell(Release { model: name.clone(), generation });
             }
-            Effect::Register { on, generation, spec, need, attempt } => {
-                let order = Order::Register { model: name.clone(), generation, spec, need, attempt };
+            Effect::Register { on, generation, spec, need, attempt, measured } => {
+                let model = name.clone();
+                let order = Order::Register { model, generation, spec, need, attempt, measured };
                 self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
             }
             Effect::Unregister { on, generation } => {
@@ -267,11 +268,11 @@ impl ModelActor {
                     }
                 }
                 (Announce::ToServer, _) => {
-                    if let (Some(Effect::Register { on, generation, spec, need, attempt }), false) =
+                    if let (Some(Effect::Register { on, generation, spec, need, attempt, measured }), false) =
                         (self.model.register(copy), matches!(copy.state, State::Failed { .. }))
                     {
                         let model = self.model.name.clone();
-                        let order = Order::Register { model, generation, spec, need, attempt };
+                        let order = Order::Register { model, generation, spec, need, attempt, measured };
                         self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
                     }
                 }

@@ -13,13 +13,14 @@ use crate::{
     domain::{
         model::{Model, restore},
         names::{ModelName, ServerName},
-        record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow},
+        record::{Contents, CopyRow, ServerRow, SizeRow, VersionRow},
         time::Instant,
     },
     messages::{
         placement::{Leave, Restore},
         router::Publish,
     },
+    ports::ModelRows,
 };
 
 impl Supervisor {
@@ -39,12 +40,14 @@ impl Supervisor {
             }
         }
         let mut versions = group(contents.versions, |row: &VersionRow| row.model.clone());
+        let mut sizes = group(contents.sizes, |row: &SizeRow| row.model.clone());
         let mut copies = group(contents.copies, |row: &CopyRow| row.model.clone());
         let mut models = Vec::with_capacity(contents.models.len());
-        for row in contents.models {
-            let versions = versions.remove(&row.name).unwrap_or_default();
-            let copies = copies.remove(&row.name).unwrap_or_default();
-            models.push(self.rebuilt(row, versions, copies, now));
+        for model in contents.models {
+            let versions = versions.remove(&model.name).unwrap_or_default();
+            let copies = copies.remove(&model.name).unwrap_or_default();
+            let sizes = sizes.remove(&model.name).unwrap_or_default();
+            models.push(self.rebuilt(ModelRows { model, versions, copies, sizes }, now));
         }
         let count = models.len();
         for model in models {
@@ -54,25 +57,20 @@ impl Supervisor {
         tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader.epoch, "the journal is read");
     }
 
-    pub(super) fn restore_model(
-        &mut self,
-        row: ModelRow,
-        versions: Vec<VersionRow>,
-        copies: Vec<CopyRow>,
-        ctx: &Context<Self>,
-    ) {
-        let model = self.rebuilt(row, versions, copies, self.links.clock.now());
+    pub(super) fn restore_model(&mut self, rows: ModelRows, ctx: &Context<Self>) {
+        let model = self.rebuilt(rows, self.links.clock.now());
         self.start_model(model, ctx);
     }
 
     /// A model as its rows have it. The placement and the router know of it from here on.
-    fn rebuilt(&mut self, row: ModelRow, versions: Vec<VersionRow>, copies: Vec<CopyRow>, now: Instant) -> Model {
+    fn rebuilt(&mut self, rows: ModelRows, now: Instant) -> Model {
+        let ModelRows { model: row, versions, copies, sizes } = rows;
         if let (Some(deleted), true) = (row.deleted, copies.is_empty()) {
             self.terminated.insert((deleted, row.name.clone()));
         }
         // One that was adopted may be above what the journal reserved.
         self.next_uid = self.next_uid.max(row.uid.0);
-        let mut model = restore(row, versions, copies, now);
+        let mut model = restore(row, versions, copies, now).with_sizes(sizes);
         let links = &self.links;
         if let Some(before) = links.board.model(&model.name) {
             // What is still to be acknowledged for the actor that panicked must say nothing about this one's routes.

@@ -305,9 +305,10 @@ impl Handler<AgentSpoke> for ServerActor {
                 self.show_soon(ctx);
             }
             Word::Misread(problem) => self.misread(index, problem),
-            Word::Heartbeat { sequence, resident } => {
+            Word::Heartbeat { sequence, resident, strain } => {
                 replica.heard = now;
                 replica.resident = resident;
+                replica.strain = strain;
                 replica.tell(Down::Heard(sequence));
                 self.set_state(index, ReplicaEvent::Heard, ctx);
             }

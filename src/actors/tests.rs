@@ -238,17 +238,7 @@ fn server(name: &str) -> ServerName {
 }
 
 fn submit(name: &str) -> Action {
-    let spec = ModelSpec {
-        uri: format!("/models/{name}"),
-        artifact_version: None,
-        storage: None,
-        requirements: Vec::new(),
-        memory: Some(Bytes(10)),
-        server: None,
-        companion: None,
-        parameters: Vec::new(),
-        runtime: None,
-    };
+    let spec = ModelSpec { uri: format!("/models/{name}"), memory: Some(Bytes(10)), ..ModelSpec::default() };
     Action::Submit(Box::new(Definition {
         name: model(name),
         spec,

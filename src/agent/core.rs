@@ -24,11 +24,13 @@ use super::{
     metrics::Metrics,
     options::{Facts, Options},
     outbox::Outbox,
+    process::{Guarded, Started},
     runtimes::{Runtime, adapter},
     session::Link,
+    weigh::Scale,
 };
 use crate::{
-    domain::copy::Report,
+    domain::{copy::Report, quarantine::Quarantine},
     forward::Upstream,
     ports::{Clock, Network},
     rpc::agent_wire::CopyReport,
@@ -46,6 +48,11 @@ pub(crate) struct Core {
     pub(crate) network: Arc<dyn Network>,
     pub(crate) server: Arc<dyn Upstream>,
     pub(crate) runtime: Arc<dyn Runtime>,
+    /// The runtime once more, where the agent runs its server.
+    pub(crate) guarded: Option<Arc<Guarded>>,
+    pub(crate) quarantine: Mutex<Quarantine>,
+    /// What was in the memory of a server that ended, until that is back.
+    pub(crate) lost: Mutex<Vec<Arc<Entry>>>,
     pub(crate) artifacts: Arc<Artifacts>,
     pub(crate) book: Book,
     pub(crate) ledger: Ledger,
@@ -56,6 +63,8 @@ pub(crate) struct Core {
     pub(crate) load_times: Durations,
     /// Requests that wait for evicted copies.
     pub(crate) waiting: AtomicU32,
+    /// What copies take.
+    pub(crate) scale: Scale,
     pub(crate) fetches: Semaphore,
     pub(crate) loads: Semaphore,
     pub(crate) reloads: Semaphore,
@@ -68,18 +77,33 @@ impl Core {
     pub(crate) fn new(options: Options, deps: Deps) -> Self {
         let metrics = Arc::<Metrics>::default();
         let artifacts = Artifacts::new(&options, deps.sources, Arc::clone(&deps.clock), Arc::clone(&metrics));
+        let ledger = Ledger::new(options.capacity.clone());
+        ledger.set_rules(options.eviction, options.least_residency);
+        let adapter = || adapter(options.runtime, Arc::clone(&deps.server), options.workers);
+        let (runtime, guarded): (Arc<dyn Runtime>, _) = match &options.started {
+            None => (adapter(), None),
+            Some(Started::Server(server)) => {
+                let guarded = Arc::new(Guarded::new(adapter(), Arc::clone(server)));
+                (Arc::clone(&guarded) as Arc<dyn Runtime>, Some(guarded))
+            }
+            Some(Started::Models(models)) => (Arc::clone(models) as Arc<dyn Runtime>, None),
+        };
         Self {
             facts: ArcSwap::from_pointee(options.facts()),
             restated: Notify::new(),
-            runtime: adapter(options.runtime, Arc::clone(&deps.server), options.workers),
+            runtime,
+            guarded,
+            quarantine: Mutex::default(),
+            lost: Mutex::default(),
             artifacts: Arc::new(artifacts),
             book: Book::new(),
-            ledger: Ledger::new(options.capacity.clone()),
+            ledger,
             disk: Disk::new(options.data_dir.clone(), options.blocking),
             outbox: Outbox::default(),
             metrics,
             load_times: Durations::default(),
             waiting: AtomicU32::new(0),
+            scale: Scale::default(),
             fetches: Semaphore::new(options.fetches.max(1)),
             loads: Semaphore::new(options.loads.max(1)),
             reloads: Semaphore::new(options.reloads.max(1)),
@@ -125,6 +149,11 @@ impl Core {
     pub(crate) fn end_tasks(&self) {
         let tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner).take();
         drop(tasks);
+    }
+
+    /// Whether its inference server is many, one for each copy.
+    pub(crate) fn is_many(&self) -> bool {
+        matches!(self.options.started, Some(Started::Models(_)))
     }
 
     /// The folder of a copy in the inference server's repository.

@@ -17,6 +17,7 @@ use crate::domain::{
     memory::Resources,
     names::ModelName,
     order::Order,
+    size::Size,
     spec::ModelSpec,
     version::Generation,
 };
@@ -48,7 +49,15 @@ pub(crate) async fn run<T: Send + 'static>(blocking: Blocking, work: impl FnOnce
 
 /// A failure of the replica's own disk. Another replica may do better.
 pub(crate) fn failure(what: &str, path: &Path, error: &io::Error) -> Failure {
-    Failure { class: FailureClass::Runtime, message: format!("{what} ({}): {error}", path.display()) }
+    let advice = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; free space there, lower agent.artifact_cache, or move agent.data_dir"
+        }
+        io::ErrorKind::FileTooLarge => "; raise the limit that the system sets for the agent's files",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "; let the agent write there",
+        _ => "",
+    };
+    Failure { class: FailureClass::Runtime, message: format!("{what} ({}): {error}{advice}", path.display()) }
 }
 
 /// Lower-case hex.
@@ -98,11 +107,17 @@ pub(crate) struct Kept {
     spec: Arc<ModelSpec>,
     need: Resources,
     attempt: u32,
+    /// Whether the need was measured.
+    #[serde(default)]
+    measured: bool,
     /// The artifact that its folder was made from, once it answered.
     pub(crate) artifact: Option<String>,
     /// How often the inference server holds it in memory.
     #[serde(default = "once")]
     pub(crate) instances: u32,
+    /// What was measured of it.
+    #[serde(default)]
+    pub(crate) size: Option<Size>,
 }
 
 const fn once() -> u32 {
@@ -117,6 +132,7 @@ impl Kept {
             spec: Arc::clone(&self.spec),
             need: self.need.clone(),
             attempt: self.attempt,
+            measured: self.measured,
         }
     }
 
@@ -125,8 +141,8 @@ impl Kept {
     pub(crate) fn of(order: Order, loaded: Option<(String, u32)>) -> Option<Self> {
         let (artifact, instances) = loaded.map_or((None, 1), |(artifact, instances)| (Some(artifact), instances));
         match order {
-            Order::Register { model, generation, spec, need, attempt } => {
-                Some(Self { model, generation, spec, need, attempt, artifact, instances })
+            Order::Register { model, generation, spec, need, attempt, measured } => {
+                Some(Self { model, generation, spec, need, attempt, measured, artifact, instances, size: None })
             }
             Order::Unregister { .. } => None,
         }

@@ -76,6 +76,10 @@ metrics! {
     unload_failed = "wharf_agent_unload_failed_total",
     /// Copies that the inference server had lost and that were brought back.
     lost_found = "wharf_agent_lost_copies_total",
+    /// Ends of the inference server that the agent runs.
+    server_ended = "wharf_agent_server_ended_total",
+    /// Models that were quarantined because the inference server ended with them.
+    quarantined = "wharf_agent_quarantined_total",
     /// Fetches that succeeded.
     fetched = "wharf_agent_artifact_fetches_total",
     /// Fetches that the artifact cache made needless.

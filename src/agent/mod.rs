@@ -6,6 +6,7 @@
 //! serving, evicting and reloading what it knows when no scheduler is to be had.
 
 pub mod artifacts;
+mod audit;
 mod cache;
 mod core;
 mod disk;
@@ -16,12 +17,16 @@ mod metrics;
 mod options;
 mod outbox;
 pub mod probe;
+pub mod process;
+mod procfs;
 mod reconcile;
 mod recover;
 mod reload;
 mod residence;
 pub mod runtimes;
 mod session;
+mod warm;
+mod weigh;
 
 use std::{
     fmt,
@@ -37,7 +42,7 @@ use self::{
     door::Door,
 };
 use crate::{
-    domain::{copy::Report, memory::Resources},
+    domain::{copy::Report, ghost::Strain, memory::Resources, residency::Eviction},
     forward::Upstream,
     ports::{ArtifactSource, Clock, Network},
 };
@@ -45,7 +50,8 @@ use crate::{
 pub use self::{
     disk::DiskError,
     metrics::{Cell, Metrics},
-    options::{Blocking, Facts, Options},
+    options::{Blocking, Facts, Options, RcloneUse},
+    procfs::Listening,
 };
 
 /// What an agent needs from the world.
@@ -86,13 +92,42 @@ impl Agent {
     /// # Errors
     /// When the agent's files can't be used.
     pub async fn run(&self, scheduler: String, shutdown: CancellationToken) -> Result<(), DiskError> {
+        let stop = shutdown.child_token();
+        let serve = async {
+            let done = self.serve(scheduler, shutdown).await;
+            stop.cancel();
+            done
+        };
+        match &self.core.options.started {
+            None => serve.await,
+            Some(process::Started::Server(server)) => {
+                let tended = process::Tended(Arc::clone(&self.core));
+                tokio::join!(serve, server.keep_up(&tended, stop.clone())).0
+            }
+            Some(process::Started::Models(models)) => {
+                let done = serve.await;
+                models.stop_all().await;
+                done
+            }
+        }
+    }
+
+    async fn serve(&self, scheduler: String, shutdown: CancellationToken) -> Result<(), DiskError> {
         tokio::select! {
             biased;
             () = shutdown.cancelled() => return Ok(()),
             recovered = self.core.recover() => recovered?,
         }
+        self.core.spawn(Arc::clone(&self.core).audit());
         session::keep(Arc::clone(&self.core), scheduler, self.leaving.clone(), shutdown).await;
         Ok(())
+    }
+
+    /// The replica goes for good: a server that the agent runs is stopped with it, also one that was to live on.
+    pub fn retire(&self) {
+        if let Some(process::Started::Server(server)) = &self.core.options.started {
+            server.retire();
+        }
     }
 
     /// Where requests come in.
@@ -105,6 +140,11 @@ impl Agent {
     /// capacity is evicted as holds allow it, and the scheduler is told.
     pub fn restate(&self, facts: Facts) {
         self.core.restate(facts);
+    }
+
+    /// From now on copies leave memory in this order.
+    pub fn evict_by(&self, eviction: Eviction) {
+        self.core.ledger.set_rules(eviction, self.core.options.least_residency);
     }
 
     /// Tells the scheduler that the agent stops by intent, so that its copies are moved away. The agent goes
@@ -153,6 +193,7 @@ impl Agent {
                 Phase::Preparing | Phase::Draining | Phase::Gone => {}
             }
         }
+        let Strain { leaked, advice } = self.core.strain();
         vec![
             ("seldon_loaded_model_gauge", "copies in memory", loaded),
             ("seldon_loaded_model_memory_bytes_gauge", "bytes of the copies in memory", loaded_bytes),
@@ -162,6 +203,18 @@ impl Agent {
                 "seldon_server_replica_memory_capacity_overcommit_bytes_gauge",
                 "what may be registered beyond the replica's memory",
                 overcommit.primary.0,
+            ),
+            ("wharf_agent_leaked_bytes", "memory of the inference server that no copy accounts for", leaked.0),
+            (
+                "wharf_agent_returns_last_hour",
+                "evicted copies that had to come back within the last hour",
+                u64::from(advice.returns),
+            ),
+            ("wharf_agent_more_memory_bytes", "how much more memory would have spared half of them", advice.more.0),
+            (
+                "wharf_agent_more_memory_spares_percent",
+                "how many percent of them it would have spared",
+                u64::from(advice.spared_percent),
             ),
         ]
     }
@@ -207,7 +260,7 @@ fn copy(entry: &Entry) -> Value {
     let state = match entry.report() {
         Report::Scheduled => "Scheduled",
         Report::Downloading(_) => "Downloading",
-        Report::Loading => "Loading",
+        Report::Loading { .. } => "Loading",
         Report::Available { .. } => "Available",
         Report::Draining { .. } => "Draining",
         Report::Unloaded => "Unloaded",

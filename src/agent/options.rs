@@ -1,14 +1,16 @@
 //! What an agent is told about itself and its bounds.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use super::runtimes::Kind;
+use super::{artifacts::Secrets, process::Started, runtimes::Kind};
 use crate::{
     domain::{
         memory::{Bytes, Resources},
         names::ReplicaId,
+        residency::Eviction,
+        size::Guesses,
     },
-    ports::FetchLimits,
+    ports::{FetchLimits, ServerProcess},
 };
 
 /// Where blocking file work is done.
@@ -18,6 +20,17 @@ pub enum Blocking {
     Pool,
     /// Where it comes up: for simulations, which have one thread.
     Inline,
+}
+
+/// When artifacts are fetched through rclone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RcloneUse {
+    /// Whenever it reads that kind of store.
+    Always,
+    /// When the agent itself does not, or the model brings a configuration for it.
+    Fallback,
+    /// Never: nothing is started.
+    Never,
 }
 
 /// An agent's settings. [`Options::new`] has the defaults.
@@ -35,6 +48,18 @@ pub struct Options {
     pub runtime: Option<Kind>,
     /// Processes of an `MLServer` that each hold every model.
     pub workers: u32,
+    /// Which copies leave memory first when it is short.
+    pub eviction: Eviction,
+    /// How long a copy stays in memory at least, once it is there.
+    pub least_residency: Duration,
+    /// How much memory an artifact may take, as long as nobody knows; without it, what the order says.
+    pub guesses: Option<Guesses>,
+    /// The inference server's process, where it can be looked at.
+    pub process: Option<Arc<dyn ServerProcess>>,
+    /// What the agent runs, and reaches as its inference server; nothing when that runs by itself.
+    pub started: Option<Started>,
+    /// What runs the models within a runtime that has a choice, for people.
+    pub engine: Option<String>,
     /// Where gateways reach the door: `host:port`, or `inproc:NAME`.
     pub door_address: String,
     /// The agent's own folder: fence, orders, artifact cache.
@@ -47,12 +72,20 @@ pub struct Options {
     pub artifact: FetchLimits,
     /// Bytes that cached artifacts may take on disk.
     pub artifact_cache: Bytes,
+    /// How long what came of a broken download is kept to be gone on with.
+    pub keep_downloads: Duration,
+    /// Where the credentials of models are.
+    pub secrets: Secrets,
+    /// When artifacts are fetched through rclone.
+    pub rclone: RcloneUse,
     /// Longest fetch.
     pub fetch_deadline: Duration,
     /// Longest load or reload, without its wait for memory.
     pub load_deadline: Duration,
-    /// Longest wait for readiness after a load.
+    /// Longest wait for readiness after a load, and for the answer to a warm-up.
     pub probe_deadline: Duration,
+    /// How often what the inference server has is compared with what it should have.
+    pub audit: Duration,
     /// Longest unload.
     pub unload_deadline: Duration,
     /// How long a first load waits for memory that is held.
@@ -103,6 +136,12 @@ impl Options {
         }
     }
 
+    /// What people are told of `runtime`: `builtin`, or `builtin (ONNX Runtime)`.
+    #[must_use]
+    pub fn told_runtime(&self, runtime: &str) -> String {
+        self.engine.as_ref().map_or_else(|| runtime.to_owned(), |engine| format!("{runtime} ({engine})"))
+    }
+
     /// Defaults for an agent of `replica`, with its own files in `data_dir` and the inference server's
     /// repository below it.
     #[must_use]
@@ -115,15 +154,25 @@ impl Options {
             capabilities: Vec::new(),
             runtime: Some(Kind::Oip),
             workers: 1,
+            eviction: Eviction::Lru,
+            least_residency: Duration::ZERO,
+            guesses: None,
+            process: None,
+            started: None,
+            engine: None,
             door_address: String::new(),
             repository: data_dir.join("repository"),
             data_dir,
             blocking: Blocking::Pool,
             artifact: FetchLimits { bytes: 64 * GIB, files: 10_000 },
             artifact_cache: Bytes(256 * GIB),
+            keep_downloads: Duration::from_secs(3600),
+            secrets: Secrets::default(),
+            rclone: RcloneUse::Fallback,
             fetch_deadline: Duration::from_secs(3600),
             load_deadline: Duration::from_secs(600),
             probe_deadline: Duration::from_secs(60),
+            audit: Duration::from_secs(1),
             unload_deadline: Duration::from_secs(60),
             memory_deadline: Duration::from_secs(60),
             reload_wait: Duration::from_secs(30),

@@ -42,7 +42,7 @@ impl Outbox {
             }
             Report::Scheduled
             | Report::Downloading(_)
-            | Report::Loading
+            | Report::Loading { .. }
             | Report::Available { .. }
             | Report::Draining { .. } => slot.latest = Some(report),
         }
@@ -99,7 +99,7 @@ mod tests {
         }
         let failed =
             Report::Failed { failure: Failure { class: FailureClass::Runtime, message: String::new() }, freed: true };
-        say(&outbox, 2, Report::Loading);
+        say(&outbox, 2, Report::Loading { estimate: None });
         say(&outbox, 2, failed.clone());
         say(&outbox, 2, Report::Scheduled);
         let said: Vec<_> = outbox.take(10).into_iter().map(|one| (one.generation.uid.0, one.report)).collect();
@@ -113,8 +113,8 @@ mod tests {
     #[tokio::test]
     async fn what_was_not_taken_wakes_again() {
         let outbox = Outbox::default();
-        say(&outbox, 1, Report::Loading);
-        say(&outbox, 2, Report::Loading);
+        say(&outbox, 1, Report::Loading { estimate: None });
+        say(&outbox, 2, Report::Loading { estimate: None });
         outbox.more().await;
         assert_eq!(outbox.take(1).len(), 1);
         outbox.more().await;

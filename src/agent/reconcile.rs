@@ -88,6 +88,12 @@ impl Core {
             let most = self.options.max_copies;
             return refuse(FailureClass::Memory, format!("the agent holds {most} copies, and takes no more"));
         }
+        let suspect = (generation.uid, generation.version);
+        let quarantined = self.quarantine.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(why) = quarantined.reason(suspect) {
+            return refuse(FailureClass::Runtime, why.to_owned());
+        }
+        drop(quarantined);
         let Some(entry) = entry_of(order, &self.ledger, Arc::clone(&self.clock)) else { return };
         if let Err(present) = self.book.insert(&entry) {
             return self.report(&present);
@@ -134,11 +140,12 @@ impl Core {
             self.disk.keep(kept).await?;
         }
         let artifact = self.fetch(entry).await?;
-        entry.set_stage(Stage::Loading);
-        self.report(entry);
         let wanted = Wanted { served: &entry.served, version: entry.generation.version, spec: &entry.spec };
         let instances = self.artifacts.lay_out(&artifact, self.runtime.as_ref(), &wanted, &self.folder(entry)).await?;
         entry.set_instances(instances);
+        self.guess(entry, &artifact, instances);
+        entry.set_stage(Stage::Loading);
+        self.report(entry);
         let key = artifact.key().to_owned();
         *entry.artifact.lock().unwrap_or_else(PoisonError::into_inner) = Some(artifact);
 
@@ -163,9 +170,11 @@ impl Core {
         // leave: only then is its memory known.
         let mut in_server = entry.in_server.lock().await;
         self.load(entry, &mut in_server).await?;
+        self.warm_up(entry).await?;
         drop(in_server);
         drop(permit);
-        if let Some(kept) = Kept::of(entry.order(), Some((key, instances))) {
+        if let Some(mut kept) = Kept::of(entry.order(), Some((key, instances))) {
+            kept.size = entry.size();
             self.disk.keep(kept).await?;
         }
         if entry.shift(Phase::Preparing, Phase::Resident) {
@@ -215,6 +224,8 @@ impl Core {
             }
         }
         self.ledger.left(entry.generation);
+        self.scale.ghosts().gone(entry.generation);
+        self.look_at_process().await;
         if let Err(error) = self.disk.remove(self.folder(entry)).await {
             tracing::warn!(copy = %entry.generation, %error, "a model's folder can't be removed");
         }

@@ -25,6 +25,7 @@ impl Core {
         let (seen, kept) = self.disk.open().await?;
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen;
         self.artifacts.open().await?;
+        self.spawn(Arc::clone(&self.artifacts).keep_sweeping());
         let copies: Vec<_> = kept.into_iter().filter_map(|kept| self.taken_up(kept)).collect();
         let names: Vec<String> = copies.iter().map(|(entry, _)| entry.served.clone()).collect();
         let loaded: BTreeMap<String, bool> = self.index().await.into_iter().map(|one| (one.name, one.ready)).collect();
@@ -61,6 +62,7 @@ impl Core {
                 self.begin(entry);
             }
         }
+        self.look_at_process().await;
         // The capacity may have been made smaller.
         let core = Arc::clone(self);
         self.spawn(async move { core.fit().await });
@@ -71,9 +73,13 @@ impl Core {
     }
 
     fn taken_up(&self, kept: Kept) -> Option<(Arc<Entry>, Option<String>)> {
-        let (artifact, instances) = (kept.artifact.clone(), kept.instances);
+        let (artifact, instances, size) = (kept.artifact.clone(), kept.instances, kept.size.clone());
         let entry = entry_of(kept.order(), &self.ledger, Arc::clone(&self.clock))?;
         entry.set_instances(instances);
+        if let Some(size) = size {
+            self.scale.remember(&size);
+            entry.weighed(size, true);
+        }
         Some((entry, artifact))
     }
 

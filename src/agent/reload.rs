@@ -90,6 +90,10 @@ impl Core {
         if !entry.shift(Phase::Evicted, Phase::Reloading) {
             return true;
         }
+        if evict {
+            // Somebody wants it. Before anything is evicted for it.
+            self.scale.ghosts().returned(entry.generation, self.clock.now());
+        }
         self.report(entry);
         let (core, owned) = (Arc::clone(self), Arc::clone(entry));
         let begun = self.spawn(async move { core.reloading(&owned, evict).await });
@@ -122,7 +126,7 @@ impl Core {
     }
 
     /// Loads a copy that has its room and is reloading. One that can't be loaded has failed.
-    async fn load_again(&self, entry: &Arc<Entry>) {
+    pub(crate) async fn load_again(&self, entry: &Arc<Entry>) {
         let mut in_server = entry.in_server.lock().await;
         match self.try_to_load(entry, &mut in_server).await {
             Ok(()) => {

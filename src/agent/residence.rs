@@ -64,7 +64,11 @@ impl Core {
                 Admission::Seated => return Ok(()),
                 Admission::TooLarge => return Err(NoRoom::TooLarge),
                 Admission::Wait if !evict => return Err(NoRoom::Taken),
-                Admission::Wait => changed.await,
+                // Time alone may let one leave.
+                Admission::Wait => match self.ledger.least_residency() {
+                    Duration::ZERO => changed.await,
+                    least => drop(timeout(least, changed).await),
+                },
                 Admission::Promised(victims) => {
                     self.evict_all(victims);
                     if self.settled(entry, waiting.changed()).await {
@@ -129,8 +133,10 @@ impl Core {
             Ok(()) => {
                 *in_server = InServer::No;
                 self.metrics.cache_evict.inc();
+                self.scale.ghosts().evicted(entry.generation, entry.need().primary);
                 entry.shift(Phase::Evicting, Phase::Evicted);
                 self.ledger.left(entry.generation);
+                self.look_at_process().await;
             }
             Err(failure) => {
                 tracing::warn!(copy = %entry.generation, model = %entry.model, error = %failure.message, "an eviction failed");
@@ -147,6 +153,7 @@ impl Core {
 
     /// Has the inference server load a copy, and waits until it answers. The caller holds its lock.
     pub(crate) async fn load(&self, entry: &Entry, in_server: &mut InServer) -> Result<(), Failure> {
+        let turn = self.turn_to_load(entry).await;
         *in_server = InServer::Maybe;
         let began = self.clock.now();
         let loaded = match timeout(self.options.load_deadline, self.runtime.load(&entry.served)).await {
@@ -161,6 +168,9 @@ impl Core {
                 entry.loads.record(took);
                 self.load_times.record(took);
                 self.metrics.load_model.inc();
+                self.measure(entry, &turn).await;
+                drop(turn);
+                self.look_at_process().await;
                 if let Some(shared) = self.metrics.shared.get()
                     && entry.phase() == Phase::Reloading
                 {
@@ -207,10 +217,12 @@ impl Core {
         let mut pause = AFTER_FAILURE;
         let mut tried = 0;
         let within = self.patience(self.options.unload_deadline);
+        let turn = self.turn().await;
         loop {
             let failure = match timeout(within, self.runtime.unload(&entry.served)).await {
                 Ok(Ok(())) => {
                     self.metrics.unload_model.inc();
+                    drop(turn);
                     return Ok(());
                 }
                 Ok(Err(failure)) => failure,

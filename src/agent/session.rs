@@ -24,7 +24,7 @@ use tonic::{
 
 use super::{core::Core, disk::DiskError, fence::Verdict};
 use crate::{
-    domain::{error::Refusal, leader::Leader, names::ModelName, time::Instant, version::Generation},
+    domain::{error::Refusal, ghost::Strain, leader::Leader, names::ModelName, time::Instant, version::Generation},
     rpc::{
         agent_wire::{order_about, order_from_wire, report_to_wire, resources_to_wire},
         proto::agent::{
@@ -195,7 +195,7 @@ impl Session<'_> {
             capacity: Some(resources_to_wire(&facts.capacity)),
             capabilities: facts.capabilities.clone(),
             overcommit_percent: facts.overcommit_percent,
-            runtime: self.core.runtime.kind().name().to_owned(),
+            runtime: self.core.options.told_runtime(self.core.runtime.kind().name()),
             door: options.door_address.clone(),
             lineage: seen.lineage,
             leader_epoch: seen.epoch,
@@ -211,7 +211,7 @@ impl Session<'_> {
             capacity: Some(resources_to_wire(&facts.capacity)),
             capabilities: facts.capabilities.clone(),
             overcommit_percent: facts.overcommit_percent,
-            runtime: self.core.runtime.kind().name().to_owned(),
+            runtime: self.core.options.told_runtime(self.core.runtime.kind().name()),
         }
     }
 
@@ -263,7 +263,16 @@ impl Session<'_> {
                 _ = ticks.tick() => {
                     sequence += 1;
                     let resident = Some(resources_to_wire(&self.core.ledger.used()));
-                    self.send(&out, agent_message::Message::Heartbeat(Heartbeat { sequence, resident })).await?;
+                    let Strain { leaked, advice } = self.core.strain();
+                    let beat = Heartbeat {
+                        sequence,
+                        resident,
+                        leaked: leaked.0,
+                        returns: advice.returns,
+                        more_memory: advice.more.0,
+                        spared_percent: advice.spared_percent,
+                    };
+                    self.send(&out, agent_message::Message::Heartbeat(beat)).await?;
                 }
                 () = self.leaving.cancelled(), if !said_goodbye => {
                     said_goodbye = true;

@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     World,
     metrics::expose_agent,
-    process::{ProcessError, agent_options, builtin, inference_server, sources},
+    origins::Origins,
+    process::{ProcessError, agent_options, builtin, inference_server, started},
     replica::{self, DoorAt},
 };
 use crate::{
@@ -44,8 +45,8 @@ use crate::{
 const DECLARE: Duration = Duration::from_secs(30);
 /// How often it is looked whether what is to go is empty.
 const LOOK: Duration = Duration::from_millis(200);
-/// How long an agent may take to stop; what is left of it then is dropped.
-const STOP: Duration = Duration::from_secs(10);
+/// How long an agent may take to stop, besides its inference server; what is left of it then is dropped.
+const STOP: Duration = Duration::from_secs(20);
 
 /// See the module.
 pub(super) struct Fleet {
@@ -53,6 +54,7 @@ pub(super) struct Fleet {
     board: Arc<Board>,
     world: World,
     settings: settings::Agent,
+    origins: Origins,
     connections: Arc<Connections>,
     metrics: Arc<Metrics>,
     /// Where agents of this process call; absent when it runs none.
@@ -82,7 +84,7 @@ impl Fleet {
     pub(super) fn new(
         handle: &Handle,
         world: World,
-        settings: settings::Agent,
+        (settings, origins): (settings::Agent, Origins),
         connections: Arc<Connections>,
         metrics: Arc<Metrics>,
         scheduler: Option<String>,
@@ -92,6 +94,7 @@ impl Fleet {
             board: Arc::clone(&handle.links.board),
             world,
             settings,
+            origins,
             connections,
             metrics,
             scheduler,
@@ -205,13 +208,13 @@ impl Fleet {
 
     fn can_start(&self, server: &ServerDecl, index: u32) -> Result<(), String> {
         match (&server.location, server.place(index)) {
-            (Location::Command(_), _) => {
-                Err("wharf does not start inference servers yet; start it, and give its address".to_owned())
-            }
             (_, Some(Place::At { address, runtime, .. })) => {
                 inference_server(&self.world, Some(runtime), &address).map(drop)
             }
-            (Location::Builtin | Location::Addresses(_), Some(Place::Builtin) | None) => Ok(()),
+            (
+                Location::Builtin | Location::Addresses(_) | Location::Command(_),
+                Some(Place::Builtin | Place::Started { .. }) | None,
+            ) => Ok(()),
         }
     }
 
@@ -249,7 +252,10 @@ impl Fleet {
             for index in 0..server.replicas {
                 let id = ReplicaId::new(server.name.clone(), index);
                 match self.replicas.get(&id) {
-                    Some(here) => here.running.agent.restate(facts(server)),
+                    Some(here) => {
+                        here.running.agent.evict_by(server.eviction);
+                        here.running.agent.restate(facts(server));
+                    }
                     None => self.start(id, server, scheduler.clone())?,
                 }
             }
@@ -291,15 +297,19 @@ impl Fleet {
         options.overcommit_percent = server.overcommit_percent;
         options.runtime = Some(server.runtime);
         options.workers = server.workers;
+        options.eviction = server.eviction;
         let upstream: Arc<dyn Upstream> = match &place {
-            Place::Builtin => builtin(&options),
+            Place::Builtin => builtin(&mut options, &self.settings),
             Place::At { address, .. } => {
+                options.process = agent::Listening::at(&address.http).map(|process| Arc::new(process) as _);
                 inference_server(&self.world, options.runtime, address).map_err(|problem| failed(&id, problem))?
             }
+            Place::Started { command, .. } => started(&self.world, &self.settings, &mut options, command),
         };
         let stop = CancellationToken::new();
         let door = DoorAt::InProcess(&self.connections);
-        let sources = sources().map_err(|problem| failed(&id, problem))?;
+        let sources = self.origins.ready(&self.settings, &mut options, &self.world.clock);
+        let sources = sources.map_err(|problem| failed(&id, problem))?;
         let running = replica::start(&self.world, options, upstream, sources, door, scheduler, &stop);
         expose_agent(&self.metrics, &id, &running.agent);
         self.replicas.insert(id, Here { stop, running, data, place, empty: 0 });
@@ -340,7 +350,7 @@ impl Fleet {
         }
         for id in stopping {
             if let Some(here) = self.replicas.remove(&id) {
-                here.end(&id).await;
+                here.end(&id, STOP + self.settings.stop_deadline).await;
             }
             if self.emptied.get(&id.server) == Some(&id.index) {
                 self.start_anew(&id).await;
@@ -383,9 +393,10 @@ fn failed(id: &ReplicaId, problem: String) -> ProcessError {
 
 impl Here {
     /// Ends the replica: nothing is placed on it and its agent holds nothing.
-    async fn end(self, id: &ReplicaId) {
+    async fn end(self, id: &ReplicaId, within: Duration) {
+        self.running.agent.retire();
         self.stop.cancel();
-        if tokio::time::timeout(STOP, self.running.stopped()).await.is_err() {
+        if tokio::time::timeout(within, self.running.stopped()).await.is_err() {
             tracing::warn!(target: "wharf::registry", replica = %id, "its agent does not stop, and is dropped");
         }
         if let Err(problem) = tokio::fs::remove_dir_all(&self.data).await {

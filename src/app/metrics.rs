@@ -86,6 +86,7 @@ pub fn expose_gateway(metrics: &Metrics, gateway: &Arc<Gateway>) {
             ("wharf_gateway_retries_total", "Attempts after the first", &counted.retries),
             ("wharf_gateway_not_here_total", "Answers of doors that do not hold the copy", &counted.not_here),
             ("wharf_gateway_not_started_total", "Answers of doors before a server could start", &counted.not_started),
+            ("wharf_gateway_set_aside_total", "Copies set aside for their errors", &counted.set_aside),
             ("wharf_gateway_unreachable_total", "Doors that could not be reached", &counted.unreachable),
             (
                 "wharf_gateway_deadline_exceeded_total",

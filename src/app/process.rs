@@ -9,6 +9,7 @@ use super::{
     World,
     fleet::Fleet,
     metrics::{expose_agent, expose_gateway, expose_scheduler},
+    origins::Origins,
     page::Page,
     replica::{self, DoorAt},
     scheduler,
@@ -16,8 +17,8 @@ use super::{
 use crate::{
     actors::{Fatal, Handle, Spawner, Timing},
     agent::{
-        self, Blocking,
-        artifacts::{HttpSource, LocalSource},
+        self,
+        process::{Launch, Models, Server, Started},
         runtimes::Kind,
     },
     domain::{
@@ -27,11 +28,11 @@ use crate::{
     },
     forward::{self, ClientOptions, Connections, HttpUpstream, Limits, Split, TcpNetwork, Upstream},
     gateway::{self, Gateway},
-    ports::{ArtifactSource, Clock, Identity, Network, SystemClock},
-    runtime::{self, Execution, Runtime},
+    ports::{Clock, Identity, Network, SystemClock},
+    runtime::{self, Execution, Library, Onnx, Runtime},
     settings::{
-        Settings,
-        registry::{Registry, RegistryWatch, ReplicaAddress},
+        STARTED, Settings,
+        registry::{self, Registry, RegistryWatch, ReplicaAddress},
     },
     store::{EmbeddedStore, OpenOptions},
     telemetry::{
@@ -85,6 +86,7 @@ pub enum ProcessError {
 pub struct Process {
     world: World,
     settings: Settings,
+    origins: Origins,
     connections: Arc<Connections>,
     metrics: Arc<Metrics>,
     shutdown: CancellationToken,
@@ -124,7 +126,14 @@ impl Process {
         let metrics = Arc::new(Metrics::new(roles, settings.metrics.per_model));
         let fatal = Fatally(fatal);
         let tasks = JoinSet::new();
-        Self { world: World { network, clock }, settings, connections, metrics, shutdown, fatal, tasks }
+        let origins = Origins::default();
+        Self { world: World { network, clock }, settings, origins, connections, metrics, shutdown, fatal, tasks }
+    }
+
+    /// The same, with `origins` for the artifacts of its agents.
+    #[must_use]
+    pub fn with_origins(self, origins: Origins) -> Self {
+        Self { origins, ..self }
     }
 
     /// Opens the journal and starts the control plane.
@@ -142,6 +151,9 @@ impl Process {
             spawner: actor_threads(),
             policy: Policy {
                 default_memory: settings.default_memory,
+                trust: settings.declared_memory,
+                memory_warning_percent: settings.memory_warning_percent,
+                leak_percent: settings.leak_percent,
                 retry_first: settings.retry_first,
                 retry_cap: settings.retry_most,
                 history: settings.history as usize,
@@ -185,7 +197,7 @@ impl Process {
         let mut fleet = Fleet::new(
             handle,
             self.world.clone(),
-            self.settings.agent.clone(),
+            (self.settings.agent.clone(), self.origins.clone()),
             Arc::clone(&self.connections),
             Arc::clone(&self.metrics),
             here,
@@ -245,14 +257,19 @@ impl Process {
         options.workers = settings.runtime_workers;
         let server: Arc<dyn Upstream> = if settings.runtime == "builtin" {
             options.runtime = Some(Kind::Builtin);
-            builtin(&options)
+            builtin(&mut options, &settings)
+        } else if settings.runtime == STARTED {
+            options.runtime = settings.runtime_kind.0;
+            let command = settings.started().map_err(|(setting, problem)| failed(format!("{setting}: {problem}")))?;
+            started(&self.world, &settings, &mut options, &command)
         } else {
             options.runtime = settings.runtime_kind.0;
+            options.process = agent::Listening::at(&settings.runtime).map(|process| Arc::new(process) as _);
             let grpc = Some(settings.runtime_grpc.clone()).filter(|grpc| !grpc.is_empty());
             let address = ReplicaAddress { http: settings.runtime.clone(), grpc };
             inference_server(&self.world, options.runtime, &address).map_err(failed)?
         };
-        let sources = sources().map_err(failed)?;
+        let sources = self.origins.ready(&settings, &mut options, &self.world.clock).map_err(failed)?;
         let scheduler = settings.scheduler.as_str().to_owned();
         let door = DoorAt::Port(listener);
         let id = options.replica.clone();
@@ -352,16 +369,50 @@ pub(super) fn agent_options(
     options.load_deadline = settings.load_deadline;
     options.reload_queue = settings.waiting_requests;
     options.reload_wait = settings.wait_deadline;
+    options.least_residency = settings.least_residency;
+    options.eviction = settings.eviction;
+    options.guesses = Some(settings.memory_guess.clone());
     options
 }
 
-pub(super) fn builtin(options: &agent::Options) -> Arc<dyn Upstream> {
+/// The built-in runtime for an agent with these options, which say from then on what runs its models.
+pub(super) fn builtin(options: &mut agent::Options, settings: &crate::settings::Agent) -> Arc<dyn Upstream> {
     let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    Runtime::new(runtime::Options {
+    let (onnx, problem) = Onnx::find(Library::of(&settings.onnx_runtime));
+    if let Some(problem) = problem {
+        tracing::error!(replica = %options.replica, problem, "ONNX Runtime is not used; tract runs the models");
+    }
+    options.engine = onnx.is_onnx_runtime().then(|| "ONNX Runtime".to_owned());
+    let runtime = runtime::Options {
         repository: options.repository.clone(),
         execution: Execution::Pool { threads },
         limits: runtime::Limits { load: options.load_deadline, ..runtime::Limits::default() },
-    })
+    };
+    Runtime::with(runtime, onnx)
+}
+
+/// The inference server that the agent of these options is to run, or each of them: what `command` starts.
+pub(super) fn started(
+    world: &World,
+    settings: &crate::settings::Agent,
+    options: &mut agent::Options,
+    command: &registry::Command,
+) -> Arc<dyn Upstream> {
+    let kind = options.runtime.unwrap_or(Kind::Oip);
+    let mut launch = Launch::new(options.replica.clone(), kind, command.clone(), options.data_dir.clone());
+    launch.repository = options.repository.clone();
+    launch.start = settings.start_deadline;
+    launch.grace = settings.stop_deadline;
+    let (network, clock) = (Arc::clone(&world.network), Arc::clone(&world.clock));
+    if kind == Kind::Process {
+        let models = Arc::new(Models::new(launch, network, clock));
+        options.started = Some(Started::Models(Arc::clone(&models)));
+        models
+    } else {
+        let server = Arc::new(Server::new(launch, network, clock));
+        options.started = Some(Started::Server(Arc::clone(&server)));
+        server
+    }
 }
 
 /// A running inference server of this kind, or of one that nobody says. With one address only, it takes both
@@ -385,11 +436,6 @@ pub(super) fn inference_server(
         (_, Some(grpc)) => Ok(Arc::new(Split::new(rest, Some(grpc)))),
         (_, None) => Ok(rest),
     }
-}
-
-pub(super) fn sources() -> Result<Vec<Arc<dyn ArtifactSource>>, String> {
-    let http = HttpSource::new().map_err(|failure| failure.message)?;
-    Ok(vec![Arc::new(LocalSource::new(None, Blocking::Pool)), Arc::new(http)])
 }
 
 /// Threads for actors, which live as long as the process.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use super::{Context, RoleArgs, commands::store::Store, wait::is_state};
+use super::{Context, RoleArgs, commands::store::Store, shim::Shim, wait::is_state};
 
 /// Packs many machine-learning models onto few inference servers, and keeps every one answering.
 #[derive(Debug, Parser)]
@@ -72,6 +72,9 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Write a shell's completion script.
     Completions { shell: Shell },
+    /// Run a program for an agent, and end it with the agent.
+    #[command(hide = true)]
+    Shim(Shim),
 }
 
 impl Command {

@@ -12,6 +12,7 @@ mod failure;
 mod json;
 mod output;
 mod roles;
+mod shim;
 mod table;
 mod wait;
 
@@ -123,6 +124,7 @@ pub async fn run(args: impl IntoIterator<Item = OsString>, environment: Environm
         Command::Scheduler(a) => role(roles.scheduler(&a.resolve(&context, args.verbose), &output).await),
         Command::Agent(a) => role(roles.agent(&a.resolve(&context, args.verbose), &output).await),
         Command::Gateway(a) => role(roles.gateway(&a.resolve(&context, args.verbose), &output).await),
+        Command::Shim(shim) => return shim::run(&shim, &output).await,
         Command::Demo { models } => role(roles.demo(&models, &output).await),
         command => {
             let endless = command.is_endless();
@@ -152,7 +154,13 @@ pub async fn run(args: impl IntoIterator<Item = OsString>, environment: Environm
 pub fn main(roles: &impl Roles) -> ExitCode {
     let environment = Environment::of_process();
     let output = Output::new(Streams::of_process(), &environment.variable);
-    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    // A shim waits and does nothing else, and there is one for each program that an agent runs.
+    let mut builder = if std::env::args_os().nth(1).is_some_and(|command| command == "shim") {
+        tokio::runtime::Builder::new_current_thread()
+    } else {
+        tokio::runtime::Builder::new_multi_thread()
+    };
+    match builder.enable_all().build() {
         Ok(runtime) => {
             let code = runtime.block_on(run(std::env::args_os(), environment, roles));
             // A read of standard input can't be called off, and is not waited for.

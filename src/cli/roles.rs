@@ -11,7 +11,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Output, RoleArgs, Roles};
 use crate::{
-    app::process::{Places, Process, journal_check, routes_check, session_check, up},
+    app::{
+        origins::Origins,
+        process::{Places, Process, journal_check, routes_check, session_check, up},
+    },
     ports::{Clock as _, SystemClock},
     settings::{LogFormat, Settings, SettingsFile},
     telemetry::{
@@ -68,6 +71,7 @@ fn begin(args: &RoleArgs, output: &Output, roles: &[Role]) -> anyhow::Result<Beg
     let (send, fatal) = tokio::sync::mpsc::unbounded_channel();
     let end = move |why: String| drop(send.send(why));
     let process = Process::new(settings.clone(), roles, shutdown.clone(), Arc::new(end));
+    let process = process.with_origins(Origins::new(std::env::vars()));
     Ok(Begun { settings, shutdown, fatal, parent: args.parent, process, _log: log })
 }
 

@@ -7,7 +7,9 @@ use thiserror::Error;
 
 pub use self::step::{Effect, step};
 
-use super::{memory::Resources, names::ReplicaId, placement::report::Unplaced, time::Instant, version::Generation};
+use super::{
+    memory::Resources, names::ReplicaId, placement::report::Unplaced, size::Size, time::Instant, version::Generation,
+};
 
 /// One version of a model on at most one replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -181,13 +183,16 @@ pub enum Report {
     /// The artifact is being fetched.
     Downloading(Progress),
     /// The inference server is loading it.
-    Loading,
+    Loading {
+        /// What it is taken for until it is measured.
+        estimate: Option<Box<Size>>,
+    },
     /// It answers.
     Available {
         /// Where its bytes are.
         residency: Residency,
         /// What it was seen to need, when that was measured.
-        measured: Option<Resources>,
+        measured: Option<Box<Size>>,
     },
     /// It refuses new holds and waits for the last.
     Draining {
@@ -289,7 +294,7 @@ impl Report {
         match self {
             Self::Scheduled => "Reported(Scheduled)",
             Self::Downloading(_) => "Reported(Downloading)",
-            Self::Loading => "Reported(Loading)",
+            Self::Loading { .. } => "Reported(Loading)",
             Self::Available { .. } => "Reported(Available)",
             Self::Draining { .. } => "Reported(Draining)",
             Self::Unloaded => "Reported(Unloaded)",

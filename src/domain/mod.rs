@@ -5,6 +5,7 @@
 
 pub mod copy;
 pub mod error;
+pub mod ghost;
 pub mod history;
 pub mod invariants;
 pub mod leader;
@@ -12,13 +13,19 @@ pub mod memory;
 pub mod model;
 pub mod names;
 pub mod order;
+pub mod outlier;
 pub mod placement;
+pub mod quarantine;
 pub mod record;
 pub mod replica;
 pub mod residency;
 pub mod rollout;
 pub mod routes;
+pub mod secret;
 pub mod server;
+pub mod size;
 pub mod spec;
 pub mod time;
+pub mod upkeep;
 pub mod version;
+pub mod warmup;

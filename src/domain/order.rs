@@ -19,6 +19,8 @@ pub enum Order {
         need: Resources,
         /// How many copies were tried in its place before it.
         attempt: u32,
+        /// Whether that memory was measured: then it is what all instances take together.
+        measured: bool,
     },
     /// Let requests in flight finish, then leave nothing of it behind.
     Unregister {

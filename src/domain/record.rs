@@ -9,6 +9,7 @@ use super::{
     leader::Leaders,
     memory::Resources,
     names::{ModelName, ReplicaId, ServerName},
+    size::SizeKey,
     spec::{Deployment, KubernetesMeta, ModelSpec, Passthrough},
     time::Instant,
     version::{Generation, Uid, Version},
@@ -19,7 +20,7 @@ use super::{
 pub enum Write {
     /// Creates or replaces a model.
     PutModel(Box<ModelRow>),
-    /// Removes a model with all its versions and copies.
+    /// Removes a model with all its versions, copies and sizes.
     RemoveModel(ModelName),
     /// Creates or replaces a version.
     PutVersion(Box<VersionRow>),
@@ -29,6 +30,10 @@ pub enum Write {
     PutCopy(Box<CopyRow>),
     /// Removes an assignment.
     RemoveCopy(ModelName, Generation),
+    /// Creates or replaces a measured size.
+    PutSize(Box<SizeRow>),
+    /// Forgets a measured size.
+    RemoveSize(ModelName, SizeKey),
     /// Creates or replaces a server.
     PutServer(Box<ServerRow>),
     /// Removes a server.
@@ -95,6 +100,19 @@ pub struct CopyRow {
     pub routed: bool,
     /// Whether it is to leave.
     pub draining: bool,
+}
+
+/// What a model was found to take in memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SizeRow {
+    /// The model: the key's first part.
+    pub model: ModelName,
+    /// What was measured: the key's second part.
+    pub key: SizeKey,
+    /// What it takes.
+    pub bytes: Resources,
+    /// The model's versions that are of this artifact.
+    pub versions: BTreeSet<Version>,
 }
 
 /// Who decides over a server.
@@ -165,6 +183,8 @@ pub struct Contents {
     pub versions: Vec<VersionRow>,
     /// Copies, by model and generation.
     pub copies: Vec<CopyRow>,
+    /// Measured sizes, by model and what was measured.
+    pub sizes: Vec<SizeRow>,
     /// Servers, by name.
     pub servers: Vec<ServerRow>,
     /// The counters.

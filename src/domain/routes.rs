@@ -100,6 +100,8 @@ pub struct Changes {
 /// What speaks against an endpoint. The order of the fields is the policy: the smallest is the best.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
+    /// It answers with errors while others answer well.
+    pub aside: bool,
     /// It could not be reached a moment ago.
     pub suspect: bool,
     /// Its copy is on disk only, as far as is known.
@@ -210,7 +212,7 @@ mod tests {
             random: u64,
         ) {
             let load = |i: usize| {
-                loads[i].map(|(suspect, evicted, in_flight)| Load { rank: Rank { suspect, evicted }, in_flight })
+                loads[i].map(|(suspect, evicted, in_flight)| Load { rank: Rank { suspect, evicted, ..Rank::default() }, in_flight })
             };
             let best = (0..loads.len()).filter_map(load).map(|l| l.rank).min();
             let chosen = choose_endpoint(loads.len(), load, random);

@@ -8,6 +8,7 @@ use super::{
     error::SpecError,
     memory::Bytes,
     names::{ModelName, ServerName},
+    warmup::Warmup,
 };
 
 /// Everything about a version that makes it another version when it changes.
@@ -32,15 +33,27 @@ pub struct ModelSpec {
     pub parameters: Vec<Parameter>,
     /// What the inference server is known to do with it.
     pub runtime: Option<RuntimeInfo>,
+    /// The request that a copy must answer before it is Available.
+    #[serde(default)]
+    pub warmup: Warmup,
 }
 
 /// Credentials of a storage URI.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Storage {
     /// The name of a secret.
     SecretName(String),
-    /// An rclone configuration, inline.
+    /// An rclone configuration, inline. It holds credentials, and is never printed.
     RcloneConfig(String),
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SecretName(name) => f.debug_tuple("SecretName").field(name).finish(),
+            Self::RcloneConfig(_) => f.write_str("RcloneConfig(***)"),
+        }
+    }
 }
 
 /// A model that stands beside another one.

@@ -45,6 +45,11 @@ pub trait Upstream: Send + Sync + fmt::Debug {
     fn call(&self, request: Request) -> BoxFuture<'_, Result<Response, UpstreamError>>;
 }
 
+/// Extension of a request that the door hands on: the name under which the inference server knows the copy, for one that
+/// is many servers.
+#[derive(Clone, Debug)]
+pub struct Served(pub std::sync::Arc<str>);
+
 /// No response came from the next hop.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]

@@ -8,7 +8,11 @@ use std::sync::{
 use http::StatusCode;
 use prometheus_client::metrics::histogram::Histogram;
 
-use crate::{domain::time::Instant, ports::Clock};
+use super::health::Flight;
+use crate::{
+    domain::{outlier::Verdict, time::Instant},
+    ports::Clock,
+};
 
 /// Counters of one gateway, for whoever exports them.
 #[derive(Debug, Default)]
@@ -29,6 +33,8 @@ pub struct Metrics {
     pub not_started: AtomicU64,
     /// Doors that could not be reached.
     pub unreachable: AtomicU64,
+    /// Times that a copy was set aside, because it answered with errors while others of its version answered well.
+    pub set_aside: AtomicU64,
     /// Requests that ended at their deadline.
     pub deadline_exceeded: AtomicU64,
     /// Requests for a model that has no route.
@@ -124,6 +130,13 @@ impl Admitted {
 
     pub(super) fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    /// What the answer says of the copy that gave it.
+    pub(super) fn judge(&self, flight: &mut Flight, verdict: Option<Verdict>) {
+        if let Some(verdict) = verdict {
+            flight.judged(verdict, &self.metrics, || self.clock.now());
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod epochs;
 mod follow;
+mod health;
 mod listener;
 mod metrics;
 mod near;
@@ -271,6 +272,7 @@ fn inspect_entry(entry: &Entry) -> Value {
                         "copy": place.generation.to_string(),
                         "resident": place.pulse.resident.load(Ordering::Relaxed),
                         "in_flight": place.pulse.in_flight.load(Ordering::Relaxed),
+                        "aside": place.pulse.health.is_aside(),
                     })
                 })
                 .collect();

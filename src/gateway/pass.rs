@@ -16,17 +16,19 @@ use tokio::time::timeout;
 use super::{
     Gateway,
     epochs::Guard,
+    health::Flight,
     listener::Call,
     metrics::{Admitted, Class},
     near::nearest,
     passage::{Limit, Passage},
-    pick::{Flight, Wish, pick},
+    pick::{Wish, pick},
     route::{Entry, Missing, Place, Share},
 };
 use crate::{
     domain::{
         error::Code,
         names::ModelName,
+        outlier::Verdict,
         version::{Generation, Version},
     },
     forward::{
@@ -186,7 +188,7 @@ impl Gateway {
                     here
                 }
             };
-            let Some((share, place)) = pick(&entry, wish, &tried, &self.random, || self.clock.now()) else {
+            let Some(picked) = pick(&entry, wish, &tried, &self.random, || self.clock.now()) else {
                 drop(here);
                 if tried.is_empty() {
                     return Err(self.absent(&entry, wish.version));
@@ -205,12 +207,13 @@ impl Gateway {
             if !tried.is_empty() {
                 self.metrics.retries.fetch_add(1, Ordering::Relaxed);
             }
+            let mut flight = Flight::board(&entry, &picked);
+            let (share, place) = (picked.share, picked.place);
             let Some(request) = attempt(kept, share, place, here) else {
                 let message = "no copy could take the request, and too much of its body has been read to send it to \
                                another";
                 return Err(Refused::new(Code::Unavailable, message).retry_after(SOON));
             };
-            let flight = Flight::board(&place.pulse);
             match place.door.call(request).await {
                 Ok(response) => match self.refusal(&response) {
                     None => {
@@ -221,11 +224,13 @@ impl Gateway {
                     }
                     Some(Refusal::NotHere) => trouble.not_here = true,
                     Some(Refusal::NotStarted) => {
+                        let flight = flight.refused();
                         trouble.refusal = Some(Answer { response, sticky: share.sticky.clone(), flight });
                     }
                 },
                 Err(error) if !error.started => self.unreachable(place, &error, &mut trouble),
                 Err(UpstreamError { timed_out, message, .. }) => {
+                    flight.judged(Verdict::Error, &self.metrics, || self.clock.now());
                     let code = if timed_out { Code::DeadlineExceeded } else { Code::Unavailable };
                     let message = format!("{message}; the inference server may have begun, so it was not sent again");
                     return Err(Refused::new(code, message));

@@ -16,11 +16,11 @@ use http_body::{Body as _, Frame, SizeHint};
 use tokio::time::{Sleep, sleep};
 
 use super::{
+    health::{self, Flight},
     metrics::{Admitted, Class},
-    pick::Flight,
 };
 use crate::{
-    domain::error::Code,
+    domain::{error::Code, outlier::Verdict},
     forward::{Body, BoxError, grpc::status_trailers, respond::statuses},
 };
 
@@ -28,7 +28,7 @@ use crate::{
 pub(super) struct Passage {
     body: Body,
     admitted: Admitted,
-    _flight: Flight,
+    flight: Flight,
     limit: Limit,
     /// How the request has ended when its answer is read to the end; for gRPC, unless trailers say otherwise.
     class: Class,
@@ -86,13 +86,18 @@ impl Limit {
 
 impl Passage {
     /// The body of an answer with the head `parts`, as it goes to the client.
-    pub(super) fn body(body: Body, parts: &Parts, mut admitted: Admitted, flight: Flight, limit: Limit) -> Body {
+    pub(super) fn body(body: Body, parts: &Parts, mut admitted: Admitted, mut flight: Flight, limit: Limit) -> Body {
         let class = if admitted.is_grpc() { grpc_class(&parts.headers) } else { Class::of_http(parts.status) };
+        if !admitted.is_grpc() {
+            admitted.judge(&mut flight, health::of_http(parts.status));
+        } else if let Some(status) = parts.headers.get("grpc-status") {
+            admitted.judge(&mut flight, health::of_grpc(status.as_bytes()));
+        }
         if body.is_end_stream() {
             admitted.ended(class);
             return body;
         }
-        Body::new(Self { body, admitted, _flight: flight, limit, class, over: false })
+        Body::new(Self { body, admitted, flight, limit, class, over: false })
     }
 }
 
@@ -118,6 +123,8 @@ impl http_body::Body for Passage {
                 if let Some(trailers) = frame.trailers_ref()
                     && grpc
                 {
+                    let verdict = trailers.get("grpc-status").and_then(|status| health::of_grpc(status.as_bytes()));
+                    this.admitted.judge(&mut this.flight, verdict);
                     this.admitted.ended(grpc_class(trailers));
                 }
                 if !grpc && this.body.is_end_stream() {
@@ -129,7 +136,10 @@ impl http_body::Body for Passage {
                 this.admitted.ended_unless_known(this.class);
                 return Poll::Ready(None);
             }
-            Poll::Ready(Some(Err(error))) => (Code::Unavailable, format!("the answer broke off: {error}")),
+            Poll::Ready(Some(Err(error))) => {
+                this.admitted.judge(&mut this.flight, Some(Verdict::Error));
+                (Code::Unavailable, format!("the answer broke off: {error}"))
+            }
             Poll::Pending => {
                 if this.limit.poll_over(cx).is_pending() {
                     return Poll::Pending;

@@ -1,11 +1,11 @@
 //! Which copy a request goes to: the domain's choice, over what this gateway knows of its endpoints.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use super::route::{Entry, Place, Share};
+use super::{
+    health::Health,
+    route::{Entry, Place, Share},
+};
 use crate::domain::{
     routes::{Load, Rank, choose_endpoint, choose_target},
     time::Instant,
@@ -38,23 +38,16 @@ pub(super) struct Pulse {
     pub(super) resident: AtomicBool,
     /// Microseconds since the epoch until which it counts as hard to reach.
     pub(super) suspect_until: AtomicU64,
+    pub(super) health: Health,
 }
 
-/// One request's place in a copy's count.
-#[derive(Debug)]
-pub(super) struct Flight(Arc<Pulse>);
-
-impl Flight {
-    pub(super) fn board(pulse: &Arc<Pulse>) -> Self {
-        pulse.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(pulse))
-    }
-}
-
-impl Drop for Flight {
-    fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
-    }
+/// A copy that was chosen.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Picked<'e> {
+    pub(super) share: &'e Share,
+    pub(super) place: &'e Place,
+    /// Whether the request finds out about a copy that is set aside.
+    pub(super) probe: bool,
 }
 
 /// What a request asks of a route.
@@ -73,7 +66,7 @@ pub(super) fn pick<'e>(
     tried: &[Generation],
     random: &Random,
     now: impl Fn() -> Instant,
-) -> Option<(&'e Share, &'e Place)> {
+) -> Option<Picked<'e>> {
     let open = |share: &Share| {
         wish.version.is_none_or(|version| version == share.version)
             && share.places.iter().any(|place| !tried.contains(&place.generation))
@@ -96,6 +89,10 @@ pub(super) fn pick<'e>(
     let place = match share.places.as_ref() {
         [only] => only,
         places => {
+            let untried = |place: &&Place| !tried.contains(&place.generation);
+            if let Some(place) = places.iter().filter(untried).find(|place| place.pulse.health.claim_probe(&now)) {
+                return Some(Picked { share, place, probe: true });
+            }
             let load = |index: usize| {
                 let place: &Place = places.get(index)?;
                 if tried.contains(&place.generation) {
@@ -105,12 +102,13 @@ pub(super) fn pick<'e>(
                 let suspect = suspect_until != 0 && now().as_micros() < suspect_until;
                 let evicted = !place.pulse.resident.load(Ordering::Relaxed);
                 let in_flight = place.pulse.in_flight.load(Ordering::Relaxed);
-                Some(Load { rank: Rank { suspect, evicted }, in_flight })
+                let aside = place.pulse.health.is_aside();
+                Some(Load { rank: Rank { aside, suspect, evicted }, in_flight })
             };
             &places[choose_endpoint(places.len(), load, random.next())?]
         }
     };
-    Some((share, place))
+    Some(Picked { share, place, probe: false })
 }
 
 fn contains(text: &[u8], part: &[u8]) -> bool {

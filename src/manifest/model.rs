@@ -20,6 +20,7 @@ use crate::{
             Companion, Definition, DeploymentPatch, ModelSpec, Parameter, Passthrough, Reference, Replicas, Spread,
             Storage, Strategy,
         },
+        warmup::Warmup,
     },
     rpc::wire,
 };
@@ -78,6 +79,7 @@ fn spec(fields: &mut Fields, notes: &mut Vec<String>) -> Result<ModelSpec, Probl
     };
     let companion = companion(fields)?;
     let parameters = parameters(fields)?;
+    let warmup = warmup(fields)?;
     if fields.ignore("schemaUri") {
         notes.push("spec.schemaUri has no effect".to_owned());
     }
@@ -96,7 +98,18 @@ fn spec(fields: &mut Fields, notes: &mut Vec<String>) -> Result<ModelSpec, Probl
         companion,
         parameters,
         runtime: None,
+        warmup,
     })
+}
+
+/// The warm-up request: a word, or a list of inputs.
+fn warmup(fields: &mut Fields) -> Result<Warmup, Problem> {
+    let Some(Node { line, value }) = fields.take("warmup") else { return Ok(Warmup::None) };
+    let text = match value {
+        Value::Text(text) => text,
+        other => other.into_json().to_string(),
+    };
+    Warmup::parse(&text).map_err(|problem| Problem::at(line, format!("spec.warmup: {problem}")))
 }
 
 /// Declared memory; 0 declares nothing.
@@ -265,6 +278,7 @@ pub fn to_yaml(definition: &Definition) -> String {
                 Spread::OneServer => "oneServer",
             }),
             priority: definition.deployment.priority,
+            warmup: spec.warmup.text().map(|text| serde_json::from_str(text).unwrap_or_else(|_| text.into())),
         },
     };
     let mut text = String::new();
@@ -338,6 +352,8 @@ struct SpecYaml<'a> {
     spread: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     priority: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warmup: Option<serde_json::Value>,
 }
 
 #[derive(Serialize)]

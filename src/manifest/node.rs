@@ -101,6 +101,27 @@ impl Value {
     }
 }
 
+impl Value {
+    /// The same as JSON, which has no lines and no numbers that are none.
+    pub(crate) fn into_json(self) -> serde_json::Value {
+        use serde_json::Value as Json;
+        match self {
+            Self::Null => Json::Null,
+            Self::Bool(value) => value.into(),
+            Self::Int(value) => match (i64::try_from(value), u64::try_from(value)) {
+                (Ok(value), _) => value.into(),
+                (Err(_), Ok(value)) => value.into(),
+                // JSON's numbers are no better.
+                (Err(_), Err(_)) => (value as f64).into(),
+            },
+            Self::Float(value) => value.into(),
+            Self::Text(value) => value.into(),
+            Self::List(items) => items.into_iter().map(|node| node.value.into_json()).collect(),
+            Self::Map(entries) => entries.into_iter().map(|(key, node)| (key.name, node.value.into_json())).collect(),
+        }
+    }
+}
+
 impl<'de> Deserialize<'de> for Node {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let spanned = Spanned::<Value>::deserialize(deserializer)?;

@@ -10,6 +10,7 @@ use crate::domain::{
         Companion, DeploymentPatch, KubernetesMeta, ModelSpec, Parameter, Passthrough, Reference, Replicas, Spread,
         Storage, Strategy,
     },
+    warmup::Warmup,
 };
 
 fn model(spec: &str) -> Result<Definition, ManifestError> {
@@ -329,7 +330,7 @@ prop_compose! {
                 uri, artifact_version, storage: secret.map(Storage::SecretName), requirements,
                 memory: memory.map(Bytes), server: None, companion,
                 parameters: parameters.into_iter().map(|(name, value)| Parameter { name, value }).collect(),
-                runtime: None,
+                runtime: None, warmup: Warmup::None,
             },
             deployment: DeploymentPatch {
                 replicas: Some(Replicas { replicas, min, max, log_payloads }), strategy, spread, priority,
@@ -337,6 +338,26 @@ prop_compose! {
             kubernetes: kubernetes.map(|(namespace, generation)| KubernetesMeta { namespace, generation }),
             passthrough: Passthrough { clean_topics_on_delete, ..Passthrough::default() },
         }
+    }
+}
+
+#[test]
+fn a_warm_up_is_a_word_or_a_list_of_inputs_and_comes_back() {
+    let inputs = "[{name: X, datatype: FP32, shape: [1, 2], data: [0.5, 1]}]";
+    for (text, wanted) in [
+        ("none", Warmup::None),
+        ("auto", Warmup::Auto),
+        (inputs, Warmup::parse(r#"[{"name":"X","datatype":"FP32","shape":[1,2],"data":[0.5,1]}]"#).unwrap()),
+    ] {
+        let definition = model(&format!("warmup: {text}")).unwrap();
+        assert_eq!(definition.spec.warmup, wanted, "{text}");
+        let written = to_yaml(&definition);
+        let Kind::Model(again) = parse("m.yaml", &written).unwrap().remove(0).kind else { panic!("{written}") };
+        assert_eq!(*again, definition, "{written}");
+    }
+    for bad in ["maybe", "[]", "7", "[{name: X}]"] {
+        let problem = problem(&format!("warmup: {bad}"));
+        assert!(problem.contains("m.yaml:7: ") && problem.contains("spec.warmup"), "{problem}");
     }
 }
 

@@ -13,6 +13,7 @@ use dashmap::DashMap;
 use tokio::sync::Notify;
 
 use crate::domain::{
+    ghost::Strain,
     memory::Resources,
     model::Model,
     names::{ModelName, ReplicaId, ServerName},
@@ -66,6 +67,8 @@ pub struct ReplicaView {
     pub overcommit_percent: u32,
     /// Memory in use, as its agent last said.
     pub resident: Resources,
+    /// What else its agent last said of its memory.
+    pub strain: Strain,
     /// Copies in memory, as its agent last said.
     pub copies_resident: u32,
     /// Where its door is.

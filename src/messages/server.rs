@@ -10,6 +10,7 @@ pub use crate::domain::server::Mark;
 use crate::domain::{
     copy::Report,
     error::Refusal,
+    ghost::Strain,
     leader::Leader,
     memory::Resources,
     names::{ModelName, ReplicaId, ServerName},
@@ -115,6 +116,8 @@ pub enum Word {
         sequence: u64,
         /// Memory in use.
         resident: Resources,
+        /// What else there is to say of it.
+        strain: Strain,
     },
     /// The replica is another than its hello said.
     Restated(Box<Restated>),

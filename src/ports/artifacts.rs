@@ -6,7 +6,7 @@ use futures::future::BoxFuture;
 
 use crate::domain::{
     copy::{Failure, Progress},
-    spec::Storage,
+    secret::Credentials,
 };
 
 /// Is told how far a fetch is. Cheap; may be called for every chunk.
@@ -17,8 +17,8 @@ pub trait ArtifactSource: Send + Sync + fmt::Debug {
     /// The schemes that it serves, in lower case; `""` stands for a plain path.
     fn schemes(&self) -> &[&str];
 
-    /// Fetches what `request` names into its folder. Dropping the future gives the fetch up; what it left in
-    /// the folder may be there when the same artifact is asked for again.
+    /// Fetches what `request` names into its folder. Dropping the future gives the fetch up; what it left in its
+    /// folders may be there when the same artifact is asked for again, and is trusted only after a look at it.
     ///
     /// # Errors
     /// With the class of what went wrong, and one sentence in which no credentials appear.
@@ -31,11 +31,13 @@ pub struct FetchRequest {
     /// Where the artifact is, without the fragment.
     pub uri: String,
     /// The credentials that the model names.
-    pub storage: Option<Storage>,
+    pub credentials: Option<Credentials>,
     /// The tag of the artifact that is already on disk: when it is still right, nothing needs to be fetched.
     pub known: Option<String>,
     /// An existing folder to write into, the same for every try at the same artifact.
     pub into: PathBuf,
+    /// An existing folder for what is to be known of files that are there in part.
+    pub notes: PathBuf,
     /// What must not be exceeded.
     pub limits: FetchLimits,
 }

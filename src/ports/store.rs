@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use crate::domain::{
     names::{ModelName, ServerName},
-    record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow, Write},
+    record::{Contents, CopyRow, ModelRow, ServerRow, SizeRow, VersionRow, Write},
 };
 
 /// Keeps the journal's rows. Its tables are the state: there is no log beside them.
@@ -51,8 +51,18 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn load_events(&self) -> Result<Vec<Vec<u8>>, OpenError>;
 }
 
-/// A model with its versions and copies.
-pub type ModelRows = (ModelRow, Vec<VersionRow>, Vec<CopyRow>);
+/// A model with everything that belongs to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelRows {
+    /// The model.
+    pub model: ModelRow,
+    /// Its versions.
+    pub versions: Vec<VersionRow>,
+    /// Its copies.
+    pub copies: Vec<CopyRow>,
+    /// What was measured of it.
+    pub sizes: Vec<SizeRow>,
+}
 
 /// Tells one journal from another.
 #[derive(Clone, Debug, PartialEq, Eq)]

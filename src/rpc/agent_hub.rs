@@ -21,7 +21,9 @@ use super::{
 };
 use crate::{
     domain::{
+        ghost::{Advice, Strain},
         leader,
+        memory::Bytes,
         names::{ReplicaId, ServerName},
         time::Instant,
     },
@@ -135,6 +137,14 @@ impl Listener {
             Some(wire::agent_message::Message::Heartbeat(heartbeat)) => Word::Heartbeat {
                 sequence: heartbeat.sequence,
                 resident: heartbeat.resident.map(resources_from_wire).unwrap_or_default(),
+                strain: Strain {
+                    leaked: Bytes(heartbeat.leaked),
+                    advice: Advice {
+                        returns: heartbeat.returns,
+                        more: Bytes(heartbeat.more_memory),
+                        spared_percent: heartbeat.spared_percent,
+                    },
+                },
             },
             Some(wire::agent_message::Message::Goodbye(_)) => Word::Goodbye,
             Some(wire::agent_message::Message::Restated(restated)) => Word::Restated(Box::new(Restated {

@@ -9,6 +9,7 @@ use crate::{
         memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
+        size::{Size, SizeKey},
         version::{Generation, Uid, Version},
     },
     rpc::{
@@ -29,6 +30,9 @@ pub struct CopyReport {
     /// The [`Order::Register`] that it came from; present in inventories.
     pub order: Option<Order>,
 }
+
+/// Bytes of each part of a size's key at most; a digest has 64.
+const LONGEST_KEY: usize = 256;
 
 fn absent(field: &'static str) -> Refusal {
     Refusal::new(Code::Invalid, format!("{field} is absent; every order and report carries it"))
@@ -73,12 +77,13 @@ pub fn order_to_wire(order: &Order) -> wire::Order {
     use wire::order::Order as Wire;
     wire::Order {
         order: Some(match order {
-            Order::Register { model, generation, spec, need, attempt } => Wire::Register(wire::Register {
+            Order::Register { model, generation, spec, need, attempt, measured } => Wire::Register(wire::Register {
                 model: model.to_string(),
                 generation: Some(generation_to_wire(*generation)),
                 spec: Some(model_spec_to_wire(spec)),
                 need: Some(resources_to_wire(need)),
                 attempt: *attempt,
+                measured: *measured,
             }),
             Order::Unregister { model, generation, drain } => Wire::Unregister(wire::Unregister {
                 model: model.to_string(),
@@ -123,6 +128,7 @@ fn register_from_wire(register: wire::Register) -> Result<Order, Refusal> {
         spec: Arc::new(model_spec_from_wire(register.spec.ok_or_else(|| absent("spec"))?)?),
         need: resources_from_wire(register.need.ok_or_else(|| absent("need"))?),
         attempt: register.attempt,
+        measured: register.measured,
     })
 }
 
@@ -146,10 +152,12 @@ pub fn report_to_wire(report: &CopyReport) -> wire::CopyReport {
             Report::Downloading(Progress { done, total }) => {
                 State::Downloading(wire::Downloading { done: *done, total: *total })
             }
-            Report::Loading => State::Loading(wire::Loading {}),
+            Report::Loading { estimate } => {
+                State::Loading(wire::Loading { estimate: estimate.as_deref().map(size_to_wire) })
+            }
             Report::Available { residency, measured } => State::Available(wire::Available {
                 residency: residency_to_wire(*residency).into(),
-                measured: measured.as_ref().map(resources_to_wire),
+                measured: measured.as_deref().map(size_to_wire),
             }),
             Report::Draining { holds } => State::Draining(wire::Draining { holds: *holds }),
             Report::Unloaded => State::Unloaded(wire::Unloaded {}),
@@ -173,7 +181,7 @@ pub fn report_from_wire(wire: wire::CopyReport) -> Result<CopyReport, Refusal> {
     let report = match wire.state.ok_or_else(|| absent("state"))? {
         State::Scheduled(_) => Report::Scheduled,
         State::Downloading(one) => Report::Downloading(Progress { done: one.done, total: one.total }),
-        State::Loading(_) => Report::Loading,
+        State::Loading(one) => Report::Loading { estimate: size_from_wire(one.estimate) },
         State::Available(one) => Report::Available {
             residency: match one.residency() {
                 wire::available::Residency::Resident => Residency::Resident,
@@ -181,7 +189,7 @@ pub fn report_from_wire(wire: wire::CopyReport) -> Result<CopyReport, Refusal> {
                 wire::available::Residency::Evicted => Residency::Evicted,
                 wire::available::Residency::Reloading => Residency::Reloading,
             },
-            measured: one.measured.map(resources_from_wire),
+            measured: size_from_wire(one.measured),
         },
         State::Draining(one) => Report::Draining { holds: one.holds },
         State::Unloaded(_) => Report::Unloaded,
@@ -203,6 +211,21 @@ pub fn report_from_wire(wire: wire::CopyReport) -> Result<CopyReport, Refusal> {
         report,
         order: wire.order.map(register_from_wire).transpose()?,
     })
+}
+
+fn size_to_wire(size: &Size) -> wire::Size {
+    let Size { key: SizeKey { artifact, runtime, configuration }, bytes } = size.clone();
+    wire::Size { bytes: Some(resources_to_wire(&bytes)), artifact, runtime, configuration }
+}
+
+/// A size without bytes, or of nothing that has a digest, says nothing; nor does one that could be no row's key.
+fn size_from_wire(wire: Option<wire::Size>) -> Option<Box<Size>> {
+    let wire::Size { bytes, artifact, runtime, configuration } = wire?;
+    let bytes = resources_from_wire(bytes?);
+    let sound = |part: &String| part.len() <= LONGEST_KEY && !part.contains('\0');
+    let known =
+        !artifact.is_empty() && !bytes.is_zero() && [&artifact, &runtime, &configuration].into_iter().all(sound);
+    known.then(|| Box::new(Size { key: SizeKey { artifact, runtime, configuration }, bytes }))
 }
 
 const fn residency_to_wire(residency: Residency) -> wire::available::Residency {
@@ -230,6 +253,11 @@ mod tests {
     use super::*;
     use crate::domain::spec::ModelSpec;
 
+    fn size() -> Size {
+        let key = SizeKey { artifact: "ab".to_owned(), runtime: "mlserver".to_owned(), configuration: "2".to_owned() };
+        Size { key, bytes: Resources::primary(Bytes(3)) }
+    }
+
     fn register() -> Order {
         let mut need = Resources::primary(Bytes(7));
         need.others.insert("gpu0".to_owned(), Bytes(9));
@@ -239,6 +267,7 @@ mod tests {
             spec: Arc::new(ModelSpec { uri: "/m".to_owned(), ..ModelSpec::default() }),
             need,
             attempt: 5,
+            measured: true,
         }
     }
 
@@ -269,7 +298,7 @@ mod tests {
             Report::Scheduled,
             Report::Downloading(Progress { done: 1, total: None }),
             Report::Downloading(Progress { done: 1, total: Some(2) }),
-            Report::Loading,
+            Report::Loading { estimate: Some(Box::new(size())) },
             Report::Draining { holds: 4 },
             Report::Unloaded,
         ];
@@ -279,7 +308,7 @@ mod tests {
         }));
         reports.extend(residencies.map(|residency| Report::Available {
             residency,
-            measured: (residency == Residency::Resident).then(|| Resources::primary(Bytes(3))),
+            measured: (residency == Residency::Resident).then(|| Box::new(size())),
         }));
         for report in reports {
             let order = register();

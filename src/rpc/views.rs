@@ -154,6 +154,7 @@ pub fn model_view(model: &Model) -> wharf::ModelView {
         deleted: model.deleted.is_some(),
         changed: Some(timestamp(model.changed)),
         rollout: Some(rollout_of(&model.deployment)),
+        conditions: model.misdeclared().map(|what| what.to_string()).collect(),
     }
 }
 
@@ -163,12 +164,17 @@ fn version_view(model: &Model, version: Version) -> wharf::VersionView {
         version: version.0,
         state: standing.state.name().to_owned(),
         reason: standing.sentence(),
-        copies: model.copies.iter().filter(|copy| copy.generation.version == version).map(copy_view).collect(),
+        copies: model
+            .copies
+            .iter()
+            .filter(|copy| copy.generation.version == version)
+            .map(|copy| copy_view(model, copy))
+            .collect(),
         spec: model.entry(version).map(|entry| model_spec_to_wire(&entry.spec)),
     }
 }
 
-fn copy_view(copy: &Copy) -> wharf::CopyView {
+fn copy_view(model: &Model, copy: &Copy) -> wharf::CopyView {
     let on = copy.state.replica();
     let residency = match &copy.state {
         State::Available { residency, .. } => match residency {
@@ -208,7 +214,8 @@ fn copy_view(copy: &Copy) -> wharf::CopyView {
         total: progress.total,
         since: Some(timestamp(copy.since)),
         need: copy.need.primary.0,
-        measured: None,
+        measured: model.measured(copy.generation).map(|bytes| bytes.primary.0),
+        declared: model.declared(copy.generation.version).map(|bytes| bytes.0),
     }
 }
 
@@ -261,6 +268,10 @@ pub fn server_view(server: &ServerView, board: &Board) -> wharf::ServerView {
                 capacity: replica.capacity.primary.0,
                 registered: registered.bytes.primary.0,
                 resident: replica.resident.primary.0,
+                leaked: replica.strain.leaked.0,
+                returns: replica.strain.advice.returns,
+                more_memory: replica.strain.advice.more.0,
+                spared_percent: replica.strain.advice.spared_percent,
                 overcommit_percent: replica.overcommit_percent,
                 copies: registered.copies,
                 copies_resident: replica.copies_resident,

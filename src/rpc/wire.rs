@@ -16,6 +16,7 @@ use crate::{
             Reference, Replicas, RuntimeInfo, Spread, Storage, Strategy,
         },
         time::Instant,
+        warmup::Warmup,
     },
     rpc::proto::{scheduler, wharf},
 };
@@ -86,6 +87,7 @@ pub fn model_spec_to_wire(spec: &ModelSpec) -> scheduler::ModelSpec {
                 }),
             }),
         }),
+        warmup: spec.warmup.text().map(str::to_owned),
     }
 }
 
@@ -114,6 +116,8 @@ pub fn model_spec_from_wire(wire: scheduler::ModelSpec) -> Result<ModelSpec, Ref
         companion: wire.model_spec.map(companion).transpose()?,
         parameters: parameters(wire.parameters)?,
         runtime: runtime(wire.model_runtime_info)?,
+        warmup: Warmup::parse(wire.warmup.as_deref().unwrap_or_default())
+            .map_err(|problem| refused(format!("modelSpec.warmup: {problem}")))?,
     })
 }
 
@@ -528,9 +532,14 @@ mod tests {
                 any::<u32>().prop_map(|parallel_workers| RuntimeInfo::MlServer { parallel_workers }),
                 proptest::collection::vec(any::<u32>(), 0..4).prop_map(|cpu| RuntimeInfo::Triton { cpu }),
             ]),
+            warmup in prop_oneof![
+                Just(Warmup::None),
+                Just(Warmup::Auto),
+                Just(Warmup::parse(r#"[{"name":"x","datatype":"FP32","shape":[1],"data":[0]}]"#).unwrap()),
+            ],
         ) -> ModelSpec {
             ModelSpec {
-                uri, artifact_version, storage, requirements, memory, server, companion, parameters, runtime,
+                uri, artifact_version, storage, requirements, memory, server, companion, parameters, runtime, warmup,
             }
         }
     }

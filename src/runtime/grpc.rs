@@ -5,10 +5,10 @@ use std::{collections::HashMap, sync::Arc};
 use bytes::Bytes;
 use futures::{StreamExt as _, stream::BoxStream};
 use tonic::{Request, Response, Status, Streaming};
-use tract_onnx::prelude::{Datum, IntoTValue as _, Tensor};
+use tract_onnx::prelude::{Datum, Tensor};
 
 use super::{
-    EXTENSIONS, Engine, PLATFORM, SERVER, VERSION,
+    EXTENSIONS, SERVER, Shared, VERSION,
     datatype::Datatype,
     failure::{Failure, Kind},
     plan::{Plan, Port},
@@ -28,12 +28,12 @@ use crate::rpc::proto::inference::{
 /// The service.
 #[derive(Clone, Debug)]
 pub(super) struct Service {
-    engine: Arc<Engine>,
+    shared: Arc<Shared>,
 }
 
 impl Service {
-    pub(super) const fn new(engine: Arc<Engine>) -> Self {
-        Self { engine }
+    pub(super) const fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
     }
 }
 
@@ -49,7 +49,7 @@ impl GrpcInferenceService for Service {
 
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
         let ModelReadyRequest { name, version } = request.into_inner();
-        match self.engine.plan(&name, &version) {
+        match self.shared.plan(&name, &version) {
             Ok(_) => Ok(Response::new(ModelReadyResponse { ready: true })),
             Err(failure) if failure.kind == Kind::Loading => Ok(Response::new(ModelReadyResponse { ready: false })),
             Err(failure) => Err(failure.into()),
@@ -72,7 +72,7 @@ impl GrpcInferenceService for Service {
         request: Request<ModelMetadataRequest>,
     ) -> Result<Response<ModelMetadataResponse>, Status> {
         let ModelMetadataRequest { name, version } = request.into_inner();
-        let plan = self.engine.plan(&name, &version)?;
+        let plan = self.shared.plan(&name, &version)?;
         let tensors = |ports: &[Port]| {
             ports
                 .iter()
@@ -88,7 +88,7 @@ impl GrpcInferenceService for Service {
         Ok(Response::new(ModelMetadataResponse {
             name: plan.name.clone(),
             versions: vec![VERSION.to_owned()],
-            platform: PLATFORM.to_owned(),
+            platform: plan.platform.to_owned(),
             inputs: tensors(&plan.inputs),
             outputs: tensors(&plan.outputs),
             parameters: [("artifact_bytes".to_owned(), InferParameter { parameter_choice: Some(artifact_bytes) })]
@@ -97,7 +97,7 @@ impl GrpcInferenceService for Service {
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
-        Ok(Response::new(infer(&self.engine, request.into_inner()).await?))
+        Ok(Response::new(infer(&self.shared, request.into_inner()).await?))
     }
 
     type ModelStreamInferStream = BoxStream<'static, Result<ModelStreamInferResponse, Status>>;
@@ -107,9 +107,9 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-        let engine = Arc::clone(&self.engine);
+        let shared = Arc::clone(&self.shared);
         let answers = request.into_inner().then(move |message| {
-            let engine = Arc::clone(&engine);
+            let shared = Arc::clone(&shared);
             async move {
                 let request = message?;
                 let named = ModelInferResponse {
@@ -118,7 +118,7 @@ impl GrpcInferenceService for Service {
                     id: request.id.clone(),
                     ..ModelInferResponse::default()
                 };
-                let (error_message, response) = match infer(&engine, request).await {
+                let (error_message, response) = match infer(&shared, request).await {
                     Ok(response) => (String::new(), response),
                     Err(failure) => (failure.message, named),
                 };
@@ -132,7 +132,7 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<RepositoryIndexRequest>,
     ) -> Result<Response<RepositoryIndexResponse>, Status> {
-        let models = self.engine.index(request.into_inner().ready).await?;
+        let models = self.shared.index(request.into_inner().ready).await?;
         let models = models.into_iter().map(|model| ModelIndex {
             name: model.name,
             version: VERSION.to_owned(),
@@ -146,7 +146,7 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<RepositoryModelLoadRequest>,
     ) -> Result<Response<RepositoryModelLoadResponse>, Status> {
-        self.engine.load(&request.into_inner().model_name).await?;
+        self.shared.load(&request.into_inner().model_name).await?;
         Ok(Response::new(RepositoryModelLoadResponse {}))
     }
 
@@ -154,15 +154,15 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<RepositoryModelUnloadRequest>,
     ) -> Result<Response<RepositoryModelUnloadResponse>, Status> {
-        self.engine.unload(&request.into_inner().model_name)?;
+        self.shared.unload(&request.into_inner().model_name)?;
         Ok(Response::new(RepositoryModelUnloadResponse {}))
     }
 }
 
-async fn infer(engine: &Engine, request: ModelInferRequest) -> Result<ModelInferResponse, Failure> {
-    let plan = engine.plan(&request.model_name, &request.model_version)?;
-    let limit = engine.limits.body_bytes;
-    engine.infer(plan, move |plan| run(plan, request, limit)).await
+async fn infer(shared: &Shared, request: ModelInferRequest) -> Result<ModelInferResponse, Failure> {
+    let plan = shared.plan(&request.model_name, &request.model_version)?;
+    let limit = shared.limits.body_bytes;
+    shared.infer(plan, move |plan| run(plan, request, limit)).await
 }
 
 fn run(plan: &Plan, request: ModelInferRequest, limit: usize) -> Result<ModelInferResponse, Failure> {
@@ -196,7 +196,7 @@ fn run(plan: &Plan, request: ModelInferRequest, limit: usize) -> Result<ModelInf
         inputs.push((index, tensor));
     }
     inputs.sort_by_key(|(index, _)| *index);
-    let inputs = inputs.into_iter().map(|(_, tensor)| tensor.into_tvalue()).collect();
+    let inputs = inputs.into_iter().map(|(_, tensor)| tensor).collect();
     let results = plan.run(inputs, &places)?;
     // The typed contents have no field for FP16.
     let raw = raw || places.iter().any(|place| plan.outputs[*place].datatype == Datatype::Fp16);

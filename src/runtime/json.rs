@@ -11,7 +11,7 @@ use serde::{
     Deserialize,
     de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
-use tract_onnx::prelude::{Datum, IntoTValue as _, TValue, TVec, Tensor, f16};
+use tract_onnx::prelude::{Datum, Tensor, f16};
 
 use super::{
     VERSION,
@@ -68,7 +68,7 @@ struct Parameters {
 pub(super) struct Call {
     id: Option<String>,
     /// The inputs, in the engine's order.
-    pub(super) inputs: TVec<TValue>,
+    pub(super) inputs: Vec<Tensor>,
     /// The places of the outputs that are wanted.
     pub(super) wanted: Vec<usize>,
     /// Which of them are wanted as binary data.
@@ -155,7 +155,7 @@ pub(super) fn read(plan: &Plan, body: &Bytes, header: Option<usize>, limit: usiz
     let all = head.parameters.and_then(|parameters| parameters.binary_data_output).unwrap_or(false);
     let own = |place: usize| asked.get(place)?.parameters.as_ref()?.binary_data;
     let binary = (0..wanted.len()).map(|place| own(place).unwrap_or(all)).collect();
-    let inputs = slots.into_iter().map(|slot| slot.tensor.into_tvalue()).collect();
+    let inputs = slots.into_iter().map(|slot| slot.tensor).collect();
     Ok(Call { id: head.id.map(Cow::into_owned), inputs, wanted, binary })
 }
 

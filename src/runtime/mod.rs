@@ -7,6 +7,7 @@
 //! [`forward::Upstream`](crate::forward::Upstream), in this process or through a socket with [`serve`].
 
 mod datatype;
+mod engine;
 mod execute;
 mod failure;
 mod grpc;
@@ -26,7 +27,11 @@ use tonic::codec::CompressionEncoding;
 use tower::Service as _;
 use tracing::Instrument as _;
 
-pub use self::{execute::Execution, serve::serve};
+pub use self::{
+    engine::{Library, Onnx},
+    execute::Execution,
+    serve::serve,
+};
 use self::{
     execute::Executor,
     failure::{Failure, Kind},
@@ -43,8 +48,6 @@ use crate::{
 
 /// The name that the server tells clients.
 const SERVER: &str = "wharf-onnx";
-/// The engine's name in metadata.
-const PLATFORM: &str = "onnx_tract";
 /// The one version that each served model has: Wharf gives versions names of their own.
 const VERSION: &str = "1";
 /// What of the protocol's extensions is there.
@@ -85,16 +88,23 @@ impl Default for Limits {
 /// The built-in inference server. Nothing is loaded at first.
 #[derive(Debug)]
 pub struct Runtime {
-    engine: Arc<Engine>,
+    shared: Arc<Shared>,
     grpc: GrpcInferenceServiceServer<grpc::Service>,
 }
 
 impl Runtime {
-    /// A server of the models in `options.repository`.
+    /// A server of the models in `options.repository`, run by tract.
     #[must_use]
     pub fn new(options: Options) -> Arc<Self> {
+        Self::with(options, Onnx::tract())
+    }
+
+    /// A server of the models in `options.repository`, run by `onnx`.
+    #[must_use]
+    pub fn with(options: Options, onnx: Onnx) -> Arc<Self> {
         let Options { repository, execution, limits } = options;
-        let engine = Arc::new(Engine {
+        let shared = Arc::new(Shared {
+            onnx,
             repository: Arc::new(Repository::new(repository)),
             registry: Arc::default(),
             inferences: Executor::new(execution, limits.waiting),
@@ -102,18 +112,18 @@ impl Runtime {
             listings: Executor::new(execution, limits.waiting),
             limits,
         });
-        let grpc = GrpcInferenceServiceServer::new(grpc::Service::new(Arc::clone(&engine)))
+        let grpc = GrpcInferenceServiceServer::new(grpc::Service::new(Arc::clone(&shared)))
             .max_decoding_message_size(limits.body_bytes)
             .max_encoding_message_size(usize::MAX)
             .accept_compressed(CompressionEncoding::Gzip);
-        Arc::new(Self { engine, grpc })
+        Arc::new(Self { shared, grpc })
     }
 
     /// The size of the files that the loaded model `served_name` was read from: the least that it takes in
     /// memory. `None` when it is not loaded.
     #[must_use]
     pub fn artifact_bytes(&self, served_name: &str) -> Option<memory::Bytes> {
-        self.engine.registry.get(served_name).ok().map(|plan| memory::Bytes(plan.artifact_bytes))
+        self.shared.registry.get(served_name).ok().map(|plan| memory::Bytes(plan.artifact_bytes))
     }
 }
 
@@ -130,7 +140,7 @@ impl Upstream for Runtime {
             .instrument(span)
             .boxed();
         }
-        rest::answer(&self.engine, request).map(Ok).instrument(span).boxed()
+        rest::answer(&self.shared, request).map(Ok).instrument(span).boxed()
     }
 }
 
@@ -143,7 +153,8 @@ fn is_grpc(request: &Request) -> bool {
 
 /// What both protocols speak to.
 #[derive(Debug)]
-struct Engine {
+struct Shared {
+    onnx: Onnx,
     repository: Arc<Repository>,
     registry: Arc<Registry>,
     inferences: Executor,
@@ -152,7 +163,7 @@ struct Engine {
     limits: Limits,
 }
 
-impl Engine {
+impl Shared {
     /// The plan of version `version` of model `name`; no version means the one there is.
     fn plan(&self, name: &str, version: &str) -> Result<Arc<Plan>, Failure> {
         let plan = self.registry.get(name)?;
@@ -180,11 +191,11 @@ impl Engine {
     async fn load(&self, name: &str) -> Result<(), Failure> {
         repository::check(name)?;
         let loading = self.registry.begin(name);
-        let (name, repository) = (name.to_owned(), Arc::clone(&self.repository));
+        let (name, repository, engine) = (name.to_owned(), Arc::clone(&self.repository), Arc::clone(&self.onnx.engine));
         let run = self.loads.run(move || match repository.find(&name) {
             // Not remembered: there would be no end of names that are not there.
             Err(failure) if failure.kind == Kind::NotFound => Err(failure),
-            found => loading.finish(found.and_then(|file| Plan::load(&name, &file))),
+            found => loading.finish(found.and_then(|file| Plan::load(&*engine, &name, &file))),
         });
         deadline(self.limits.load, "the load", run).await
     }

@@ -208,10 +208,11 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::runtime::Onnx;
 
     fn plan() -> Plan {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models/add/model.onnx");
-        Plan::load("add", &file).unwrap()
+        Plan::load(&*Onnx::tract().engine, "add", &file).unwrap()
     }
 
     fn state(registry: &Registry) -> Vec<(String, &'static str)> {

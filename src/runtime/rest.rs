@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    EXTENSIONS, Engine, PLATFORM, SERVER, VERSION, deadline,
+    EXTENSIONS, SERVER, Shared, VERSION, deadline,
     failure::{Failure, Kind, clip},
     json as wire,
     plan::{Plan, Port},
@@ -68,7 +68,7 @@ impl<'a> Route<'a> {
 }
 
 /// Answers a REST request.
-pub(super) async fn answer(engine: &Arc<Engine>, request: Request) -> Response {
+pub(super) async fn answer(shared: &Arc<Shared>, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let path = head.uri.path();
     let Some(route) = Route::of(path) else {
@@ -87,16 +87,16 @@ pub(super) async fn answer(engine: &Arc<Engine>, request: Request) -> Response {
             let version = env!("CARGO_PKG_VERSION");
             Ok(document(&json!({ "name": SERVER, "version": version, "extensions": EXTENSIONS })))
         }
-        Route::Model { name, version } => engine.plan(name, version).map(|plan| document(&metadata(&plan))),
-        Route::ModelReady { name, version } => ready(engine, name, version),
-        Route::Infer { name, version } => infer(engine, name, version, &head.headers, body).await,
-        Route::Index => index(engine, &head.headers, body).await,
-        Route::Load { name } => match read(engine, &head.headers, body).await {
-            Ok(_) => engine.load(name).await.map(|()| document(&json!({}))),
+        Route::Model { name, version } => shared.plan(name, version).map(|plan| document(&metadata(&plan))),
+        Route::ModelReady { name, version } => ready(shared, name, version),
+        Route::Infer { name, version } => infer(shared, name, version, &head.headers, body).await,
+        Route::Index => index(shared, &head.headers, body).await,
+        Route::Load { name } => match read(shared, &head.headers, body).await {
+            Ok(_) => shared.load(name).await.map(|()| document(&json!({}))),
             Err(failure) => Err(failure),
         },
-        Route::Unload { name } => match read(engine, &head.headers, body).await {
-            Ok(_) => engine.unload(name).map(|()| document(&json!({}))),
+        Route::Unload { name } => match read(shared, &head.headers, body).await {
+            Ok(_) => shared.unload(name).map(|()| document(&json!({}))),
             Err(failure) => Err(failure),
         },
     };
@@ -104,8 +104,8 @@ pub(super) async fn answer(engine: &Arc<Engine>, request: Request) -> Response {
 }
 
 /// The protocol says 4xx for what is not ready.
-fn ready(engine: &Engine, name: &str, version: &str) -> Result<Response, Failure> {
-    match engine.plan(name, version) {
+fn ready(shared: &Shared, name: &str, version: &str) -> Result<Response, Failure> {
+    match shared.plan(name, version) {
         Ok(plan) => Ok(document(&json!({ "name": plan.name, "ready": true }))),
         Err(failure) if failure.kind == Kind::Loading => Err(Failure::invalid(failure.message)),
         Err(failure) => Err(failure),
@@ -122,26 +122,26 @@ fn metadata(plan: &Plan) -> Value {
     json!({
         "name": plan.name,
         "versions": [VERSION],
-        "platform": PLATFORM,
+        "platform": plan.platform,
         "inputs": tensors(&plan.inputs),
         "outputs": tensors(&plan.outputs),
-        "parameters": { "artifact_bytes": plan.artifact_bytes },
+        "parameters": { "artifact_bytes": plan.artifact_bytes, "memory_bytes": plan.memory_bytes },
     })
 }
 
 async fn infer(
-    engine: &Engine,
+    shared: &Shared,
     name: &str,
     version: &str,
     headers: &http::HeaderMap,
     body: Body,
 ) -> Result<Response, Failure> {
     // Before the body: a model that is not here needs no tensors.
-    let plan = engine.plan(name, version)?;
+    let plan = shared.plan(name, version)?;
     let header = header_length(headers)?;
-    let body = read(engine, headers, body).await?;
-    let limit = engine.limits.body_bytes;
-    let answer = engine
+    let body = read(shared, headers, body).await?;
+    let limit = shared.limits.body_bytes;
+    let answer = shared
         .infer(plan, move |plan| {
             let mut call = wire::read(plan, &body, header, limit)?;
             drop(body);
@@ -164,13 +164,13 @@ fn header_length(headers: &http::HeaderMap) -> Result<Option<usize>, Failure> {
     length.map(Some).ok_or_else(|| Failure::invalid(format!("{HEADER_LENGTH} is not a number of bytes")))
 }
 
-async fn index(engine: &Engine, headers: &http::HeaderMap, body: Body) -> Result<Response, Failure> {
+async fn index(shared: &Shared, headers: &http::HeaderMap, body: Body) -> Result<Response, Failure> {
     #[derive(Default, Deserialize)]
     struct Filter {
         #[serde(default)]
         ready: bool,
     }
-    let body = read(engine, headers, body).await?;
+    let body = read(shared, headers, body).await?;
     let filter = if body.trim_ascii().is_empty() {
         Filter::default()
     } else {
@@ -179,7 +179,7 @@ async fn index(engine: &Engine, headers: &http::HeaderMap, body: Body) -> Result
             Failure::invalid(format!("the body is not {{\"ready\": true or false}}: {problem}"))
         })?
     };
-    let models: Vec<_> = engine
+    let models: Vec<_> = shared
         .index(filter.ready)
         .await?
         .into_iter()
@@ -189,13 +189,13 @@ async fn index(engine: &Engine, headers: &http::HeaderMap, body: Body) -> Result
 }
 
 /// Reads a body, unless it is too long.
-async fn read(engine: &Engine, headers: &http::HeaderMap, body: Body) -> Result<Bytes, Failure> {
+async fn read(shared: &Shared, headers: &http::HeaderMap, body: Body) -> Result<Bytes, Failure> {
     if let Some(encoding) = headers.get(header::CONTENT_ENCODING)
         && encoding != "identity"
     {
         return Err(Failure::new(Kind::Encoding, "the body has a content-encoding; send it as it is"));
     }
-    let limit = engine.limits.body_bytes;
+    let limit = shared.limits.body_bytes;
     let too_large =
         || Failure::new(Kind::TooLarge, format!("the body is longer than the {limit} bytes that it may have"));
     if body.size_hint().lower() > limit as u64 {
@@ -208,7 +208,7 @@ async fn read(engine: &Engine, headers: &http::HeaderMap, body: Body) -> Result<
             Err(error) => Err(Failure::invalid(format!("the body ended early: {error}"))),
         }
     };
-    deadline(engine.limits.inference, "reading the body", collect).await
+    deadline(shared.limits.inference, "reading the body", collect).await
 }
 
 fn document(value: &Value) -> Response {

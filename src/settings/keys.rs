@@ -2,8 +2,15 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::value::{Address, Form, LogFilter, LogFormat, Raw, RuntimeKind, Value, read};
-use crate::domain::memory::Bytes;
+use super::{
+    registry::Lifetime,
+    value::{Address, Form, LogFilter, LogFormat, Raw, RcloneUse, RuntimeKind, Value, read},
+};
+use crate::domain::{
+    memory::Bytes,
+    residency::Eviction,
+    size::{Guesses, Trust},
+};
 
 /// A setting, as declared.
 #[derive(Clone, Copy, Debug)]
@@ -138,6 +145,14 @@ section! {
         drain_deadline: Duration = "30s" in "0s" to "24h";
         /// Memory that a model counts for when its manifest declares none.
         default_memory: Bytes = "256Mi" in "1" to "1Ti";
+        /// What counts when a model's manifest declares memory and another amount was measured: the "larger" of the two,
+        /// what was "measured", or what was "declared".
+        declared_memory: Trust = "larger";
+        /// By how much declared and measured memory may differ before the model says so, in percent of the smaller.
+        memory_warning_percent: u32 = "200" in "100" to "100000";
+        /// From which share of a replica's memory on, in percent, `server status` tells of memory that its server does
+        /// not give back.
+        leak_percent: u32 = "10" in "1" to "100";
         /// The pause before the first retry of a copy that failed to load; it doubles from there.
         retry_first: Duration = "1s" in "10ms" to "24h";
         /// The longest pause between two such retries.
@@ -190,20 +205,47 @@ section! {
         server: String = "onnx";
         /// The replica's index within the server.
         replica: u32 = "0" in "0" to "9999";
-        /// What serves the models: builtin, or the REST address of a running server: http://127.0.0.1:8080.
+        /// What serves the models: builtin, start for a server that the agent starts, or the REST address of a running
+        /// one: http://127.0.0.1:8080.
         runtime: String = "builtin";
         /// The gRPC address of that server, http://host:port, where it is another than the REST address.
         runtime_grpc: String = "";
-        /// What that server is: mlserver, triton or oip; it is asked when this is empty.
+        /// What that server is: mlserver, triton, oip or process; it is asked when this is empty.
         runtime_kind: RuntimeKind = "";
         /// Its worker processes that each hold every model, if it is an MLServer (its parallel_workers).
         runtime_workers: u32 = "1" in "0" to "1000";
+        /// With runtime = "start", the program and its arguments, separated by spaces, with blanks as in the registry; what
+        /// starts a server of runtime_kind, when empty.
+        command: String = "";
+        /// Variables of its environment, NAME=VALUE, separated by spaces.
+        env: String = "";
+        /// The directory that it starts in; the agent's own, when empty.
+        workdir: String = "";
+        /// The first of its three ports; free ones are found when it is 0.
+        ports: u32 = "0" in "0" to "65000";
+        /// How long it lives: agent (it ends with the agent, however that ends) or independent.
+        lifetime: Lifetime = "agent";
+        /// How long it may take to start.
+        start_deadline: Duration = "5m" in "1s" to "24h";
+        /// How long it may take to stop before it is killed.
+        stop_deadline: Duration = "10s" in "100ms" to "10m";
+        /// What runs the models of the built-in runtime: the path of libonnxruntime.so; auto looks where ORT_DYLIB_PATH
+        /// says and the system keeps its libraries, and takes tract where there is none; off always takes tract.
+        onnx_runtime: String = "auto";
         /// What the replica can serve, separated by commas.
         capabilities: String = "onnx";
         /// Memory of the replica for models.
         memory: Bytes = "1Gi" in "1" to "1Pi";
+        /// How much memory a model without a declared amount takes until it is measured: a factor of its artifact's
+        /// bytes and a constant, by capability or runtime; "*" is for all others.
+        memory_guess: Guesses = "builtin=3+16Mi, mlserver=3+128Mi, triton=3+64Mi, *=3+64Mi";
         /// How much more than its memory may be registered on it, in percent.
         overcommit_percent: u32 = "10" in "0" to "1000";
+        /// Which copies leave memory first when it is short: "lru", the least recently used; "cost", those whose memory
+        /// spares the least reload time. For servers of the registry the registry says it.
+        eviction: Eviction = "lru";
+        /// How long a copy stays in memory at least, once it is there.
+        least_residency: Duration = "0s" in "0s" to "1h";
         /// Where gateways reach the door, host:port; where it listens, when empty.
         advertise: String = "";
         /// The directory of artifacts and of what the agent remembers.
@@ -214,6 +256,23 @@ section! {
         max_artifact: Bytes = "10Gi" in "1Ki" to "1Pi";
         /// How long a download may take.
         fetch_deadline: Duration = "1h" in "1s" to "7d";
+        /// How long what came of a broken download is kept to be gone on with.
+        keep_downloads: Duration = "1h" in "0s" to "7d";
+        /// Files that are downloaded at a time, over all artifacts.
+        parallel_downloads: u32 = "8" in "1" to "256";
+        /// Bytes a second that downloads may take together; 0 sets no bound.
+        download_bandwidth: Bytes = "0" in "0" to "1Ti";
+        /// The directory of secrets that models name: each a file, or a directory of files as Kubernetes mounts it.
+        /// Without one there are the variables WHARF_SECRET_NAME.
+        secrets_dir: String = "";
+        /// The hub that hf:// names.
+        hub: String = "https://huggingface.co";
+        /// What rclone fetches: always, object stores too; fallback, what the agent can't; never, nothing.
+        rclone: RcloneUse = "fallback";
+        /// The rclone program, 1.60 or later. It is started at first use.
+        rclone_program: String = "rclone";
+        /// rclone's configuration, whose remotes models may name: dropbox:models/iris.
+        rclone_config: String = "";
         /// How long the inference server may take to load a model.
         load_deadline: Duration = "10m" in "1s" to "24h";
         /// Requests that may wait for an evicted copy to come back; what is over is refused.

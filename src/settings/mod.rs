@@ -15,7 +15,7 @@ use toml::de::{DeTable, DeValue};
 
 pub use keys::{Agent, Gateway, Log, Metrics, Scheduler};
 pub use problem::{Problem, Problems};
-pub use value::{Address, LogFilter, LogFormat, RuntimeKind};
+pub use value::{Address, LogFilter, LogFormat, RcloneUse, RuntimeKind};
 
 use keys::{Refused, Section};
 use problem::{line_of, nearest};
@@ -23,6 +23,13 @@ use value::Raw;
 
 /// What a variable of the environment starts with to be a setting: `WHARF_SCHEDULER__LEASE`.
 pub const PREFIX: &str = "WHARF_";
+/// What `agent.runtime` says of an inference server that the agent starts.
+pub const STARTED: &str = "start";
+
+/// What a variable starts with that is a secret of the agent's, whatever follows.
+const SECRET: &str = "WHARF_SECRET_";
+/// The variable that other programs too take for the path of ONNX Runtime's library.
+const ONNX_RUNTIME: &str = "ORT_DYLIB_PATH";
 
 /// Every setting.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -50,7 +57,8 @@ pub struct SettingsFile<'a> {
 
 impl Settings {
     /// The settings that the sources make together. `environment` is all of the process's, of which the
-    /// variables `WHARF_SECTION__KEY` count; `overrides` are pairs of `section.key` and value.
+    /// variables `WHARF_SECTION__KEY` count, and `ORT_DYLIB_PATH` where no setting says more about ONNX Runtime;
+    /// `overrides` are pairs of `section.key` and value.
     ///
     /// # Errors
     /// Every problem of every source, or else every contradiction between the values.
@@ -64,9 +72,14 @@ impl Settings {
         if let Some(file) = file {
             settings.read_file(file, &mut problems);
         }
+        let mut library = None;
         // Sorted, so that the same environment always makes the same message.
         for (variable, value) in environment.into_iter().collect::<BTreeMap<_, _>>() {
-            let Some(name) = variable.strip_prefix(PREFIX) else { continue };
+            if variable == ONNX_RUNTIME && !value.is_empty() {
+                library = Some(value);
+                continue;
+            }
+            let Some(name) = variable.strip_prefix(PREFIX).filter(|_| !variable.starts_with(SECRET)) else { continue };
             let place = format!("environment variable {variable}");
             match name.to_ascii_lowercase().split_once("__") {
                 Some((section, key)) => {
@@ -80,6 +93,11 @@ impl Settings {
             let place = format!("command line, {path}");
             let (section, key) = path.split_once('.').unwrap_or((path.as_str(), ""));
             settings.set(section, key, &Raw::Text(&value)).unwrap_or_else(|p| problems.push(p.at(place)));
+        }
+        if let Some(library) = library
+            && settings.agent.onnx_runtime == Agent::default().onnx_runtime
+        {
+            settings.agent.onnx_runtime = library;
         }
         if problems.is_empty() {
             settings.check(&mut problems);
@@ -198,6 +216,11 @@ impl Settings {
                 "agent.max_artifact",
                 format!("{} is more than agent.artifact_cache, {}", agent.max_artifact, agent.artifact_cache),
             );
+        }
+        if agent.runtime == STARTED
+            && let Err((key, wrong)) = agent.started()
+        {
+            problem(key, wrong);
         }
         let addresses = [
             ("scheduler.listen", &scheduler.listen),

@@ -4,8 +4,12 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use toml::de::DeValue;
 
-use super::registry::Runtime;
-use crate::domain::memory::Bytes;
+use super::registry::{Lifetime, Runtime};
+use crate::domain::{
+    memory::Bytes,
+    residency::Eviction,
+    size::{Guesses, Trust},
+};
 
 /// A value as it came.
 #[derive(Debug)]
@@ -195,19 +199,82 @@ impl Value for LogFormat {
     }
 }
 
+impl Value for Trust {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"larger\", \"measured\" or \"declared\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|trust| trust.name() == text)
+    }
+}
+
+impl Value for Eviction {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"lru\" or \"cost\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|eviction| eviction.name() == text)
+    }
+}
+
+impl Value for Guesses {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str =
+        "names with a factor and a constant, one of them for all others: \"builtin=3+16Mi, *=3+64Mi\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::parse(text)
+    }
+}
+
 /// What kind of inference server is at an address; empty when it is to be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct RuntimeKind(pub Option<Runtime>);
 
 impl Value for RuntimeKind {
     const FORM: Form = Form::Text;
-    const WANTED: &'static str = "\"mlserver\", \"triton\", \"oip\", or \"\" for what the server says of itself";
+    const WANTED: &'static str =
+        "\"mlserver\", \"triton\", \"oip\", \"process\", or \"\" for what the server says of itself";
 
     fn parse(text: &str) -> Option<Self> {
         match text {
             "" => Some(Self(None)),
             name => Runtime::named(name).filter(|kind| *kind != Runtime::Builtin).map(|kind| Self(Some(kind))),
         }
+    }
+}
+
+/// What is fetched through rclone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RcloneUse {
+    /// Whatever it reads.
+    Always,
+    /// What the agent itself does not read.
+    Fallback,
+    /// Nothing.
+    Never,
+}
+
+impl Value for RcloneUse {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"always\", \"fallback\" or \"never\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "always" => Some(Self::Always),
+            "fallback" => Some(Self::Fallback),
+            "never" => Some(Self::Never),
+            _ => None,
+        }
+    }
+}
+
+impl Value for Lifetime {
+    const FORM: Form = Form::Text;
+    const WANTED: &'static str = "\"agent\" or \"independent\"";
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::named(text)
     }
 }
 

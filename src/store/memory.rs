@@ -9,7 +9,8 @@ use std::{
 use crate::{
     domain::{
         names::{ModelName, ServerName},
-        record::{Contents, CopyRow, Counters, ModelRow, ServerRow, VersionRow, Write},
+        record::{Contents, CopyRow, Counters, ModelRow, ServerRow, SizeRow, VersionRow, Write},
+        size::SizeKey,
         version::{Generation, Uid, Version},
     },
     ports::{CommitError, Identity, ModelRows, OpenError, Store},
@@ -50,6 +51,7 @@ struct Tables {
     models: BTreeMap<ModelName, ModelRow>,
     versions: BTreeMap<(ModelName, Version), VersionRow>,
     copies: BTreeMap<(ModelName, Generation), CopyRow>,
+    sizes: BTreeMap<(ModelName, SizeKey), SizeRow>,
     servers: BTreeMap<ServerName, ServerRow>,
     counters: Counters,
 }
@@ -72,6 +74,7 @@ impl Tables {
                 {
                     self.copies.remove(&key);
                 }
+                self.sizes.retain(|(model, _), _| model != name);
             }
             Write::PutVersion(row) => {
                 self.versions.insert((row.model.clone(), row.version), row.as_ref().clone());
@@ -81,6 +84,10 @@ impl Tables {
                 self.copies.insert((row.model.clone(), row.generation), row.as_ref().clone());
             }
             Write::RemoveCopy(model, generation) => drop(self.copies.remove(&(model.clone(), *generation))),
+            Write::PutSize(row) => {
+                self.sizes.insert((row.model.clone(), row.key.clone()), row.as_ref().clone());
+            }
+            Write::RemoveSize(model, size) => drop(self.sizes.remove(&(model.clone(), size.clone()))),
             Write::PutServer(row) => drop(self.servers.insert(row.name.clone(), row.as_ref().clone())),
             Write::RemoveServer(name) => drop(self.servers.remove(name)),
             Write::PutCounters(counters) => self.counters = counters.clone(),
@@ -198,6 +205,7 @@ impl Store for MemoryStore {
             models: kept.tables.models.values().cloned().collect(),
             versions: kept.tables.versions.values().cloned().collect(),
             copies: kept.tables.copies.values().cloned().collect(),
+            sizes: kept.tables.sizes.values().cloned().collect(),
             servers: kept.tables.servers.values().cloned().collect(),
             counters: kept.tables.counters.clone(),
         })
@@ -207,7 +215,8 @@ impl Store for MemoryStore {
         self.read(|kept| {
             let versions = kept.tables.versions.values().filter(|row| row.model == *name).cloned().collect();
             let copies = kept.tables.copies.values().filter(|row| row.model == *name).cloned().collect();
-            kept.tables.models.get(name).map(|row| (row.clone(), versions, copies))
+            let sizes = kept.tables.sizes.values().filter(|row| row.model == *name).cloned().collect();
+            kept.tables.models.get(name).map(|model| ModelRows { model: model.clone(), versions, copies, sizes })
         })
     }
 

@@ -10,7 +10,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     domain::{
         names::{ModelName, ServerName},
-        record::{Contents, CopyRow, ModelRow, ServerRow, VersionRow, Write},
+        record::{Contents, CopyRow, ModelRow, ServerRow, SizeRow, VersionRow, Write},
+        size::SizeKey,
         version::{Generation, Version},
     },
     ports::ModelRows,
@@ -27,6 +28,8 @@ pub(super) const MODELS: Rows = TableDefinition::new("models");
 pub(super) const VERSIONS: Rows = TableDefinition::new("versions");
 /// Copies, by model and generation.
 pub(super) const COPIES: Rows = TableDefinition::new("copies");
+/// Measured sizes, by model and what was measured.
+pub(super) const SIZES: Rows = TableDefinition::new("sizes");
 /// Servers, by name.
 pub(super) const SERVERS: Rows = TableDefinition::new("servers");
 /// One row: the counters.
@@ -40,7 +43,13 @@ const THE_COUNTERS: &[u8] = b"counters";
 pub(super) type Migration = fn(&WriteTransaction) -> Result<(), redb::Error>;
 
 /// The migration at index `n` leads from schema `n + 1` to `n + 2`. Schema 1 is the first there was.
-pub(super) const MIGRATIONS: &[Migration] = &[];
+pub(super) const MIGRATIONS: &[Migration] = &[add_sizes];
+
+/// Schema 2 has measured sizes. A journal from before has none: they are measured again.
+fn add_sizes(transaction: &WriteTransaction) -> Result<(), redb::Error> {
+    transaction.open_table(SIZES)?;
+    Ok(())
+}
 
 /// The schema that this Wharf writes.
 pub const SCHEMA: u64 = 1 + MIGRATIONS.len() as u64;
@@ -89,6 +98,18 @@ fn copy_key(model: &ModelName, generation: Generation) -> Vec<u8> {
     key
 }
 
+/// The key of a size: its model's name, a zero byte, and what was measured, its parts with a zero byte between them.
+fn size_key(model: &ModelName, size: &SizeKey) -> Vec<u8> {
+    let mut key = prefix(model);
+    for (at, part) in [&size.artifact, &size.runtime, &size.configuration].into_iter().enumerate() {
+        if at > 0 {
+            key.push(0);
+        }
+        key.extend_from_slice(part.as_bytes());
+    }
+    key
+}
+
 fn prefix(model: &ModelName) -> Vec<u8> {
     let mut key = Vec::with_capacity(model.as_str().len() + 1 + 16);
     key.extend_from_slice(model.as_str().as_bytes());
@@ -108,7 +129,7 @@ fn span(model: &ModelName) -> (Vec<u8>, Vec<u8>) {
 
 /// Creates every table, so that readers find them.
 pub(super) fn create_tables(transaction: &WriteTransaction) -> Result<(), redb::Error> {
-    for table in [MODELS, VERSIONS, COPIES, SERVERS, COUNTERS] {
+    for table in [MODELS, VERSIONS, COPIES, SIZES, SERVERS, COUNTERS] {
         transaction.open_table(table)?;
     }
     transaction.open_table(EVENTS)?;
@@ -120,6 +141,7 @@ pub(super) fn apply(transaction: &WriteTransaction, writes: &[Write]) -> Result<
     let mut models = transaction.open_table(MODELS)?;
     let mut versions = transaction.open_table(VERSIONS)?;
     let mut copies = transaction.open_table(COPIES)?;
+    let mut sizes = transaction.open_table(SIZES)?;
     let mut servers = transaction.open_table(SERVERS)?;
     let mut buffer = Vec::with_capacity(1024);
     for write in writes {
@@ -133,7 +155,8 @@ pub(super) fn apply(transaction: &WriteTransaction, writes: &[Write]) -> Result<
                 let (first, end) = span(name);
                 let range = first.as_slice()..end.as_slice();
                 versions.retain_in::<&[u8], _>(range.clone(), |_, _| false)?;
-                copies.retain_in::<&[u8], _>(range, |_, _| false)?;
+                copies.retain_in::<&[u8], _>(range.clone(), |_, _| false)?;
+                sizes.retain_in::<&[u8], _>(range, |_, _| false)?;
             }
             Write::PutVersion(row) => {
                 let value = encode("versions", row.as_ref(), &mut buffer)?;
@@ -148,6 +171,13 @@ pub(super) fn apply(transaction: &WriteTransaction, writes: &[Write]) -> Result<
             }
             Write::RemoveCopy(model, generation) => {
                 copies.remove(copy_key(model, *generation).as_slice())?;
+            }
+            Write::PutSize(row) => {
+                let value = encode("sizes", row.as_ref(), &mut buffer)?;
+                sizes.insert(size_key(&row.model, &row.key).as_slice(), value)?;
+            }
+            Write::RemoveSize(model, size) => {
+                sizes.remove(size_key(model, size).as_slice())?;
             }
             Write::PutServer(row) => {
                 let value = encode("servers", row.as_ref(), &mut buffer)?;
@@ -173,6 +203,7 @@ pub(super) fn read(transaction: &redb::ReadTransaction) -> Result<Contents, RowE
             version_key(&row.model, row.version) == key
         })?,
         copies: rows(transaction, "copies", COPIES, |row: &CopyRow, key| copy_key(&row.model, row.generation) == key)?,
+        sizes: rows(transaction, "sizes", SIZES, |row: &SizeRow, key| size_key(&row.model, &row.key) == key)?,
         servers: rows(transaction, "servers", SERVERS, |row: &ServerRow, key| row.name.as_str().as_bytes() == key)?,
         counters: match transaction.open_table(COUNTERS)?.get(THE_COUNTERS)? {
             Some(row) => decode("counters", row.value())?,
@@ -215,10 +246,14 @@ pub(super) fn read_model(transaction: &redb::ReadTransaction, name: &ModelName) 
         versions.push(decode("versions", entry?.1.value())?);
     }
     let mut copies = Vec::new();
-    for entry in transaction.open_table(COPIES)?.range::<&[u8]>(range)? {
+    for entry in transaction.open_table(COPIES)?.range::<&[u8]>(range.clone())? {
         copies.push(decode("copies", entry?.1.value())?);
     }
-    Ok(Some((decode("models", row.value())?, versions, copies)))
+    let mut sizes = Vec::new();
+    for entry in transaction.open_table(SIZES)?.range::<&[u8]>(range)? {
+        sizes.push(decode("sizes", entry?.1.value())?);
+    }
+    Ok(Some(ModelRows { model: decode("models", row.value())?, versions, copies, sizes }))
 }
 
 /// Reads the row of one server.

@@ -538,6 +538,7 @@ pub fn register(model: &str, generation: Generation, size: u64, uri: &str) -> Or
         spec: Arc::new(ModelSpec { uri: uri.to_owned(), ..ModelSpec::default() }),
         need: Resources::primary(Bytes(size)),
         attempt: 0,
+        measured: false,
     }
 }
 

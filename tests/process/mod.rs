@@ -63,12 +63,13 @@ pub fn server(name: &str, replicas: u32, memory: &str, overcommit_percent: u32) 
 pub struct Home {
     dir: tempfile::TempDir,
     settings: Vec<(String, String)>,
+    env: Vec<(String, String)>,
 }
 
 impl Home {
     /// An empty home with this registry.
     pub fn new(registry: &str) -> Self {
-        let home = Self { dir: tempfile::tempdir().unwrap(), settings: Vec::new() };
+        let home = Self { dir: tempfile::tempdir().unwrap(), settings: Vec::new(), env: Vec::new() };
         home.write_registry(registry);
         home
     }
@@ -76,6 +77,12 @@ impl Home {
     /// One more setting.
     pub fn set(mut self, name: &str, value: impl ToString) -> Self {
         self.settings.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// One more variable of the environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -100,7 +107,7 @@ impl Home {
     fn command(&self) -> Command {
         let mut command = wharf();
         let dir = self.path().display();
-        command.arg("up").current_dir(self.path());
+        command.arg("up").current_dir(self.path()).envs(self.env.iter().map(|(name, value)| (name, value)));
         let ports = ["scheduler.listen", "scheduler.agents", "scheduler.http", "gateway.listen"];
         let mut settings: Vec<(String, String)> =
             ports.iter().map(|port| ((*port).to_owned(), "127.0.0.1:0".to_owned())).collect();
@@ -172,7 +179,8 @@ impl Home {
 fn wharf() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_wharf"));
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("WHARF_") || name.to_string_lossy().starts_with("SELDON_") {
+        let named = name.to_string_lossy();
+        if named.starts_with("WHARF_") || named.starts_with("SELDON_") || named == "ORT_DYLIB_PATH" {
             command.env_remove(name);
         }
     }
@@ -315,6 +323,11 @@ impl Wharf {
     /// Whether it is still there.
     pub fn is_running(&mut self) -> bool {
         self.process.0.try_wait().unwrap().is_none()
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.process.0.id()
     }
 
     /// The end of what it has said.

@@ -52,6 +52,11 @@ pub fn trained(name: &str) -> PathBuf {
     installed()["models"].join(name)
 }
 
+/// The program `mlserver`.
+pub fn mlserver() -> PathBuf {
+    installed()["mlserver"].with_file_name("mlserver")
+}
+
 /// A model of the tests for Triton.
 pub fn triton(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/models").join(name)
@@ -130,7 +135,7 @@ impl Server {
                     .current_dir(home);
                 (Some(spawn(command, &log)), format!("127.0.0.1:{http}"), format!("127.0.0.1:{grpc}"))
             }
-            Kind::Oip => panic!("there is no program of that kind"),
+            Kind::Oip | Kind::Process => panic!("there is no program of that kind"),
         };
         let mut server = Self { kind, http, grpc, repository, child, tasks, log };
         server.until_live().await;
@@ -194,7 +199,7 @@ pub fn entry(name: &str, server: &Server, memory: &str, overcommit_percent: u32)
     let capabilities = match server.kind {
         Kind::MlServer => "[\"sklearn\", \"xgboost\"]",
         Kind::Triton => "[\"triton\"]",
-        Kind::Builtin | Kind::Oip => "[\"onnx\"]",
+        Kind::Builtin | Kind::Oip | Kind::Process => "[\"onnx\"]",
     };
     let place = if server.kind == Kind::Builtin {
         String::new()

@@ -13,7 +13,8 @@ use crate::{
     actors::links::Links,
     domain::{
         copy::{Report, Residency},
-        memory::Resources,
+        ghost::{Advice, Strain},
+        memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
         replica::ReplicaState,
@@ -43,6 +44,7 @@ pub(super) struct Replica {
     pub(super) outdated: Option<String>,
     /// What its agent could not read.
     pub(super) misread: Option<String>,
+    pub(super) strain: Strain,
     /// What is wanted of each copy, and when it was last said.
     wanted: BTreeMap<Generation, Wish>,
     /// Copies of which something else is wanted than was last said.
@@ -78,9 +80,10 @@ impl Replica {
             session: 0,
             link: None,
             stopping: false,
-            resident: Resources { primary: crate::domain::memory::Bytes::ZERO, others: BTreeMap::new() },
             outdated: None,
             misread: None,
+            resident: Resources { primary: Bytes::ZERO, others: BTreeMap::new() },
+            strain: Strain { leaked: Bytes::ZERO, advice: Advice { returns: 0, more: Bytes::ZERO, spared_percent: 0 } },
             wanted: BTreeMap::new(),
             unsaid: BTreeSet::new(),
             asked: BTreeMap::new(),
@@ -300,6 +303,7 @@ impl Replica {
         self.unmet.clear();
         self.link = None;
         self.resident = Resources::default();
+        self.strain = Strain::default();
     }
 }
 
@@ -359,7 +363,14 @@ mod tests {
 
     fn register() -> Order {
         let (model, generation) = (model(), generation());
-        Order::Register { model, generation, spec: Arc::default(), need: Resources::default(), attempt: 0 }
+        Order::Register {
+            model,
+            generation,
+            spec: Arc::default(),
+            need: Resources::default(),
+            attempt: 0,
+            measured: false,
+        }
     }
 
     fn unregister() -> Order {

@@ -79,6 +79,8 @@ impl ServerActor {
             .map(|(index, replica)| {
                 let facts = self.facts(*index, replica);
                 conditions.extend(self.differences(*index, replica));
+                let strained = replica.strain.conditions(facts.capacity.primary, self.links.policy.leak_percent);
+                conditions.extend(strained.into_iter().map(|what| format!("replica {index} {what}")));
                 if self.emptied(*index) {
                     conditions.push(format!(
                         "replica {index} is started anew where the registry says, once its copies have moved away"
@@ -92,6 +94,7 @@ impl ServerActor {
                     capacity: facts.capacity,
                     overcommit_percent: facts.overcommit_percent,
                     resident: replica.resident.clone(),
+                    strain: replica.strain,
                     copies_resident: replica.copies_resident(),
                     door: replica.hello.as_ref().map(|hello| hello.door.clone()).unwrap_or_default(),
                 }

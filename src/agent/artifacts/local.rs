@@ -201,7 +201,9 @@ fn copy_file(source: &Source, to: &Path, mut go_on: impl FnMut(u64) -> bool) -> 
         fs::create_dir_all(parent).map_err(io)?;
     }
     let mut from = File::open(&source.path).map_err(|error| denied(&source.path, &error))?;
-    let mut file = File::create(to).map_err(io)?;
+    // Another file than the one that a copy which was given up may still be writing.
+    disk::remove(to).map_err(io)?;
+    let mut file = File::create_new(to).map_err(io)?;
     let mut digest = Sha256::new();
     let mut buffer = vec![0; CHUNK];
     let mut left = source.bytes;
@@ -242,7 +244,8 @@ mod tests {
 
     fn fetch(uri: &str, into: &Path, limits: FetchLimits, known: Option<String>) -> Result<Fetched, Failure> {
         let source = LocalSource::new(None, Blocking::Inline);
-        let request = FetchRequest { uri: uri.to_owned(), storage: None, known, into: into.to_owned(), limits };
+        let (into, notes) = (into.to_owned(), into.to_owned());
+        let request = FetchRequest { uri: uri.to_owned(), credentials: None, known, into, notes, limits };
         futures::executor::block_on(source.fetch(request, Arc::new(|_| {})))
     }
 

@@ -3,18 +3,29 @@
 //!
 //! The rules of this module: a file is visible under its digest only once it is whole, checked and durable;
 //! whoever asks for an artifact that is being fetched shares that fetch; one that a copy uses is never
-//! removed, and of the others the one unused for longest goes first.
+//! removed, and of the others the one unused for longest goes first. What broke is gone on with, and no message
+//! has credentials in it.
 
 mod http;
+mod hub;
 mod local;
+mod object;
+mod part;
+mod rclone;
+mod refusal;
+mod secrets;
 mod shelf;
+mod staging;
+mod transfer;
 mod uri;
+mod web;
 
 use std::{
     collections::HashMap,
     fmt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use futures::{
@@ -25,23 +36,31 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
 pub use http::HttpSource;
+pub use hub::HubSource;
 pub use local::LocalSource;
+pub use object::ObjectSource;
+pub use rclone::{RcloneOptions, RcloneSource};
+pub use secrets::{SECRET_PREFIX, Secrets};
 use shelf::{Kept, Manifest, Shelf};
+use staging::{Folders, Idle};
+pub use transfer::{Patience, Transfers};
 pub(crate) use uri::redacted;
-use uri::{Uri, bad};
+use uri::{Through, Uri, bad};
 
 use super::{
     disk::{self, DiskError},
     metrics::Metrics,
-    options::{Blocking, Options},
+    options::{Blocking, Options, RcloneUse},
     runtimes::{LARGEST_CONFIGURATION, Listing, Runtime, Wanted},
 };
 use crate::{
     domain::{
-        copy::{Failure, Progress},
+        copy::{Failure, FailureClass, Progress},
+        memory::Bytes,
+        secret::{Credentials, Secret},
         spec::{ModelSpec, Storage},
     },
-    ports::{ArtifactSource, Clock, FetchLimits, FetchRequest, Fetched, ProgressSink},
+    ports::{ArtifactSource, Clock, FetchLimits, FetchRequest, Fetched, FetchedFile, ProgressSink},
 };
 
 /// The cache of artifacts.
@@ -50,11 +69,15 @@ pub(crate) struct Artifacts {
     sources: Vec<Arc<dyn ArtifactSource>>,
     limits: FetchLimits,
     most_bytes: u64,
+    keep_downloads: Duration,
+    secrets: Secrets,
+    rclone: RcloneUse,
     blocking: Blocking,
     clock: Arc<dyn Clock>,
     metrics: Arc<Metrics>,
     shelf: Mutex<Shelf>,
     flights: Mutex<HashMap<String, Flight>>,
+    idle: Arc<Mutex<Idle>>,
     /// Held while the shelves on disk change, so that no blob is removed that another artifact just took.
     writing: tokio::sync::Mutex<()>,
 }
@@ -77,6 +100,24 @@ impl Artifact {
     /// What it is kept under.
     pub(crate) fn key(&self) -> &str {
         &self.manifest.key
+    }
+
+    /// Bytes of all its files.
+    pub(crate) fn bytes(&self) -> Bytes {
+        Bytes(self.manifest.bytes())
+    }
+
+    /// The digest of what it is, wherever it came from: of its files' paths and digests.
+    pub(crate) fn digest(&self) -> String {
+        let mut files: Vec<_> = self.manifest.files.iter().map(|file| (&file.path, &file.sha256)).collect();
+        files.sort_unstable();
+        let mut digest = Sha256::new();
+        for (path, sha256) in files {
+            digest.update((path.len() as u64).to_be_bytes());
+            digest.update(path.as_bytes());
+            digest.update(sha256.as_bytes());
+        }
+        disk::hex(&digest.finalize())
     }
 }
 
@@ -117,11 +158,15 @@ impl Artifacts {
             sources,
             limits: options.artifact,
             most_bytes: options.artifact_cache.0,
+            keep_downloads: options.keep_downloads,
+            secrets: options.secrets.clone(),
+            rclone: options.rclone,
             blocking: options.blocking,
             clock,
             metrics,
             shelf: Mutex::default(),
             flights: Mutex::default(),
+            idle: Arc::default(),
             writing: tokio::sync::Mutex::default(),
         }
     }
@@ -130,12 +175,57 @@ impl Artifacts {
         self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads what is on disk from before, and clears what was left half done.
+    /// Reads what is on disk from before, and clears what can't be gone on with.
     pub(crate) async fn open(&self) -> Result<(), DiskError> {
-        let root = self.root.clone();
-        let shelf = disk::run(self.blocking, move || shelf::open(&root)).await?;
-        *self.shelf() = shelf;
+        let (root, now) = (self.root.clone(), self.clock.now());
+        let opened = disk::run(self.blocking, move || {
+            let shelf = shelf::open(&root)?;
+            let idle = Idle::open(&root, now).map_err(|error| DiskError {
+                path: root.join("staging").display().to_string(),
+                problem: error.to_string(),
+            })?;
+            Ok((shelf, idle))
+        });
+        let (shelf, idle) = opened.await?;
+        (*self.shelf(), *self.idle()) = (shelf, idle);
+        self.sweep().await;
         Ok(())
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes what broken downloads left, for as long as the agent lives.
+    pub(crate) async fn keep_sweeping(self: Arc<Self>) {
+        const LONGEST: Duration = Duration::from_secs(60);
+        let pause = (self.keep_downloads / 4).clamp(Duration::from_secs(1), LONGEST);
+        loop {
+            tokio::time::sleep(pause).await;
+            self.sweep().await;
+        }
+    }
+
+    async fn sweep(&self) {
+        let (root, idle, now) = (self.root.clone(), Arc::clone(&self.idle), self.clock.now());
+        let (keep, most) = (self.keep_downloads, self.limits.bytes);
+        let swept = disk::run(self.blocking, move || {
+            // Out of the way before anybody else may take it up; removing takes longer.
+            let mut idle = idle.lock().unwrap_or_else(PoisonError::into_inner);
+            let over = idle.over(now, keep, most);
+            let aside: Vec<_> = over.iter().map(|key| Folders::of(&root, key).set_aside()).collect();
+            drop(idle);
+            aside.into_iter().try_for_each(|aside| disk::remove(&aside?))
+        });
+        if let Err(error) = swept.await {
+            tracing::warn!(%error, "what a broken download left can't be removed");
+        }
+    }
+
+    async fn clear(&self, folders: Folders) {
+        if let Err(error) = disk::run(self.blocking, move || folders.remove()).await {
+            tracing::warn!(%error, "a staging folder can't be removed");
+        }
     }
 
     /// Bytes and artifacts on disk.
@@ -222,34 +312,30 @@ impl Artifacts {
             self.metrics.fetch_hits.inc();
             return Ok(Arc::clone(manifest));
         }
-        let source = self.source(&uri)?;
-        let into = self.root.join("staging").join(&key);
+        let source = self.source(&uri, storage.as_ref())?;
+        let credentials = self.credentials(&uri, storage).await?;
+        let folders = Folders::of(&self.root, &key);
         let request = FetchRequest {
             uri: uri.address.clone(),
-            storage,
+            credentials,
             known: known.as_ref().and_then(|manifest| manifest.tag.clone()),
-            into: into.clone(),
+            into: folders.files.clone(),
+            notes: folders.notes.clone(),
             limits: self.limits,
         };
-        let folder = into.clone();
-        disk::run(self.blocking, move || std::fs::create_dir_all(&folder))
+        self.idle().take(&key);
+        let left = Left { artifacts: Arc::clone(&self), key: key.clone() };
+        let make = folders.clone();
+        disk::run(self.blocking, move || make.make())
             .await
-            .map_err(|error| disk::failure("the download can't be written", &into, &error))?;
+            .map_err(|error| disk::failure("the download can't be written", &folders.files, &error))?;
         let began = self.clock.now();
         let fetched = source.fetch(request, sink).await;
+        // What was fetched whole and is not kept would only be in the way, and so is anything on a disk that failed.
+        let go_on = fetched.as_ref().is_err_and(|failure| failure.class != FailureClass::Runtime);
         let landed = match fetched {
             Ok(Fetched::Unchanged) => known.ok_or_else(|| bad("the source says unchanged of what was not known")),
-            Ok(Fetched::Files { tag, files }) => {
-                let manifest = Manifest::new(key, redacted(&uri.address), tag, files, self.limits)?;
-                match &uri.pinned {
-                    Some(pinned) if manifest.digest() != Some(pinned) => Err(bad(format!(
-                        "{} is not what was pinned: its digest is {}, {pinned} was wanted",
-                        redacted(&uri.address),
-                        manifest.digest().map_or("that of a folder", String::as_str),
-                    ))),
-                    _ => self.store(manifest, into.clone()).await,
-                }
-            }
+            Ok(Fetched::Files { tag, files }) => self.take_in(key, &uri, tag, files, folders.files.clone()).await,
             Err(failure) => Err(failure),
         };
         if landed.is_ok() {
@@ -258,23 +344,76 @@ impl Artifacts {
                 shared.agent.fetch(self.clock.now().since(began));
             }
         }
-        // What a failed fetch left there would only be in the way: no source resumes.
-        if let Err(error) = disk::run(self.blocking, move || disk::remove(&into)).await {
-            tracing::warn!(%error, "a staging folder can't be removed");
+        if go_on {
+            let measured = folders.clone();
+            let bytes = disk::run(self.blocking, move || measured.bytes()).await;
+            left.keep(bytes);
+        } else {
+            self.clear(folders).await;
+            left.nothing();
         }
+        self.sweep().await;
         landed
     }
 
-    fn source(&self, uri: &Uri) -> Result<&Arc<dyn ArtifactSource>, Failure> {
-        self.sources.iter().find(|source| source.schemes().contains(&uri.scheme.as_str())).ok_or_else(|| {
+    /// Checks what was fetched and puts it onto the shelf.
+    async fn take_in(
+        &self,
+        key: String,
+        uri: &Uri,
+        tag: Option<String>,
+        files: Vec<FetchedFile>,
+        from: PathBuf,
+    ) -> Result<Arc<Manifest>, Failure> {
+        let manifest = Manifest::new(key, redacted(&uri.address), tag, files, self.limits)?;
+        match &uri.pinned {
+            Some(pinned) if manifest.digest() != Some(pinned) => Err(bad(format!(
+                "{} is not what was pinned: its digest is {}, {pinned} was wanted",
+                redacted(&uri.address),
+                manifest.digest().map_or("that of a folder", String::as_str),
+            ))),
+            _ => self.store(manifest, from).await,
+        }
+    }
+
+    /// What fetches `uri`.
+    fn source(&self, uri: &Uri, storage: Option<&Storage>) -> Result<&Arc<dyn ArtifactSource>, Failure> {
+        let by = |scheme: &str| self.sources.iter().find(|source| source.schemes().contains(&scheme));
+        let known = if uri.remote.is_some() { None } else { by(&uri.scheme) };
+        let inline = matches!(storage, Some(Storage::RcloneConfig(_)));
+        let through = match uri.through(known.is_some(), inline, self.rclone)? {
+            Through::Agent => known,
+            Through::Rclone => by(rclone::SCHEME),
+        };
+        through.ok_or_else(|| {
             let known: Vec<String> = self
                 .sources
                 .iter()
                 .flat_map(|source| source.schemes())
+                .filter(|scheme| **scheme != rclone::SCHEME)
                 .map(|scheme| if scheme.is_empty() { "plain paths".to_owned() } else { format!("{scheme}://") })
                 .collect();
-            bad(format!("nothing here fetches {}; this agent knows {}", redacted(&uri.address), known.join(", ")))
+            let more = "; with agent.rclone = \"fallback\" it knows what rclone knows";
+            let more = if self.rclone == RcloneUse::Never { more } else { "" };
+            bad(format!("nothing here fetches {}; this agent knows {}{more}", redacted(&uri.address), known.join(", ")))
         })
+    }
+
+    /// The credentials that the model names. What lies in the agent's own file system needs none.
+    async fn credentials(&self, uri: &Uri, storage: Option<Storage>) -> Result<Option<Credentials>, Failure> {
+        if uri.remote.is_none() && matches!(uri.scheme.as_str(), "" | "file") {
+            return Ok(None);
+        }
+        match storage {
+            None => Ok(None),
+            Some(Storage::SecretName(name)) => {
+                let secrets = self.secrets.clone();
+                disk::run(self.blocking, move || secrets.find(&name)).await.map(Some)
+            }
+            Some(Storage::RcloneConfig(text)) => {
+                secrets::parse(rclone::INLINE, vec![(String::new(), Secret::new(text))]).map(Some)
+            }
+        }
     }
 
     /// Puts fetched files onto the shelf, and makes room for them.
@@ -327,6 +466,34 @@ impl Artifacts {
         let (root, to) = (self.root.clone(), to.to_owned());
         disk::run(self.blocking, move || shelf::lay_out(&root, &manifest, &layout, &to)).await?;
         Ok(instances)
+    }
+}
+
+/// Says in the end that a download left its folders behind, also when it was given up.
+struct Left {
+    artifacts: Arc<Artifacts>,
+    key: String,
+}
+
+impl Left {
+    fn keep(self, bytes: u64) {
+        let now = self.artifacts.clock.now();
+        self.artifacts.idle().add(self.key.clone(), bytes, now);
+        self.nothing();
+    }
+
+    fn nothing(mut self) {
+        self.key.clear();
+    }
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        if !self.key.is_empty() {
+            let (key, now) = (std::mem::take(&mut self.key), self.artifacts.clock.now());
+            // How much it is, nobody has measured; it counts once it is taken up or its time is over.
+            self.artifacts.idle().add(key, 0, now);
+        }
     }
 }
 

@@ -192,10 +192,9 @@ fn manifest_file(root: &Path, key: &str) -> PathBuf {
     root.join("manifests").join(format!("{key}.json"))
 }
 
-/// Reads the shelves. What no manifest names is removed, and so is what was being written.
+/// Reads the shelves. What no manifest names is removed.
 pub(super) fn open(root: &Path) -> Result<Shelf, DiskError> {
     let error = |error: io::Error| DiskError { path: root.display().to_string(), problem: error.to_string() };
-    disk::remove(&root.join("staging")).map_err(error)?;
     let (manifests, blobs) = (root.join("manifests"), root.join("blobs"));
     fs::create_dir_all(&manifests).map_err(error)?;
     fs::create_dir_all(&blobs).map_err(error)?;

@@ -3,7 +3,10 @@
 //! The rule of this module: no part of a URI becomes a path before it was looked at, and no credentials in a
 //! URI reach a message.
 
-use crate::domain::copy::{Failure, FailureClass};
+use crate::{
+    agent::options::RcloneUse,
+    domain::copy::{Failure, FailureClass},
+};
 
 /// A failure of class `artifact`.
 pub(super) fn bad(message: impl Into<String>) -> Failure {
@@ -13,8 +16,10 @@ pub(super) fn bad(message: impl Into<String>) -> Failure {
 /// An artifact's URI, taken apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Uri {
-    /// In lower case; empty for a plain path.
+    /// In lower case; empty for a plain path and for a remote.
     pub(crate) scheme: String,
+    /// The remote of `REMOTE:PATH`, as rclone has it.
+    pub(crate) remote: Option<String>,
     /// Without the fragment.
     pub(crate) address: String,
     /// The SHA-256 digest that the one file must have, in lower-case hex.
@@ -53,7 +58,48 @@ impl Uri {
         if path.split(['/', '\\']).any(|part| decode(part).as_deref() == Some("..")) {
             return Err(bad(format!("the storage URI {} has a '..' in it; give the path itself", redacted(text))));
         }
-        Ok(Self { scheme, address: address.to_owned(), pinned })
+        let remote = remote(address).filter(|_| scheme.is_empty()).map(ToOwned::to_owned);
+        Ok(Self { scheme, remote, address: address.to_owned(), pinned })
+    }
+}
+
+/// The name in front of the first colon, if it can be a remote's. One letter alone is another system's disk.
+fn remote(address: &str) -> Option<&str> {
+    let (name, rest) = address.split_once(':')?;
+    let sound = |c: char| c.is_ascii_alphanumeric() || "_.+@- ".contains(c);
+    let begins = name.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_');
+    (name.len() > 1 && begins && name.chars().all(sound) && !rest.starts_with("//")).then_some(name)
+}
+
+/// What an artifact is fetched through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Through {
+    /// The agent itself, by this scheme.
+    Agent,
+    /// rclone.
+    Rclone,
+}
+
+impl Uri {
+    /// What fetches it. `known` says whether the agent itself reads its scheme, `inline` whether the model brings
+    /// an rclone configuration.
+    ///
+    /// # Errors
+    /// When only rclone could, and it may not.
+    pub(super) fn through(&self, known: bool, inline: bool, rclone: RcloneUse) -> Result<Through, Failure> {
+        let here = self.remote.is_none() && matches!(self.scheme.as_str(), "" | "file");
+        let own = here || matches!(self.scheme.as_str(), "http" | "https" | "hf");
+        let wanted = inline && !here || self.remote.is_some() || !known;
+        match rclone {
+            RcloneUse::Always if wanted || !own => Ok(Through::Rclone),
+            RcloneUse::Fallback if wanted => Ok(Through::Rclone),
+            RcloneUse::Never if inline && !here => Err(bad(format!(
+                "the model brings an rclone configuration for {}, and this agent's agent.rclone is never; name a secret \
+                 instead, or let it be fallback",
+                redacted(&self.address)
+            ))),
+            RcloneUse::Always | RcloneUse::Fallback | RcloneUse::Never => Ok(Through::Agent),
+        }
     }
 }
 
@@ -92,7 +138,9 @@ pub(crate) fn redacted(uri: &str) -> String {
         Some((scheme, rest)) => {
             let rest = rest.split(['?', '#']).next().unwrap_or_default();
             let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-            let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+            // A user and a password; for some, what a part of the store is called.
+            let named = matches!(scheme, "hf" | "abfs" | "abfss" | "wasb" | "wasbs");
+            let host = host.rsplit_once('@').filter(|_| !named).map_or(host, |(_, host)| host);
             format!("{scheme}://{host}{path}")
         }
     };
@@ -112,6 +160,10 @@ mod tests {
         assert_eq!((uri("/a/b").scheme.as_str(), uri("/a/b").address.as_str()), ("", "/a/b"));
         assert_eq!(uri("file:///a").scheme, "file");
         assert_eq!(uri("GS://bucket/a").scheme, "gs");
+        assert_eq!(uri("dropbox:models/a").remote.as_deref(), Some("dropbox"));
+        for path in ["/a:b", "s3://a:b", "a/b:c", "c:\\models", ":sftp,ssh=x:/y", "a,b:c"] {
+            assert_eq!(uri(path).remote, None, "{path}");
+        }
         let digest = "AB".repeat(32);
         let pinned = uri(&format!("https://h/m.onnx#sha256={digest}"));
         assert_eq!(pinned.address, "https://h/m.onnx");
@@ -131,6 +183,26 @@ mod tests {
         for name in ["", ".", "..", "a/b", "a\\b", "\0", &"x".repeat(256)] {
             assert!(file_name(name).is_none(), "{name:?}");
         }
+    }
+
+    #[test]
+    fn rclone_fetches_what_it_is_told_to() {
+        let through =
+            |text: &str, known, inline, rclone| Uri::parse(text).expect("valid").through(known, inline, rclone);
+        let (always, fallback, never) = (RcloneUse::Always, RcloneUse::Fallback, RcloneUse::Never);
+        for (uri, known, inline, wanted) in [
+            ("/a", true, false, [false, false, false]),
+            ("https://h/a", true, false, [false, false, false]),
+            ("s3://b/a", true, false, [true, false, false]),
+            ("dropbox:a", false, false, [true, true, false]),
+            ("minio://b/a", false, false, [true, true, false]),
+        ] {
+            let got =
+                [always, fallback, never].map(|rclone| through(uri, known, inline, rclone) == Ok(Through::Rclone));
+            assert_eq!(got, wanted, "{uri}");
+        }
+        assert_eq!(through("gs://b/a", true, true, fallback), Ok(Through::Rclone));
+        assert!(through("gs://b/a", true, true, never).is_err());
     }
 
     #[test]

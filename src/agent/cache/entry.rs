@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwapOption;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -21,9 +22,10 @@ use crate::{
     agent::{artifacts::Artifact, cache::pressure::Pressure},
     domain::{
         copy::{Failure, Progress, Report, Residency},
-        memory::Resources,
+        memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
+        size::{Size, SizeKey},
         spec::ModelSpec,
         time::Instant,
         version::{Generation, served_name},
@@ -108,6 +110,13 @@ pub(crate) struct Fate {
     pub(crate) failure: Option<Failure>,
 }
 
+/// What a copy is taken for.
+#[derive(Debug)]
+struct Weight {
+    size: Size,
+    measured: bool,
+}
+
 /// One copy that the agent was ordered to hold.
 pub(crate) struct Entry {
     pub(crate) model: ModelName,
@@ -115,6 +124,10 @@ pub(crate) struct Entry {
     pub(crate) spec: Arc<ModelSpec>,
     /// What the scheduler counts it for.
     ordered: Resources,
+    /// Whether that was measured, so that it is of all instances together.
+    ordered_measured: bool,
+    /// What it was found to take.
+    weight: ArcSwapOption<Weight>,
     /// How often the inference server holds it in memory, once that is known.
     instances: AtomicU32,
     pub(crate) attempt: u32,
@@ -123,7 +136,10 @@ pub(crate) struct Entry {
     word: AtomicU64,
     last_used: AtomicU64,
     reload_began: AtomicU64,
+    resident_since: AtomicU64,
     verified: AtomicU64,
+    /// When the inference server last broke a request of it off.
+    broke_off: AtomicU64,
     /// Requests that wait for it to come back.
     pub(crate) waiting: AtomicU32,
     /// The phase, or the number of holds of a draining copy, changed.
@@ -187,7 +203,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Entry {
     pub(crate) fn new(
         (model, generation): (ModelName, Generation),
-        (spec, need, attempt): (Arc<ModelSpec>, Resources, u32),
+        (spec, need, attempt, ordered_measured): (Arc<ModelSpec>, Resources, u32, bool),
         pressure: Arc<Pressure>,
         clock: Arc<dyn Clock>,
     ) -> Self {
@@ -197,12 +213,16 @@ impl Entry {
             generation,
             spec,
             ordered: need,
+            ordered_measured,
+            weight: ArcSwapOption::empty(),
             instances: AtomicU32::new(1),
             attempt,
             word: AtomicU64::new(Phase::Preparing.with(0)),
             last_used: AtomicU64::new(clock.now().as_micros()),
             reload_began: AtomicU64::new(0),
+            resident_since: AtomicU64::new(0),
             verified: AtomicU64::new(0),
+            broke_off: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
             changed: Notify::new(),
             stop: CancellationToken::new(),
@@ -217,11 +237,46 @@ impl Entry {
         }
     }
 
-    /// Memory that it takes: what the scheduler counts it for, as often as the inference server holds it, unless the
-    /// scheduler knew of that.
+    /// Memory that it takes. What was measured of it, or what is declared if that is more. Until there is a measurement,
+    /// a guess where nothing is declared; else what the scheduler counts it for, as often as the inference server holds
+    /// it, unless the scheduler knew of that.
     pub(crate) fn need(&self) -> Resources {
-        let instances = if self.spec.runtime.is_some() { 1 } else { self.instances.load(SeqCst).max(1) };
-        self.ordered.times(instances)
+        let declared = self.spec.memory.is_some_and(|bytes| bytes != Bytes::ZERO);
+        match self.weight.load().as_deref() {
+            Some(Weight { size, measured: true }) if declared => self.expected().max(&size.bytes),
+            Some(Weight { size, measured: true }) => size.bytes.clone(),
+            Some(Weight { size, measured: false }) if !declared && !self.ordered_measured => size.bytes.clone(),
+            Some(Weight { measured: false, .. }) | None => self.expected(),
+        }
+    }
+
+    fn expected(&self) -> Resources {
+        match (&self.spec.runtime, self.instances.load(SeqCst)) {
+            (None, instances @ 2..) if !self.ordered_measured => self.ordered.times(instances),
+            (Some(_) | None, _) => self.ordered.clone(),
+        }
+    }
+
+    /// It is of this size. A measurement stays over any guess.
+    pub(crate) fn weighed(&self, size: Size, measured: bool) {
+        if measured || self.size().is_none() {
+            self.weight.store(Some(Arc::new(Weight { size, measured })));
+        }
+    }
+
+    /// What was measured of it.
+    pub(crate) fn size(&self) -> Option<Size> {
+        self.weight.load().as_deref().filter(|weight| weight.measured).map(|weight| weight.size.clone())
+    }
+
+    /// What would be measured of it, if it was not yet.
+    pub(crate) fn unweighed(&self) -> Option<SizeKey> {
+        self.weight.load().as_deref().filter(|weight| !weight.measured).map(|weight| weight.size.key.clone())
+    }
+
+    /// Whether neither this agent nor the scheduler knows what it takes.
+    pub(crate) fn is_unweighed(&self) -> bool {
+        !self.ordered_measured && self.unweighed().is_some()
     }
 
     /// How often the inference server holds it in memory. To be told before it has room in the ledger.
@@ -245,6 +300,15 @@ impl Entry {
 
     pub(crate) fn last_used(&self) -> Instant {
         Instant::from_micros(self.last_used.load(SeqCst))
+    }
+
+    /// Since when it is in memory.
+    pub(crate) fn resident_since(&self) -> Instant {
+        Instant::from_micros(self.resident_since.load(SeqCst))
+    }
+
+    pub(crate) fn now(&self) -> Instant {
+        self.clock.now()
     }
 
     fn touch(&self) {
@@ -287,6 +351,9 @@ impl Entry {
         while Phase::of(word) == from {
             match self.word.compare_exchange_weak(word, to.with(holds_of(word)), SeqCst, SeqCst) {
                 Ok(_) => {
+                    if to == Phase::Resident && from != Phase::Evicting {
+                        self.resident_since.store(self.clock.now().as_micros(), SeqCst);
+                    }
                     if to == Phase::Reloading {
                         self.reload_began.store(self.clock.now().as_micros(), SeqCst);
                     }
@@ -348,6 +415,17 @@ impl Entry {
         self.clock.now().since(Instant::from_micros(self.reload_began.load(SeqCst)))
     }
 
+    /// The inference server broke a request of it off.
+    pub(crate) fn broke_off(&self) {
+        self.broke_off.fetch_max(self.clock.now().as_micros(), SeqCst);
+    }
+
+    /// Whether it did so within the time before `now`.
+    pub(crate) fn broke_off_since(&self, now: Instant, within: Duration) -> bool {
+        let at = self.broke_off.load(SeqCst);
+        at > 0 && now.since(Instant::from_micros(at)) <= within
+    }
+
     /// Whether it is time to ask the inference server whether it still has the copy; true at most once a second.
     pub(crate) fn verification_due(&self) -> bool {
         const PAUSE: u64 = 1_000_000;
@@ -379,12 +457,14 @@ impl Entry {
 
     /// What there is to say of it now.
     pub(crate) fn report(&self) -> Report {
-        let available = |residency| Report::Available { residency, measured: None };
+        let available = |residency| Report::Available { residency, measured: self.size().map(Box::new) };
         match self.snapshot() {
             (Phase::Preparing, _) => match *lock(&self.stage) {
                 Stage::Scheduled => Report::Scheduled,
                 Stage::Downloading(progress) => Report::Downloading(progress),
-                Stage::Loading => Report::Loading,
+                Stage::Loading => Report::Loading {
+                    estimate: self.weight.load().as_deref().map(|weight| Box::new(weight.size.clone())),
+                },
             },
             (Phase::Resident, _) => available(Residency::Resident),
             (Phase::Evicting, _) => available(Residency::Evicting),
@@ -403,6 +483,7 @@ impl Entry {
             spec: Arc::clone(&self.spec),
             need: self.ordered.clone(),
             attempt: self.attempt,
+            measured: self.ordered_measured,
         }
     }
 }
@@ -411,10 +492,7 @@ impl Entry {
 pub(crate) mod tests {
     use super::*;
     use crate::{
-        domain::{
-            memory::Bytes,
-            version::{Uid, Version},
-        },
+        domain::version::{Uid, Version},
         ports::SystemClock,
     };
 
@@ -424,7 +502,7 @@ pub(crate) mod tests {
                 ModelName::new(&format!("m{uid}")).expect("valid"),
                 Generation { uid: Uid(uid), version: Version(1), number: 1 },
             ),
-            (Arc::new(ModelSpec::default()), Resources::primary(Bytes(size)), 0),
+            (Arc::new(ModelSpec::default()), Resources::primary(Bytes(size)), 0, false),
             Arc::clone(pressure),
             Arc::new(SystemClock::starting_at(Instant::from_micros(1))),
         ))

@@ -6,12 +6,13 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use super::{Entry, Phase, Pressure};
 use crate::domain::{
-    memory::Resources,
-    residency::{Decision, Occupant, Standing, decide, excess},
+    memory::{Bytes, Resources},
+    residency::{Decision, Eviction, Occupant, Rules, Standing, decide, excess},
     version::Generation,
 };
 
@@ -26,6 +27,10 @@ pub(crate) struct Ledger {
 #[derive(Debug)]
 struct Room {
     capacity: Resources,
+    /// Memory of the server that no copy accounts for.
+    leaked: Bytes,
+    /// How it is decided who leaves; without the time.
+    rules: Rules,
     seats: BTreeMap<Generation, Seat>,
 }
 
@@ -72,7 +77,10 @@ pub(crate) enum Settled {
 
 impl Ledger {
     pub(crate) fn new(capacity: Resources) -> Self {
-        Self { room: Mutex::new(Room { capacity, seats: BTreeMap::new() }), pressure: Arc::default() }
+        Self {
+            room: Mutex::new(Room { capacity, leaked: Bytes::ZERO, rules: Rules::default(), seats: BTreeMap::new() }),
+            pressure: Arc::default(),
+        }
     }
 
     pub(crate) const fn pressure(&self) -> &Arc<Pressure> {
@@ -90,6 +98,23 @@ impl Ledger {
         self.pressure.eased();
     }
 
+    /// So much of the memory is taken by nothing that is known of.
+    pub(crate) fn set_leaked(&self, leaked: Bytes) {
+        self.lock().leaked = leaked;
+        self.pressure.eased();
+    }
+
+    /// From now on it is decided so who leaves.
+    pub(crate) fn set_rules(&self, eviction: Eviction, least_residency: Duration) {
+        let mut room = self.lock();
+        room.rules = Rules { eviction, least_residency, ..room.rules };
+    }
+
+    /// How long a copy stays at least: a wish that waits for one to have stayed asks again after that.
+    pub(crate) fn least_residency(&self) -> Duration {
+        self.lock().rules.least_residency
+    }
+
     fn lock(&self) -> MutexGuard<'_, Room> {
         self.room.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -103,6 +128,7 @@ impl Ledger {
     pub(crate) fn admit(&self, entry: &Arc<Entry>, evict: bool) -> Admission {
         let mut room = self.lock();
         let limit = room.limit_for(entry);
+        let rules = Rules { now: entry.now(), ..room.rules };
         let seats = &mut room.seats;
         if seats.contains_key(&entry.generation) {
             // It never left, or is still leaving.
@@ -110,7 +136,7 @@ impl Ledger {
         }
         loop {
             let occupants: Vec<_> = seats.values().map(occupant).collect();
-            let victims = match decide(&occupants, &limit, &entry.need()) {
+            let victims = match decide(&occupants, &limit, &entry.need(), rules) {
                 Decision::Fits => {
                     seats.insert(entry.generation, Seat { entry: Arc::clone(entry), kind: Kind::Taken });
                     return Admission::Seated;
@@ -178,9 +204,10 @@ impl Ledger {
     /// loading or leaving is asked about again.
     pub(crate) fn shed(&self) -> Option<Vec<Arc<Entry>>> {
         let mut room = self.lock();
-        let Room { capacity, seats } = &mut *room;
+        let Room { capacity, rules, seats, .. } = &mut *room;
+        let now = seats.values().next().map(|seat| seat.entry.now()).unwrap_or_default();
         let occupants: Vec<_> = seats.values().map(occupant).collect();
-        let victims = excess(&occupants, capacity)?;
+        let victims = excess(&occupants, capacity, Rules { now, ..*rules })?;
         // One that a request has just taken hold of does not keep the others.
         Some(victims.iter().filter_map(|victim| claim(seats, &[*victim])).flatten().collect())
     }
@@ -210,13 +237,21 @@ impl Ledger {
 }
 
 impl Room {
+    /// The memory without what has leaked.
+    fn left(&self) -> Resources {
+        let mut left = self.capacity.clone();
+        left.primary = left.primary.saturating_sub(self.leaked);
+        left
+    }
+
     /// What may be in memory once `entry` is. A copy that answered before comes back, alone if need be, when the memory
     /// has become smaller than the copy: until it is somewhere else, a request for it must not fail.
     fn limit_for(&self, entry: &Entry) -> Resources {
         match entry.phase() {
-            Phase::Reloading => self.capacity.max(&entry.need()),
+            Phase::Reloading => self.left().max(&entry.need()),
             Phase::Preparing | Phase::Resident | Phase::Evicting | Phase::Evicted | Phase::Draining | Phase::Gone => {
-                self.capacity.clone()
+                // What has leaked keeps no copy out that the memory is large enough for: it gets in alone.
+                self.left().max(&entry.need()).min(&self.capacity)
             }
         }
     }
@@ -260,16 +295,21 @@ fn occupant(seat: &Seat) -> Occupant {
         (Kind::Taken | Kind::Promised, _) => Standing::Entering,
     };
     let bytes = seat.entry.need();
-    Occupant { copy: seat.entry.generation, bytes, last_used: seat.entry.last_used(), holds, standing }
+    Occupant {
+        copy: seat.entry.generation,
+        bytes,
+        last_used: seat.entry.last_used(),
+        holds,
+        standing,
+        since: seat.entry.resident_since(),
+        reload: seat.entry.loads.average().unwrap_or_default(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        agent::cache::{Acquired, entry::tests::entry},
-        domain::memory::Bytes,
-    };
+    use crate::agent::cache::{Acquired, entry::tests::entry};
 
     fn ledger(capacity: u64) -> Ledger {
         Ledger::new(Resources::primary(Bytes(capacity)))
@@ -323,6 +363,19 @@ mod tests {
         drop(hold);
         assert!(matches!(ledger.admit(&second, false), Admission::Wait));
         assert!(matches!(ledger.admit(&second, true), Admission::Promised(_)));
+    }
+
+    #[test]
+    fn what_has_leaked_is_room_that_is_not_there_and_keeps_no_copy_out() {
+        let ledger = ledger(10);
+        let first = seated(&ledger, 1, 4);
+        ledger.set_leaked(Bytes(3));
+        let second = entry(2, 4, ledger.pressure());
+        assert!(matches!(ledger.admit(&second, true), Admission::Promised(_)), "4 and 4 and 3 are more than 10");
+        ledger.left(first.generation);
+        assert_eq!(ledger.settle(&second), Settled::Seated);
+        ledger.left(second.generation);
+        assert!(matches!(ledger.admit(&entry(3, 9, ledger.pressure()), true), Admission::Seated), "alone it fits");
     }
 
     #[test]

@@ -246,9 +246,9 @@ impl<K: Clone + Eq + Hash> Shards<K> {
 /// The parts of a [`Order::Register`] that make an entry.
 pub(crate) fn entry_of(order: Order, ledger: &Ledger, clock: Arc<dyn crate::ports::Clock>) -> Option<Arc<Entry>> {
     match order {
-        Order::Register { model, generation, spec, need, attempt } => {
+        Order::Register { model, generation, spec, need, attempt, measured } => {
             let pressure = Arc::clone(ledger.pressure());
-            Some(Arc::new(Entry::new((model, generation), (spec, need, attempt), pressure, clock)))
+            Some(Arc::new(Entry::new((model, generation), (spec, need, attempt, measured), pressure, clock)))
         }
         Order::Unregister { .. } => None,
     }

@@ -58,6 +58,11 @@ impl http_body::Body for HeldBody {
         let polled = Pin::new(&mut this.body).poll_frame(cx);
         match &polled {
             Poll::Ready(Some(Ok(_))) if !this.body.is_end_stream() => {}
+            Poll::Ready(Some(Err(_))) => {
+                if let Some(hold) = this.hold.take() {
+                    hold.entry().broke_off();
+                }
+            }
             Poll::Ready(_) => this.hold = None,
             Poll::Pending => {}
         }

@@ -22,7 +22,9 @@ use super::{
 };
 use crate::{
     domain::version::{Generation, Version},
-    forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY, Request, Response, Upstream, UpstreamError, rename},
+    forward::{
+        Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY, Request, Response, Served, Upstream, UpstreamError, rename,
+    },
     telemetry::{
         metrics::{Code, Protocol},
         trace::request_span,
@@ -75,6 +77,11 @@ impl Door {
             Target::Server => return self.pass(dialect, request).await,
             Target::Refused(kind, message) => return answer(dialect, kind, message, [started_not()]),
         };
+        if entry.is_some()
+            && let Some((why, seconds)) = self.0.down()
+        {
+            return later(dialect, Kind::ENDED, &format!("the inference server {why}"), seconds);
+        }
         let (hold, residency) = match entry.as_ref().map(Entry::acquire) {
             Some(Acquired::Ready(hold)) => (hold, "resident"),
             Some(Acquired::Waiting(hold)) => match self.0.bring_back(hold).await {
@@ -85,7 +92,12 @@ impl Door {
             Some(Acquired::NotHere) | None => return self.not_here(dialect, entry.as_deref(), newest),
         };
         match rename(request, &hold.entry().served) {
-            Ok(request) => self.forward(dialect, request, hold, residency).await,
+            Ok(mut request) => {
+                if self.0.is_many() {
+                    request.extensions_mut().insert(Served(hold.entry().served.as_str().into()));
+                }
+                self.forward(dialect, request, hold, residency).await
+            }
             Err(error) => answer(dialect, Kind::INVALID, &error.to_string(), [started_not()]),
         }
     }
@@ -174,6 +186,9 @@ impl Door {
                 Response::from_parts(head, Body::new(HeldBody::new(body, hold, dialect)))
             }
             Ok(Err(error)) => {
+                if error.started {
+                    entry.broke_off();
+                }
                 core.suspect(&entry);
                 self.failed(dialect, &error)
             }
@@ -221,11 +236,17 @@ impl Door {
 }
 
 fn busy(dialect: Dialect, seconds: u64) -> Response {
+    let message = format!("the copy is being brought back to memory; try again in {seconds} s");
+    later(dialect, Kind::BUSY, &message, seconds)
+}
+
+/// Nothing has begun, and another try makes sense in so many seconds.
+fn later(dialect: Dialect, kind: Kind, message: &str, seconds: u64) -> Response {
     let mut headers = vec![(RETRY_AFTER, HeaderValue::from(seconds)), started_not()];
     if dialect == Dialect::Grpc {
         headers.push((PUSHBACK, HeaderValue::from(seconds.saturating_mul(1000))));
     }
-    answer(dialect, Kind::BUSY, &format!("the copy is being brought back to memory; try again in {seconds} s"), headers)
+    answer(dialect, kind, message, headers)
 }
 
 /// Whether an answer says that the inference server does not know the model.

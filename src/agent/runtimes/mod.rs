@@ -146,10 +146,19 @@ pub fn adapter(kind: Option<Kind>, server: Arc<dyn Upstream>, workers: u32) -> A
 
 fn known(kind: Kind, repository: Repository, workers: u32) -> Arc<dyn Runtime> {
     match kind {
-        Kind::Builtin | Kind::Oip => Arc::new(Oip::new(kind, repository)),
+        // One that is a process for each model is no adapter for a server: `agent::process` has it.
+        Kind::Builtin | Kind::Oip | Kind::Process => Arc::new(Oip::new(kind, repository)),
         Kind::MlServer => Arc::new(MlServer::new(repository, workers)),
         Kind::Triton => Arc::new(Triton::new(repository)),
     }
+}
+
+/// A folder that holds the artifact as it is.
+///
+/// # Errors
+/// When the artifact has no such version as is wanted.
+pub(super) fn plain(artifact: &Listing, wanted: &Wanted<'_>) -> Result<Layout, Failure> {
+    select::plain(artifact.paths(), wanted.spec.artifact_version).map(Layout::of)
 }
 
 /// A failure of class `artifact`.

@@ -2,13 +2,30 @@
 //! and servers that nothing more is known of. A copy's folder is the artifact as it is.
 
 use futures::{FutureExt as _, future::BoxFuture};
+use http::Method;
+use serde::Deserialize;
 
 use super::{
     Indexed, Kind, Layout, Listing, Runtime, Wanted,
     repository::{Repository, Row, load_failure},
     select,
 };
-use crate::domain::{copy::Failure, memory::Resources};
+use crate::domain::{
+    copy::Failure,
+    memory::{Bytes, Resources},
+};
+
+/// What of a model's metadata says how much memory it takes.
+#[derive(Deserialize)]
+struct Metadata {
+    #[serde(default)]
+    parameters: Parameters,
+}
+
+#[derive(Default, Deserialize)]
+struct Parameters {
+    memory_bytes: Option<u64>,
+}
 
 /// The adapter.
 #[derive(Debug)]
@@ -69,8 +86,17 @@ impl Runtime for Oip {
         async move { Ok(indexed(self.repository.rows().await?)) }.boxed()
     }
 
-    fn memory<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Option<Resources>, Failure>> {
-        async { Ok(None) }.boxed()
+    /// The built-in runtime says it with a model's metadata; the protocol has no word for it.
+    fn memory<'a>(&'a self, served: &'a str) -> BoxFuture<'a, Result<Option<Resources>, Failure>> {
+        async move {
+            if self.kind != Kind::Builtin {
+                return Ok(None);
+            }
+            let answer = self.repository.ask(Method::GET, format!("/v2/models/{served}"), "").await?;
+            let said = serde_json::from_slice::<Metadata>(&answer.body).ok().filter(|_| answer.status.is_success());
+            Ok(said.and_then(|said| said.parameters.memory_bytes).map(|bytes| Resources::primary(Bytes(bytes))))
+        }
+        .boxed()
     }
 
     fn loads_block(&self) -> bool {

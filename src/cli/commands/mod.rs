@@ -55,9 +55,12 @@ pub(super) async fn run(command: Command, context: &Context, stdin: Box<dyn Read
             Ok(())
         }
         // Roles never come here: they own the process, and are started above.
-        Command::Up(_) | Command::Scheduler(_) | Command::Agent(_) | Command::Gateway(_) | Command::Demo { .. } => {
-            Ok(())
-        }
+        Command::Up(_)
+        | Command::Scheduler(_)
+        | Command::Agent(_)
+        | Command::Gateway(_)
+        | Command::Demo { .. }
+        | Command::Shim(_) => Ok(()),
     }
 }
 

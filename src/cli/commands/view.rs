@@ -137,10 +137,13 @@ pub(super) fn model(context: &Context, view: &ModelView) -> Vec<String> {
     if !view.reason.is_empty() {
         lines.push(format!("reason: {}", clean(&view.reason)));
     }
+    lines.extend(view.conditions.iter().map(|condition| format!("condition: {}", clean(condition))));
     if let Some(rollout) = &view.rollout {
         lines.push(format!("rollout: {}", rollout_line(rollout)));
     }
-    let mut table = Table::new(&["version", "state", "copy", "replica", "state", "memory", "since", "reason"]);
+    let mut table = Table::new(&[
+        "version", "state", "copy", "replica", "state", "memory", "declared", "measured", "since", "reason",
+    ]);
     let mut versions: Vec<_> = view.versions.iter().collect();
     versions.sort_by_key(|version| std::cmp::Reverse(version.version));
     for version in versions {
@@ -149,6 +152,8 @@ pub(super) fn model(context: &Context, view: &ModelView) -> Vec<String> {
             table.row([
                 Cell::from(version.version),
                 state(&version.state),
+                nothing(),
+                nothing(),
                 nothing(),
                 nothing(),
                 nothing(),
@@ -167,7 +172,9 @@ pub(super) fn model(context: &Context, view: &ModelView) -> Vec<String> {
                 Cell::from(copy.number),
                 Cell::from(place),
                 Cell::toned(&copy_state(copy), tone(&copy.state)),
-                Cell::from(Bytes(copy.measured.unwrap_or(copy.need))),
+                Cell::from(Bytes(copy.need)),
+                bytes_or(copy.declared),
+                bytes_or(copy.measured),
                 age(context, copy.since),
                 Cell::from(reason),
             ]);
@@ -176,6 +183,10 @@ pub(super) fn model(context: &Context, view: &ModelView) -> Vec<String> {
     lines.push(String::new());
     lines.extend(table.lines(output));
     lines
+}
+
+fn bytes_or(bytes: Option<u64>) -> Cell {
+    Cell::from(bytes.map_or_else(|| "-".to_owned(), |bytes| Bytes(bytes).to_string()))
 }
 
 /// A copy's state, with how far it is or where its bytes are.

@@ -59,7 +59,7 @@ pub fn step(copy: &mut Copy, event: Event, now: Instant) -> Result<Vec<Effect>, 
             Event::Reported(
                 Report::Scheduled
                 | Report::Downloading(_)
-                | Report::Loading
+                | Report::Loading { .. }
                 | Report::Available { .. }
                 | Report::Draining { .. }
                 | Report::Failed { freed: false, .. },
@@ -128,7 +128,7 @@ fn held(copy: &mut Copy, state: State, event: Event) -> Option<(State, Vec<Effec
             }
             Report::Scheduled
             | Report::Downloading(_)
-            | Report::Loading
+            | Report::Loading { .. }
             | Report::Available { .. }
             | Report::Draining { .. }
             | Report::Failed { freed: false, .. } => {
@@ -151,7 +151,7 @@ fn unavailable(copy: &mut Copy, on: ReplicaId, report: Report) -> (State, Vec<Ef
     let mut effects = if std::mem::take(&mut copy.routed) { vec![Effect::Save, Effect::Route] } else { vec![] };
     let state = match report {
         Report::Downloading(progress) => State::Downloading { on, progress },
-        Report::Loading => State::Loading { on },
+        Report::Loading { .. } => State::Loading { on },
         Report::Failed { failure, freed: false } => {
             copy.avoid.push(on.clone());
             State::Failed { on: Some(on), failure }
@@ -189,7 +189,7 @@ fn failed(copy: &mut Copy, on: Option<ReplicaId>, failure: Failure, event: Event
             Event::Reported(
                 Report::Scheduled
                 | Report::Downloading(_)
-                | Report::Loading
+                | Report::Loading { .. }
                 | Report::Draining { .. }
                 | Report::Failed { freed: false, .. },
             )
@@ -319,7 +319,7 @@ mod tests {
             "Unplaced" => Event::Unplaced { reason: Unplaced::default() },
             "Reported(Scheduled)" => reported(Report::Scheduled),
             "Reported(Downloading)" => reported(Report::Downloading(Progress { done: 1, total: None })),
-            "Reported(Loading)" => reported(Report::Loading),
+            "Reported(Loading)" => reported(Report::Loading { estimate: None }),
             "Reported(Available)" => reported(Report::Available { residency: Residency::Evicted, measured: None }),
             "Reported(Draining)" => reported(Report::Draining { holds: 1 }),
             "Reported(Unloaded)" => reported(Report::Unloaded),

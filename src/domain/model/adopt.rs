@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use serde_json::json;
 
-use super::{Decision, Effect, Entry, Model};
+use super::{Decision, Effect, Entry, Model, Policy};
 use crate::domain::{
     copy::{self, Copy, Report, State},
     history,
@@ -43,7 +43,7 @@ impl Found {
     pub fn of(on: &ReplicaId, order: &Order, report: &Report) -> Option<(ModelName, Self)> {
         let Order::Register { model, generation, spec, need, .. } = order else { return None };
         match report {
-            Report::Scheduled | Report::Downloading(_) | Report::Loading | Report::Available { .. } => {}
+            Report::Scheduled | Report::Downloading(_) | Report::Loading { .. } | Report::Available { .. } => {}
             Report::Draining { .. } | Report::Unloaded | Report::Failed { .. } => return None,
         }
         let (spec, need, report) = (Arc::clone(spec), need.clone(), report.clone());
@@ -52,7 +52,7 @@ impl Found {
 }
 
 impl Model {
-    pub(super) fn adopt(&mut self, found: Found, now: Instant, decision: &mut Decision) {
+    pub(super) fn adopt(&mut self, found: Found, policy: &Policy, now: Instant, decision: &mut Decision) {
         let generation = found.generation;
         if self.is_born() {
             if generation.uid > self.uid {
@@ -61,7 +61,7 @@ impl Model {
                 decision.writes.extend(over.map(|entry| Write::RemoveVersion(self.name.clone(), entry.version)));
             } else if generation.uid < self.uid || self.deleted.is_some() {
                 // A user has said since what the name is to be.
-                return self.reported(found.on, generation, Some(found.report), now, decision);
+                return self.reported(found.on, generation, Some(found.report), policy, now, decision);
             }
         }
         if !self.makes_way_for(&found, now, decision) {
@@ -71,9 +71,9 @@ impl Model {
         }
         let known = |copy: &Copy| copy.generation == generation && copy.state != State::Unloaded;
         if self.copies.iter().any(known) {
-            return self.reported(found.on, generation, Some(found.report), now, decision);
+            return self.reported(found.on, generation, Some(found.report), policy, now, decision);
         }
-        self.take_up(found, now, decision);
+        self.take_up(found, policy, now, decision);
     }
 
     /// Gives other numbers to what has the found copy's and is something else. False when that can't be, because an
@@ -132,13 +132,15 @@ impl Model {
         let entry = Entry { version: number, ..self.versions.remove(at) };
         self.versions.push(entry);
         decision.writes.push(Write::RemoveVersion(self.name.clone(), version));
+        // What was measured of the number is of what had it.
+        self.keep_sizes(|other| *other != version, decision);
         decision.writes.extend(self.version_row(number));
         let data = json!({ "from": version.0, "to": number.0 });
         let text = format!("version {version} is version {number} from now on: agents hold another by that number");
         decision.note("Renumbered", text, data);
     }
 
-    fn take_up(&mut self, found: Found, now: Instant, decision: &mut Decision) {
+    fn take_up(&mut self, found: Found, policy: &Policy, now: Instant, decision: &mut Decision) {
         let Found { on, generation, spec, need, report } = found;
         let version = generation.version;
         if !self.is_born() {
@@ -191,6 +193,7 @@ impl Model {
         decision.effects.push(Effect::Keep(generation));
         decision.effects.extend(self.register(&self.copies[index]));
         // Whatever it says now has a meaning for a copy that was Unknown.
+        self.weigh(index, &report, policy, decision);
         drop(self.step(index, copy::Event::Reported(report), now, decision));
     }
 

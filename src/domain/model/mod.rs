@@ -7,6 +7,7 @@
 mod adopt;
 mod restore;
 mod retry;
+mod sizes;
 mod state;
 mod submit;
 #[cfg(test)]
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 pub use adopt::Found;
 pub use restore::restore;
 pub use retry::Outlook;
+pub use sizes::{Misdeclared, Sizes};
 pub use state::{ModelState, Reason, Standing, standing};
 pub use submit::{Outcome, Submitted};
 pub use words::{Decision, Effect, Event, Note, Wanted};
@@ -28,11 +30,12 @@ pub use words::{Decision, Effect, Event, Note, Wanted};
 use super::{
     copy::{self, Copy, Effect as CopyEffect, Failure, Illegal, State},
     error::Refusal,
-    memory::{Bytes, Resources},
+    memory::Bytes,
     names::{ModelName, ReplicaId},
     record::Write,
     rollout,
-    spec::{Deployment, KubernetesMeta, ModelSpec, Passthrough, RuntimeInfo},
+    size::Trust,
+    spec::{Deployment, KubernetesMeta, ModelSpec, Passthrough},
     time::Instant,
     version::{Generation, Uid, Version},
 };
@@ -78,6 +81,7 @@ pub struct Model {
     leaving: BTreeSet<ReplicaId>,
     /// Copies that do not fit their replicas any more, and are to move.
     displaced: BTreeSet<Generation>,
+    sizes: Sizes,
 }
 
 /// One version of a model.
@@ -102,6 +106,12 @@ pub struct Entry {
 pub struct Policy {
     /// Need of a model that declares none: never nothing.
     pub default_memory: Bytes,
+    /// What is made of a declared size once another was measured.
+    pub trust: Trust,
+    /// By how much, in percent, the two may differ before users are told.
+    pub memory_warning_percent: u32,
+    /// From which share of a replica's memory on, in percent, a leak is told.
+    pub leak_percent: u32,
     /// Wait before the first retry of a failed copy; doubles with each.
     pub retry_first: Duration,
     /// The longest wait between retries.
@@ -116,6 +126,9 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             default_memory: Bytes(256 << 20),
+            trust: Trust::Larger,
+            memory_warning_percent: 200,
+            leak_percent: 10,
             retry_first: Duration::from_secs(1),
             retry_cap: Duration::from_secs(300),
             rollout_tries: 3,
@@ -152,8 +165,10 @@ impl Model {
                     decision.effects.extend(has.map(|_| Effect::Keep(generation)));
                 }
             }
-            Event::Reported(on, generation, report) => next.reported(on, generation, report, now, &mut decision),
-            Event::Adopt(found) => next.adopt(*found, now, &mut decision),
+            Event::Reported(on, generation, report) => {
+                next.reported(on, generation, report, policy, now, &mut decision)
+            }
+            Event::Adopt(found) => next.adopt(*found, policy, now, &mut decision),
             Event::Replica(replica, event) => {
                 for index in 0..next.copies.len() {
                     if next.copies[index].state.replica() == Some(&replica) {
@@ -268,6 +283,7 @@ impl Model {
         on: ReplicaId,
         generation: Generation,
         report: Option<copy::Report>,
+        policy: &Policy,
         now: Instant,
         decision: &mut Decision,
     ) {
@@ -276,6 +292,9 @@ impl Model {
         match self.copies.iter().position(holds) {
             // What a copy can't take is late or repeated, and means nothing.
             Some(index) => {
+                if let Some(report) = &report {
+                    self.weigh(index, report, policy, decision);
+                }
                 let event = report.map_or(copy::Event::Missing, copy::Event::Reported);
                 let lacks = event == copy::Event::Missing;
                 drop(self.step(index, event, now, decision));
@@ -311,7 +330,7 @@ impl Model {
         let generation = Generation { uid: self.uid, version, number: self.next_number };
         self.next_number = self.next_number.saturating_add(1);
         let Some(entry) = self.entry(version) else { return };
-        let need = need(&entry.spec, policy);
+        let need = self.need(entry, policy);
         let copy = Copy {
             generation,
             state: State::Pending { reason: None },
@@ -364,6 +383,7 @@ impl Model {
             self.versions.retain(|entry| !dropped.contains(&entry.version));
             decision.writes.extend(dropped.into_iter().map(|v| Write::RemoveVersion(self.name.clone(), v)));
         }
+        self.tidy_sizes(decision);
         if self.deleted.is_some() && self.copies.is_empty() && (had_copies || self.deleted == Some(now)) {
             decision.effects.push(Effect::Terminated);
         }
@@ -409,19 +429,9 @@ impl Model {
             spec: Arc::clone(&self.entry(copy.generation.version)?.spec),
             need: copy.need.clone(),
             attempt: copy.attempts,
+            measured: self.measured_version(copy.generation.version).is_some(),
         })
     }
-}
-
-/// Memory that a version needs: what is declared, times the instances that the runtime is known to make.
-fn need(spec: &ModelSpec, policy: &Policy) -> Resources {
-    let declared = spec.memory.filter(|bytes| *bytes != Bytes::ZERO).unwrap_or(policy.default_memory);
-    let instances = match &spec.runtime {
-        Some(RuntimeInfo::MlServer { parallel_workers }) => u64::from((*parallel_workers).max(1)),
-        Some(RuntimeInfo::Triton { cpu }) => u64::from(cpu.first().copied().unwrap_or(1).max(1)),
-        None => 1,
-    };
-    Resources::primary(Bytes(declared.0.saturating_mul(instances)))
 }
 
 /// What a copy's change was decided on.

@@ -60,5 +60,6 @@ pub fn restore(row: ModelRow, versions: Vec<VersionRow>, copies: Vec<CopyRow>, n
         way: None,
         leaving: BTreeSet::new(),
         displaced: BTreeSet::new(),
+        sizes: super::Sizes::default(),
     }
 }

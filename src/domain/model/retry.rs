@@ -129,7 +129,7 @@ mod tests {
         world.placed(2);
         assert_eq!(world.told(Some(40)), (Some(at(42)), None), "as long as other models take");
         world.says(Report::Downloading(Progress::default()), 5);
-        world.says(Report::Loading, 11);
+        world.says(Report::Loading { estimate: None }, 11);
         assert_eq!(world.told(Some(40)), (Some(at(42)), None), "the way began with the order");
         let decision = world.says(AVAILABLE, 22);
         assert!(decision.effects.contains(&Effect::Arrived(Duration::from_secs(20))), "{decision:?}");
@@ -170,7 +170,7 @@ mod tests {
         let mut world = World::new();
         world.placed(0);
         world.take(Event::Replica(on(), copy::Event::AgentLost), 1);
-        world.says(Report::Loading, 50);
+        world.says(Report::Loading { estimate: None }, 50);
         let decision = world.says(AVAILABLE, 51);
         assert!(!decision.effects.iter().any(|effect| matches!(effect, Effect::Arrived(_))), "{decision:?}");
     }

@@ -62,6 +62,7 @@ impl Model {
             raised: None,
             way: None,
             leaving: std::collections::BTreeSet::new(),
+            sizes: super::Sizes::default(),
         }
     }
 

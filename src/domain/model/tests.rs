@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::domain::{
     copy::{Drain, Event as CopyEvent, FailureClass, Report, Residency},
+    memory::Resources,
     names::ServerName,
     placement::{Capabilities, Placement, PlacementRequest, Prefer, ReplicaFacts},
     record::{CopyRow, ModelRow, VersionRow},
@@ -172,6 +173,7 @@ impl World {
                 Write::RemoveVersion(_, version) => drop(self.rows.versions.remove(&version)),
                 Write::PutCopy(row) => drop(self.rows.copies.insert(row.generation, *row)),
                 Write::RemoveCopy(_, generation) => drop(self.rows.copies.remove(&generation)),
+                Write::PutSize(_) | Write::RemoveSize(..) => {}
                 Write::PutServer(_) | Write::RemoveServer(_) | Write::PutCounters(_) => unreachable!("not a model's"),
             }
         }
@@ -467,7 +469,7 @@ impl World {
 fn report(phase: Option<Phase>) -> Report {
     match phase {
         Some(Phase::Fetching) => Report::Downloading(copy::Progress::default()),
-        Some(Phase::Loading) => Report::Loading,
+        Some(Phase::Loading) => Report::Loading { estimate: None },
         Some(Phase::Available) => Report::Available { residency: Residency::Resident, measured: None },
         Some(Phase::Failed) => Report::Failed {
             failure: Failure { class: FailureClass::Runtime, message: "it broke".to_owned() },
@@ -698,7 +700,7 @@ fn copies_of_a_lost_journal_are_adopted_as_they_are() {
     let spec = Arc::clone(&old.model.latest().expect("born").spec);
     let on = copy.state.replica().expect("placed").clone();
     let generation = Generation { number: 77, ..copy.generation };
-    let found = Found { on, generation, spec, need: copy.need.clone(), report: Report::Loading };
+    let found = Found { on, generation, spec, need: copy.need.clone(), report: Report::Loading { estimate: None } };
     let decision = model.apply(Event::Adopt(Box::new(found)), &old.policy, old.now).expect("nobody asked");
     assert!(decision.effects.iter().any(|effect| matches!(effect, Effect::Unregister { .. })), "{decision:?}");
 }

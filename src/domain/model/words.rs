@@ -108,6 +108,8 @@ pub enum Effect {
         need: Resources,
         /// How many were tried before it.
         attempt: u32,
+        /// Whether the memory was measured.
+        measured: bool,
     },
     /// The agent of `on` is to let the copy go.
     Unregister {

@@ -3,14 +3,17 @@
 //! The rule of this module: a registry is whole and valid, or it is not there. A file with any problem changes
 //! nothing, and all its problems are told with their lines.
 
+mod command;
 mod parse;
+mod places;
 mod watch;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::collections::BTreeMap;
 
-use crate::domain::{memory::Resources, names::ServerName};
+use crate::domain::{memory::Resources, names::ServerName, residency::Eviction};
 
 pub use super::problem::Problems as RegistryErrors;
+pub use command::{Command, Lifetime};
 pub use watch::RegistryWatch;
 
 /// The most replicas that one server may have.
@@ -44,6 +47,8 @@ pub struct ServerDecl {
     pub capacity: Resources,
     /// How much more than its capacity may be registered on a replica.
     pub overcommit_percent: u32,
+    /// Which copies leave a replica's memory first when it is short.
+    pub eviction: Eviction,
     /// What serves its models.
     pub runtime: Runtime,
     /// Processes of an `MLServer` that each hold every model.
@@ -63,10 +68,12 @@ pub enum Runtime {
     Triton,
     /// Any server of the Open Inference Protocol with the model repository extension.
     Oip,
+    /// A process for each model, of a program that can't load and unload: started and stopped instead.
+    Process,
 }
 
 impl Runtime {
-    const ALL: [Self; 4] = [Self::Builtin, Self::MlServer, Self::Triton, Self::Oip];
+    const ALL: [Self; 5] = [Self::Builtin, Self::MlServer, Self::Triton, Self::Oip, Self::Process];
 
     /// The runtime that the registry names so.
     #[must_use]
@@ -82,6 +89,7 @@ impl Runtime {
             Self::MlServer => "mlserver",
             Self::Triton => "triton",
             Self::Oip => "oip",
+            Self::Process => "process",
         }
     }
 }
@@ -112,6 +120,15 @@ pub enum Place {
         /// In how many processes it holds each model.
         workers: u32,
     },
+    /// In what the agent starts.
+    Started {
+        /// How.
+        command: Command,
+        /// What it is.
+        runtime: Runtime,
+        /// In how many processes it holds each model.
+        workers: u32,
+    },
 }
 
 impl std::fmt::Display for Place {
@@ -119,6 +136,7 @@ impl std::fmt::Display for Place {
         match self {
             Self::Builtin => f.write_str("in this process"),
             Self::At { address, .. } => write!(f, "at {}", address.http),
+            Self::Started { command, .. } => write!(f, "started as {}", command.argv.join(" ")),
         }
     }
 }
@@ -130,17 +148,6 @@ pub struct ReplicaAddress {
     pub http: String,
     /// Its gRPC address, `http://host:port`, where that is another.
     pub grpc: Option<String>,
-}
-
-/// How an inference server is started.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Command {
-    /// The program and its arguments.
-    pub argv: Vec<String>,
-    /// Variables of its environment, over the agent's own.
-    pub env: BTreeMap<String, String>,
-    /// The directory that it starts in.
-    pub workdir: Option<PathBuf>,
 }
 
 /// What another registry changes.
@@ -234,7 +241,9 @@ impl ServerDecl {
                 runtime: self.runtime,
                 workers: self.workers,
             }),
-            Location::Command(_) => None,
+            Location::Command(command) => {
+                Some(Place::Started { command: command.clone(), runtime: self.runtime, workers: self.workers })
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! Reads a registry file.
 
-use std::{collections::BTreeMap, ops::Range, path::PathBuf};
+use std::{collections::BTreeMap, ops::Range};
 
 use toml::{
     Spanned,
@@ -8,8 +8,8 @@ use toml::{
 };
 
 use super::{
-    BUILTIN_CAPABILITY, Command, DEFAULT_OVERCOMMIT_PERCENT, Location, MAX_OVERCOMMIT_PERCENT, MAX_REPLICAS,
-    MAX_WORKERS, Registry, RegistryErrors, ReplicaAddress, Runtime, ServerDecl,
+    BUILTIN_CAPABILITY, DEFAULT_OVERCOMMIT_PERCENT, Location, MAX_OVERCOMMIT_PERCENT, MAX_REPLICAS, MAX_WORKERS,
+    Registry, RegistryErrors, Runtime, ServerDecl,
 };
 use crate::{
     domain::{
@@ -18,47 +18,51 @@ use crate::{
     },
     settings::{
         problem::{Problem, line_of, nearest},
-        value::{Address, Raw, Value as _, read},
+        value::{Raw, read},
     },
 };
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 16] = [
     "name",
     "replicas",
     "capabilities",
     "memory",
     "devices",
     "overcommit_percent",
+    "eviction",
     "runtime",
     "parallel_workers",
     "addresses",
     "command",
     "env",
     "workdir",
+    "ports",
+    "lifetime",
+    "health",
 ];
 
 /// The problems found so far, by where they stand.
-struct Found<'a> {
+pub(super) struct Found<'a> {
     text: &'a str,
     file: &'a str,
-    problems: Vec<(usize, Problem)>,
+    pub(super) problems: Vec<(usize, Problem)>,
 }
 
 impl Found<'_> {
-    fn add(&mut self, offset: usize, key: &str, problem: impl Into<String>) {
+    pub(super) fn add(&mut self, offset: usize, key: &str, problem: impl Into<String>) {
         let place = format!("{}:{}", self.file, line_of(self.text, offset));
         self.problems.push((offset, Problem::new(key, problem.into()).at(place)));
     }
 }
 
 /// One `[[server]]`.
-struct Entry<'a, 'i> {
+pub(super) struct Entry<'a, 'i> {
     table: &'a DeTable<'i>,
-    span: Range<usize>,
+    pub(super) span: Range<usize>,
     label: String,
 }
 
-type Item<'a, 'i> = &'a Spanned<DeValue<'i>>;
+pub(super) type Item<'a, 'i> = &'a Spanned<DeValue<'i>>;
 
 pub(super) fn registry(text: &str, file: &str) -> Result<Registry, RegistryErrors> {
     let mut found = Found { text, file, problems: Vec::new() };
@@ -116,15 +120,15 @@ impl<'a, 'i> Entry<'a, 'i> {
         Self { table, span, label }
     }
 
-    fn key(&self, key: &str) -> String {
+    pub(super) fn key(&self, key: &str) -> String {
         format!("{}: {key}", self.label)
     }
 
-    fn get(&self, key: &str) -> Option<Item<'a, 'i>> {
+    pub(super) fn get(&self, key: &str) -> Option<Item<'a, 'i>> {
         self.table.get(key)
     }
 
-    fn bad(&self, found: &mut Found<'_>, item: Item<'_, '_>, key: &str, problem: impl Into<String>) {
+    pub(super) fn bad(&self, found: &mut Found<'_>, item: Item<'_, '_>, key: &str, problem: impl Into<String>) {
         found.add(item.span().start, &self.key(key), problem);
     }
 
@@ -139,7 +143,8 @@ impl<'a, 'i> Entry<'a, 'i> {
         }
         let name = self.name(found);
         let runtime = self.runtime(found);
-        let location = runtime.and_then(|runtime| self.location(runtime, found));
+        let workers = self.workers(runtime, found);
+        let location = runtime.and_then(|runtime| self.location(runtime, workers, found));
         let replicas = self.replicas(location.as_ref(), found);
         let capabilities = self.capabilities(runtime, found);
         let capacity = self.capacity(found);
@@ -150,7 +155,8 @@ impl<'a, 'i> Entry<'a, 'i> {
                 self.value(item, "overcommit_percent", Some(("0", &most)), found).unwrap_or_default()
             }
         };
-        let workers = self.workers(runtime, found);
+        let eviction =
+            self.get("eviction").and_then(|item| self.value(item, "eviction", None, found)).unwrap_or_default();
         if found.problems.len() > before {
             return None;
         }
@@ -160,13 +166,14 @@ impl<'a, 'i> Entry<'a, 'i> {
             capabilities,
             capacity: capacity?,
             overcommit_percent,
+            eviction,
             runtime: runtime?,
             workers,
             location: location?,
         })
     }
 
-    fn value<T: crate::settings::value::Value>(
+    pub(super) fn value<T: crate::settings::value::Value>(
         &self,
         item: Item<'_, '_>,
         key: &str,
@@ -176,7 +183,7 @@ impl<'a, 'i> Entry<'a, 'i> {
         read::<T>(&Raw::Toml(item.get_ref()), bounds).map_err(|problem| self.bad(found, item, key, problem)).ok()
     }
 
-    fn text(&self, item: Item<'a, 'i>, key: &str, wanted: &str, found: &mut Found<'_>) -> Option<&'a str> {
+    pub(super) fn text(&self, item: Item<'a, 'i>, key: &str, wanted: &str, found: &mut Found<'_>) -> Option<&'a str> {
         let text = item.get_ref().as_str();
         if text.is_none() {
             self.bad(found, item, key, format!("{} came, wanted {wanted}", Raw::Toml(item.get_ref())));
@@ -184,7 +191,13 @@ impl<'a, 'i> Entry<'a, 'i> {
         text
     }
 
-    fn list(&self, item: Item<'a, 'i>, key: &str, wanted: &str, found: &mut Found<'_>) -> &'a [Spanned<DeValue<'i>>] {
+    pub(super) fn list(
+        &self,
+        item: Item<'a, 'i>,
+        key: &str,
+        wanted: &str,
+        found: &mut Found<'_>,
+    ) -> &'a [Spanned<DeValue<'i>>] {
         match item.get_ref() {
             DeValue::Array(items) => items,
             other => {
@@ -227,156 +240,6 @@ impl<'a, 'i> Entry<'a, 'i> {
             self.bad(found, item, "parallel_workers", problem);
         }
         self.value(item, "parallel_workers", Some(("0", &MAX_WORKERS.to_string())), found).unwrap_or(1)
-    }
-
-    fn location(&self, runtime: Runtime, found: &mut Found<'_>) -> Option<Location> {
-        let (addresses, command) = (self.get("addresses"), self.get("command"));
-        if command.is_none() {
-            for key in ["env", "workdir"] {
-                if let Some(item) = self.get(key) {
-                    self.bad(found, item, key, "it says how a command is started, and there is no command");
-                }
-            }
-        }
-        match (addresses, command) {
-            (Some(item), None) if runtime == Runtime::Builtin => {
-                let problem = "the builtin runtime runs within the agent and has no addresses; remove them, or name \
-                               the runtime that listens there";
-                self.bad(found, item, "addresses", problem);
-                None
-            }
-            (None, Some(item)) if runtime == Runtime::Builtin => {
-                let problem = "the builtin runtime runs within the agent and has no command; remove it, or name the \
-                               runtime that it starts";
-                self.bad(found, item, "command", problem);
-                None
-            }
-            (None, None) if runtime == Runtime::Builtin => Some(Location::Builtin),
-            (Some(_), Some(item)) => {
-                self.bad(
-                    found,
-                    item,
-                    "command",
-                    "there are addresses too; keep the one that says where the replicas are",
-                );
-                None
-            }
-            (Some(item), None) => self.addresses(item, found).map(Location::Addresses),
-            (None, Some(item)) => self.command(item, found).map(Location::Command),
-            (None, None) => {
-                let problem = format!(
-                    "a server of runtime {:?} needs addresses = [\"http://host:port\", ...], one for each replica",
-                    runtime.name()
-                );
-                found.add(self.span.start, &self.key("addresses"), problem);
-                None
-            }
-        }
-    }
-
-    fn addresses(&self, item: Item<'a, 'i>, found: &mut Found<'_>) -> Option<Vec<ReplicaAddress>> {
-        let before = found.problems.len();
-        let wanted = "a list of \"http://host:port\" or { http = \"http://host:port\", grpc = \"http://host:port\" }";
-        let mut addresses: Vec<ReplicaAddress> = Vec::new();
-        for item in self.list(item, "addresses", wanted, found) {
-            let address = match item.get_ref() {
-                DeValue::String(_) => self.url(item, found).map(|http| ReplicaAddress { http, grpc: None }),
-                DeValue::Table(table) => {
-                    for (key, _) in table {
-                        if !["http", "grpc"].contains(&key.get_ref().as_ref()) {
-                            let key_name = self.key(&format!("addresses.{}", key.get_ref()));
-                            found.add(key.span().start, &key_name, "no such key; there are http and grpc");
-                        }
-                    }
-                    let grpc = table.get("grpc").and_then(|item| self.url(item, found));
-                    match table.get("http") {
-                        Some(item) => self.url(item, found).map(|http| ReplicaAddress { http, grpc }),
-                        None => {
-                            self.bad(found, item, "addresses", "http is missing; models are loaded over it");
-                            None
-                        }
-                    }
-                }
-                other => {
-                    self.bad(found, item, "addresses", format!("{} came, wanted {wanted}", Raw::Toml(other)));
-                    None
-                }
-            };
-            if let Some(address) = address {
-                if addresses.iter().any(|other| other.http == address.http) {
-                    self.bad(
-                        found,
-                        item,
-                        "addresses",
-                        format!("{} is there twice; every replica is one server", address.http),
-                    );
-                }
-                addresses.push(address);
-            }
-        }
-        if addresses.is_empty() && found.problems.len() == before {
-            self.bad(found, item, "addresses", "the list is empty; give one address for each replica");
-        }
-        (found.problems.len() == before).then_some(addresses)
-    }
-
-    fn url(&self, item: Item<'_, '_>, found: &mut Found<'_>) -> Option<String> {
-        let url = item.get_ref().as_str();
-        let sound =
-            url.and_then(|url| url.strip_prefix("http://")).and_then(Address::parse).filter(|at| at.port() != 0);
-        match sound {
-            Some(address) => Some(format!("http://{address}")),
-            None => {
-                let came = Raw::Toml(item.get_ref());
-                self.bad(found, item, "addresses", format!("{came} came, wanted \"http://host:port\""));
-                None
-            }
-        }
-    }
-
-    fn command(&self, item: Item<'a, 'i>, found: &mut Found<'_>) -> Option<Command> {
-        let before = found.problems.len();
-        let wanted = "the program and its arguments, as in [\"mlserver\", \"start\", \".\"]";
-        let mut argv = Vec::new();
-        for item in self.list(item, "command", wanted, found) {
-            argv.extend(self.text(item, "command", wanted, found).map(str::to_owned));
-        }
-        if argv.first().is_none_or(String::is_empty) && found.problems.len() == before {
-            self.bad(found, item, "command", format!("it names no program; write {wanted}"));
-        }
-        let mut env = BTreeMap::new();
-        if let Some(item) = self.get("env") {
-            match item.get_ref() {
-                DeValue::Table(table) => {
-                    for (key, item) in table {
-                        let value = self.text(item, &format!("env.{}", key.get_ref()), "text", found);
-                        if key.get_ref().is_empty() || key.get_ref().contains(['=', '\0']) {
-                            self.bad(found, item, "env", format!("{:?} is no name of a variable", key.get_ref()));
-                        }
-                        env.extend(value.map(|value| (key.get_ref().to_string(), value.to_owned())));
-                    }
-                }
-                other => {
-                    let problem = format!(
-                        "{} came, wanted a table of text, as in {{ OMP_NUM_THREADS = \"1\" }}",
-                        Raw::Toml(other)
-                    );
-                    self.bad(found, item, "env", problem);
-                }
-            }
-        }
-        let workdir = self.get("workdir").and_then(|item| self.value::<PathBuf>(item, "workdir", None, found));
-        if found.problems.len() > before {
-            return None;
-        }
-        let command = Command { argv, env, workdir };
-        match supported(&command) {
-            Ok(()) => Some(command),
-            Err(problem) => {
-                self.bad(found, item, "command", problem);
-                None
-            }
-        }
     }
 
     fn replicas(&self, location: Option<&Location>, found: &mut Found<'_>) -> Option<u32> {
@@ -474,12 +337,4 @@ impl<'a, 'i> Entry<'a, 'i> {
         }
         Some(bytes)
     }
-}
-
-/// What can't be done yet must not look as if it could.
-fn supported(command: &Command) -> Result<(), String> {
-    Err(format!(
-        "starting inference servers is not supported yet; start {:?} yourself and write its address into addresses",
-        command.argv.first().map_or("it", String::as_str)
-    ))
 }

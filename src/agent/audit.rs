@@ -1,0 +1,69 @@
+//! A copy that the inference server has lost is noticed without a request for it.
+//!
+//! The rules of this module: what the server says it has is compared with what it should have, again and again, so that
+//! no word about a loss is needed; the server is asked about each copy in doubt before anything is done; the audit takes
+//! a small part of the server's time, however long its index is.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use tokio::time::{sleep, timeout};
+
+use super::{
+    cache::{Entry, Phase},
+    core::Core,
+    runtimes::Indexed,
+};
+use crate::domain::version::Generation;
+
+/// Copies that the server is asked about in one round. The next round goes on from there.
+const ASKED: usize = 64;
+/// The audit takes at most one part in so many of the time.
+const SHARE: u32 = 20;
+
+impl Core {
+    /// Compares for as long as the agent lives.
+    pub(crate) async fn audit(self: Arc<Self>) {
+        let mut last = None;
+        let mut told = false;
+        let mut took = Duration::ZERO;
+        loop {
+            sleep(self.options.audit.max(took.saturating_mul(SHARE))).await;
+            // Before the index: what is loaded while it is made is not missed in it.
+            let resident: Vec<Arc<Entry>> =
+                self.book.all().into_iter().filter(|entry| entry.phase() == Phase::Resident).collect();
+            if resident.is_empty() {
+                continue;
+            }
+            let began = self.clock.now();
+            let index = timeout(self.patience(self.options.probe_deadline), self.runtime.index()).await;
+            took = self.clock.now().since(began);
+            let problem = match index {
+                Ok(Ok(index)) => {
+                    told = false;
+                    for entry in in_doubt(&resident, &index, last) {
+                        last = Some(entry.generation);
+                        self.suspect(entry);
+                    }
+                    continue;
+                }
+                Ok(Err(failure)) => failure.message,
+                Err(_) => "it gives no index in time".to_owned(),
+            };
+            if !std::mem::replace(&mut told, true) {
+                tracing::warn!(replica = %self.options.replica, problem, "the inference server does not say what it has loaded");
+            }
+        }
+    }
+}
+
+/// The copies of `resident` that `index` does not call ready, up to [`ASKED`] of them, first those behind `last`.
+fn in_doubt<'a>(
+    resident: &'a [Arc<Entry>],
+    index: &[Indexed],
+    last: Option<Generation>,
+) -> impl Iterator<Item = &'a Arc<Entry>> {
+    let ready: BTreeSet<&str> = index.iter().filter(|one| one.ready).map(|one| one.name.as_str()).collect();
+    let missing = resident.iter().filter(|entry| !ready.contains(entry.served.as_str()));
+    let (before, behind): (Vec<_>, Vec<_>) = missing.partition(|entry| Some(entry.generation) <= last);
+    behind.into_iter().chain(before).take(ASKED)
+}

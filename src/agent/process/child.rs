@@ -1,0 +1,305 @@
+//! One run of a program: its start, its end, its stop.
+//!
+//! The rules of this module: a program that is to end with the agent is run through the shim, whose standard input the
+//! agent holds, so nothing has to be done for it to end; one that is to outlive the agent is known by its number and its
+//! start, which are on disk before it begins.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    process::{Child as Process, ChildStdin, Command},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+use super::{
+    launch::{Launch, Ports},
+    output::{Voice, follow, pass_on},
+    proc::{resident, resident_below, session, started},
+};
+use crate::settings::registry::{self, Lifetime};
+
+/// How long the last words of a program may take to come.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How much longer than its program a shim may take to end.
+const SHIM: Duration = Duration::from_secs(5);
+/// How often it is looked whether a program still runs that is not a child.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// A program that runs, or ran.
+#[derive(Debug)]
+pub(super) struct Child {
+    kind: Kind,
+    voice: Voice,
+    output: JoinSet<()>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// It ends with the agent.
+    Bound { shim: Process, pipe: Option<ChildStdin> },
+    /// It outlives the agent.
+    Alone { who: Identity, child: Option<Process> },
+}
+
+/// A process, and no later one of its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    pid: i32,
+    started: u64,
+}
+
+impl Identity {
+    fn runs(self) -> bool {
+        started(self.pid) == Some(self.started)
+    }
+
+    /// Itself and what it started: the processes of its session, unless its number is another's by now.
+    fn session(self) -> Vec<i32> {
+        if started(self.pid).is_some_and(|started| started != self.started) { Vec::new() } else { session(self.pid) }
+    }
+
+    fn signal(self, signal: Signal) {
+        for pid in self.session().into_iter().filter_map(Pid::from_raw) {
+            // It may have ended since.
+            kill_process(pid, signal).ok();
+        }
+    }
+
+    async fn gone(self) {
+        while self.runs() {
+            sleep(LOOK).await;
+        }
+    }
+
+    async fn all_gone(self) {
+        while !self.session().is_empty() {
+            sleep(LOOK).await;
+        }
+    }
+}
+
+/// What is kept of a program that outlives the agent.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Kept {
+    ports: Ports,
+    argv: Vec<String>,
+    env: Vec<(String, String)>,
+    workdir: Option<PathBuf>,
+}
+
+fn kept_at(launch: &Launch) -> PathBuf {
+    launch.data_dir.join("server.json")
+}
+
+fn number_at(launch: &Launch) -> PathBuf {
+    launch.data_dir.join("server.pid")
+}
+
+fn said_at(launch: &Launch) -> PathBuf {
+    launch.data_dir.join("server.log")
+}
+
+fn kept(ports: &Ports, command: &registry::Command) -> Kept {
+    Kept {
+        ports: ports.clone(),
+        argv: command.argv.clone(),
+        env: command.env.clone().into_iter().collect(),
+        workdir: command.workdir.clone(),
+    }
+}
+
+/// The program that an earlier agent left running, if there is one.
+fn left_running(launch: &Launch) -> Option<Identity> {
+    let text = std::fs::read_to_string(number_at(launch)).ok()?;
+    let (pid, started) = text.trim().split_once(' ')?;
+    let who = Identity { pid: pid.parse().ok()?, started: started.parse().ok()? };
+    who.runs().then_some(who)
+}
+
+fn voice(launch: &Launch) -> Voice {
+    Voice::new(launch.replica.to_string(), launch.model.clone())
+}
+
+impl Child {
+    /// Takes up what an earlier agent left running, if it is what is wanted now; stops it if it is not.
+    pub(super) async fn adopt(launch: &Launch) -> Option<(Self, Ports)> {
+        let who = left_running(launch)?;
+        let before: Option<Kept> =
+            std::fs::read(kept_at(launch)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let voice = voice(launch);
+        let length = std::fs::metadata(said_at(launch)).map_or(0, |metadata| metadata.len());
+        let mut child = Self { kind: Kind::Alone { who, child: None }, voice: voice.clone(), output: JoinSet::new() };
+        let same = before.filter(|before| {
+            launch.command.lifetime == Lifetime::Independent
+                && launch.filled(&before.ports).is_ok_and(|command| kept(&before.ports, &command) == *before)
+        });
+        let Some(before) = same else {
+            tracing::info!(replica = %launch.replica, pid = who.pid, "the inference server that an earlier agent started is another than the one that is wanted, and is stopped");
+            child.stop(launch.grace).await;
+            return None;
+        };
+        child.output.spawn(follow(said_at(launch), length, voice));
+        Some((child, before.ports))
+    }
+
+    /// Starts the program.
+    ///
+    /// # Errors
+    /// When there is nothing to start.
+    pub(super) fn start(launch: &Launch, ports: &Ports) -> io::Result<Self> {
+        let wanted = launch.filled(ports)?;
+        if let Some(workdir) = wanted.workdir.as_ref().filter(|workdir| !workdir.is_dir()) {
+            return Err(io::Error::other(format!("its workdir {} is no folder", workdir.display())));
+        }
+        std::fs::create_dir_all(&launch.repository)?;
+        let mut command = Command::new(&launch.shim);
+        command.arg0("wharf").arg("shim").envs(&wanted.env);
+        if let Some(workdir) = &wanted.workdir {
+            command.current_dir(workdir);
+        }
+        match wanted.lifetime {
+            Lifetime::Agent => Self::bound(launch, command, &wanted.argv),
+            Lifetime::Independent => {
+                let text = serde_json::to_vec(&kept(ports, &wanted))?;
+                std::fs::write(kept_at(launch), text)?;
+                Self::alone(launch, command, &wanted.argv)
+            }
+        }
+    }
+
+    fn bound(launch: &Launch, mut command: Command, argv: &[String]) -> io::Result<Self> {
+        // No signal of the agent's terminal reaches it.
+        command.process_group(0);
+        command.arg("--grace").arg(launch.grace.as_millis().to_string()).arg("--").args(argv);
+        let mut shim = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let (pipe, voice, mut output) = (shim.stdin.take(), voice(launch), JoinSet::new());
+        if let Some(out) = shim.stdout.take() {
+            output.spawn(pass_on(out, voice.clone()));
+        }
+        if let Some(err) = shim.stderr.take() {
+            output.spawn(pass_on(err, voice.clone()));
+        }
+        Ok(Self { kind: Kind::Bound { shim, pipe }, voice, output })
+    }
+
+    fn alone(launch: &Launch, mut command: Command, argv: &[String]) -> io::Result<Self> {
+        let path = said_at(launch);
+        let said = std::fs::File::options().create(true).append(true).open(&path)?;
+        let length = said.metadata()?.len();
+        let number = std::path::absolute(number_at(launch))?;
+        command.arg("--detached").arg(number).arg("--").args(argv);
+        command.stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said);
+        let child = command.spawn()?;
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).unwrap_or_default();
+        let who = Identity { pid, started: started(pid).unwrap_or_default() };
+        let (voice, mut output) = (voice(launch), JoinSet::new());
+        output.spawn(follow(path, length, voice.clone()));
+        Ok(Self { kind: Kind::Alone { who, child: Some(child) }, voice, output })
+    }
+
+    /// Waits until it has ended, and says how. Giving the wait up loses nothing.
+    pub(super) async fn ended(&mut self) -> String {
+        let status = match &mut self.kind {
+            Kind::Bound { shim, .. } => shim.wait().await.ok(),
+            Kind::Alone { child: Some(child), .. } => child.wait().await.ok(),
+            Kind::Alone { who, child: None } => {
+                who.gone().await;
+                None
+            }
+        };
+        match &self.kind {
+            Kind::Bound { .. } => {
+                // Its ends of the pipes are closed.
+                drop(timeout(LAST_WORDS, async { while self.output.join_next().await.is_some() {} }).await);
+            }
+            // What it leaves would hold its ports.
+            Kind::Alone { who, .. } => who.signal(Signal::KILL),
+        }
+        let how = match status.map(|status| (status.code(), std::os::unix::process::ExitStatusExt::signal(&status))) {
+            // As the shim tells of a signal.
+            Some((Some(code @ 129..), _)) => format!("was killed by signal {}", code - 128),
+            Some((Some(code), _)) => format!("ended with status {code}"),
+            Some((None, Some(signal))) => format!("was killed by signal {signal}"),
+            Some((None, None)) | None => "ended".to_owned(),
+        };
+        match self.voice.last() {
+            last if last.is_empty() => how,
+            last => format!("{how}; it last said: {last:.200}"),
+        }
+    }
+
+    /// Asks it to stop, waits for `grace`, and kills it. Nothing of it is left when this returns.
+    pub(super) async fn stop(&mut self, grace: Duration) {
+        match &mut self.kind {
+            Kind::Bound { shim, pipe } => {
+                drop(pipe.take());
+                if timeout(grace + SHIM, shim.wait()).await.is_err() {
+                    tracing::warn!("a shim does not end, and is killed");
+                    // What it runs is bound to it.
+                    drop(shim.start_kill());
+                    drop(timeout(SHIM, shim.wait()).await);
+                }
+            }
+            Kind::Alone { who, child } => {
+                who.signal(Signal::TERM);
+                if timeout(grace, who.all_gone()).await.is_err() {
+                    who.signal(Signal::KILL);
+                    drop(timeout(SHIM, who.all_gone()).await);
+                }
+                if let Some(child) = child {
+                    drop(timeout(SHIM, child.wait()).await);
+                }
+            }
+        }
+    }
+
+    /// Where its processes begin, while it runs.
+    pub(super) fn root(&self) -> Option<Root> {
+        match &self.kind {
+            Kind::Bound { shim, .. } => shim.id().and_then(|pid| i32::try_from(pid).ok()).map(Root::Shim),
+            Kind::Alone { who, .. } => Some(Root::Program(who.pid)),
+        }
+    }
+}
+
+/// The first of a program's processes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Root {
+    /// Its parent.
+    Shim(i32),
+    /// Itself.
+    Program(i32),
+}
+
+impl Root {
+    /// Bytes in memory of the program and of what it started.
+    pub(super) fn memory(self) -> u64 {
+        match self {
+            Self::Shim(pid) => resident_below(pid),
+            Self::Program(pid) => resident(pid),
+        }
+    }
+}
+
+/// Forgets the program that was kept for the next agent.
+pub(super) fn forget(launch: &Launch) {
+    for path in [number_at(launch), kept_at(launch)] {
+        remove(&path);
+    }
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "a file of an inference server can't be removed");
+    }
+}

@@ -1,0 +1,393 @@
+//! Inference servers that the agent starts, watches, starts again, and never leaves behind.
+//!
+//! The rules of this module: a server that ends is started again by `domain::upkeep`, with nothing asked of anyone; while
+//! it does not run a request is turned away before anything could start on it, and what was in its memory counts as gone;
+//! however the agent ends, its server ends too, unless it was to live on, and then the next agent finds it.
+
+mod child;
+mod crash;
+mod guarded;
+mod launch;
+mod models;
+mod output;
+mod proc;
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use futures::{FutureExt as _, future::BoxFuture};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    child::{Child, Root, forget},
+    launch::Ports,
+};
+use super::measure::retry_after;
+use crate::{
+    agent::runtimes::Kind,
+    domain::{
+        quarantine::WINDOW,
+        time::Instant,
+        upkeep::{Event, State, Upkeep},
+    },
+    forward::{Body, ClientOptions, HttpUpstream, Request, Response, Split, Upstream, UpstreamError},
+    ports::{Clock, Network},
+    settings::registry::Lifetime,
+    telemetry::durations::Durations,
+};
+
+pub(super) use crash::Tended;
+pub(super) use guarded::Guarded;
+pub use launch::Launch;
+pub use models::Models;
+pub use proc::{parent_of, start_of};
+
+/// How long a server may take to say whether it is ready.
+const ANSWER: Duration = Duration::from_secs(5);
+/// First and longest pause between two such questions.
+const ASK: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+
+/// What an agent runs.
+#[derive(Clone, Debug)]
+pub enum Started {
+    /// One server for all models.
+    Server(Arc<Server>),
+    /// A process for each.
+    Models(Arc<Models>),
+}
+
+/// How a server stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Health {
+    /// It is being started.
+    Starting,
+    /// It answers; which run of it that is.
+    Up(u64),
+    /// It ended: how. It is started again.
+    Down(String),
+    /// It ended too often, and is left alone for a while.
+    GivenUp(String),
+}
+
+/// Who has to know how a server fares. Called in order, and never while it is up and down at once.
+pub(super) trait Tending: Send + Sync {
+    /// It ended, and nothing of it is left.
+    fn ended(&self, how: &str);
+    /// It answers.
+    fn ready(&self);
+    /// It ended too often.
+    fn given_up(&self, why: &str);
+}
+
+/// A server that the agent runs.
+pub struct Server {
+    launch: Launch,
+    network: Arc<dyn Network>,
+    clock: Arc<dyn Clock>,
+    health: watch::Sender<Health>,
+    hop: ArcSwapOption<Hop>,
+    life: AtomicU64,
+    root: Mutex<Option<Root>>,
+    starts: Durations,
+    started: AtomicU64,
+    /// Until then whatever is loaded is loaded alone.
+    careful: AtomicU64,
+    /// It is not wanted any more, also if it was to live on.
+    retired: AtomicBool,
+}
+
+/// Where a run of the server is reached.
+#[derive(Debug)]
+struct Hop(Arc<dyn Upstream>);
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (replica, model) = (&self.launch.replica, &self.launch.model);
+        write!(f, "Server({replica} {model:?} {:?})", *self.health.borrow())
+    }
+}
+
+/// How a run began.
+struct Begun {
+    child: Child,
+    hop: Arc<Hop>,
+}
+
+impl Server {
+    /// A server that does not run yet.
+    #[must_use]
+    pub fn new(launch: Launch, network: Arc<dyn Network>, clock: Arc<dyn Clock>) -> Self {
+        Self {
+            launch,
+            network,
+            clock,
+            health: watch::Sender::new(Health::Starting),
+            hop: ArcSwapOption::empty(),
+            life: AtomicU64::new(0),
+            root: Mutex::new(None),
+            starts: Durations::default(),
+            started: AtomicU64::new(0),
+            careful: AtomicU64::new(0),
+            retired: AtomicBool::new(false),
+        }
+    }
+
+    /// It goes for good with its agent's next stop, whatever its lifetime.
+    pub(super) fn retire(&self) {
+        self.retired.store(true, SeqCst);
+    }
+
+    /// How it stands.
+    pub(super) fn health(&self) -> Health {
+        self.health.borrow().clone()
+    }
+
+    /// The run that answers, if one does.
+    pub(super) fn life(&self) -> Option<u64> {
+        match *self.health.borrow() {
+            Health::Up(life) => Some(life),
+            Health::Starting | Health::Down(_) | Health::GivenUp(_) => None,
+        }
+    }
+
+    /// Waits until it answers; which run that is. The caller sets the deadline.
+    pub(super) async fn up(&self) -> u64 {
+        let mut health = self.health.subscribe();
+        loop {
+            if let Health::Up(life) = *health.borrow_and_update() {
+                return life;
+            }
+            // Its sender is here.
+            drop(health.changed().await);
+        }
+    }
+
+    /// Waits until it stands otherwise than in its run `life`. The caller sets the deadline.
+    pub(super) async fn no_longer(&self, life: u64) {
+        let mut health = self.health.subscribe();
+        while *health.borrow_and_update() == Health::Up(life) {
+            drop(health.changed().await);
+        }
+    }
+
+    /// Waits until it answers, or until a start has failed: how it stands then. The caller sets the deadline.
+    pub(super) async fn settled(&self) -> Health {
+        let mut health = self.health.subscribe();
+        loop {
+            let now = health.borrow_and_update().clone();
+            if now != Health::Starting {
+                return now;
+            }
+            drop(health.changed().await);
+        }
+    }
+
+    /// Why it can't be asked now, and the seconds after which another try makes sense; nothing when it can.
+    pub(super) fn down(&self) -> Option<(String, u64)> {
+        let why = match &*self.health.borrow() {
+            Health::Up(_) => return None,
+            Health::Starting => "is being started".to_owned(),
+            Health::Down(how) => format!("{how}; it is being started again"),
+            Health::GivenUp(why) => why.clone(),
+        };
+        let elapsed = self.clock.now().since(Instant::from_micros(self.started.load(SeqCst)));
+        Some((why, retry_after(self.starts.average(), elapsed)))
+    }
+
+    /// Whether it ended lately, so that what is loaded is to be loaded alone.
+    pub(super) fn is_careful(&self) -> bool {
+        self.clock.now().as_micros() < self.careful.load(SeqCst)
+    }
+
+    /// Bytes in memory of its processes.
+    pub(super) fn memory(&self) -> Option<u64> {
+        let root = *self.root.lock().unwrap_or_else(PoisonError::into_inner);
+        root.map(Root::memory)
+    }
+
+    /// Runs it until `stop`, and stops it then. To be called once.
+    pub(super) async fn keep_up(&self, tending: &dyn Tending, stop: CancellationToken) {
+        let patience = self.launch.patience;
+        let name = self.launch.model.clone().unwrap_or_else(|| self.launch.replica.to_string());
+        let mut upkeep = Upkeep::new(&patience);
+        let mut running: Option<Child> = None;
+        let mut how = String::new();
+        let mut adopts = true;
+        while !stop.is_cancelled() {
+            let event = match upkeep.state {
+                State::Starting => match self.begin(std::mem::take(&mut adopts), &stop).await {
+                    Ok(Some(begun)) => {
+                        running = Some(begun.child);
+                        let life = self.life.fetch_add(1, SeqCst) + 1;
+                        self.hop.store(Some(begun.hop));
+                        self.health.send_replace(Health::Up(life));
+                        tending.ready();
+                        tracing::info!(replica = %self.launch.replica, name, life, "the inference server is ready");
+                        Event::Answered
+                    }
+                    Ok(None) => break,
+                    Err(problem) => {
+                        how = problem;
+                        Event::Ended
+                    }
+                },
+                State::Ready { .. } => {
+                    let Some(child) = running.as_mut() else { break };
+                    tokio::select! {
+                        biased;
+                        () = stop.cancelled() => break,
+                        ended = child.ended() => how = ended,
+                    }
+                    running = None;
+                    self.hop.store(None);
+                    *self.root.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    let careful = self.clock.now() + WINDOW;
+                    self.careful.store(careful.as_micros(), SeqCst);
+                    tending.ended(&how);
+                    Event::Ended
+                }
+                State::BackingOff { until } | State::Failed { until } => {
+                    tokio::select! {
+                        biased;
+                        () = stop.cancelled() => break,
+                        () = sleep(until.since(self.clock.now())) => Event::Passed,
+                    }
+                }
+            };
+            upkeep = upkeep.step(event, self.clock.now(), &patience);
+            if event == Event::Ended {
+                self.tell(&name, &how, &upkeep, tending);
+            }
+        }
+        self.hop.store(None);
+        if let Some(mut child) = running {
+            if self.launch.command.lifetime == Lifetime::Agent || self.retired.load(SeqCst) {
+                child.stop(self.launch.grace).await;
+            } else {
+                tracing::info!(replica = %self.launch.replica, "the inference server lives on");
+                return;
+            }
+        }
+        if self.launch.model.is_none() {
+            forget(&self.launch);
+        }
+    }
+
+    /// Says that it ended, and what becomes of it.
+    fn tell(&self, name: &str, how: &str, upkeep: &Upkeep, tending: &dyn Tending) {
+        let (now, replica) = (self.clock.now(), &self.launch.replica);
+        match upkeep.state {
+            State::BackingOff { until } => {
+                let pause = until.since(now);
+                tracing::warn!(%replica, name, how, ?pause, "the inference server does not run, and is started again");
+                self.health.send_replace(Health::Down(how.to_owned()));
+            }
+            State::Failed { until } => {
+                let (ends, rest) = (upkeep.ends(), until.since(now));
+                let why = format!(
+                    "the inference server ended {ends} times within {} s and is left alone for {} s: it {how}",
+                    self.launch.patience.window.as_secs(),
+                    rest.as_secs()
+                );
+                tracing::error!(%replica, name, problem = why, "the inference server is given up for a while");
+                self.health.send_replace(Health::GivenUp(why.clone()));
+                tending.given_up(&why);
+            }
+            State::Starting | State::Ready { .. } => {}
+        }
+    }
+
+    /// Starts it, or takes it up, and waits until it is ready; nothing when it is to stop before that.
+    async fn begin(&self, adopts: bool, stop: &CancellationToken) -> Result<Option<Begun>, String> {
+        let began = self.clock.now();
+        self.started.store(began.as_micros(), SeqCst);
+        let launch = &self.launch;
+        let found = if adopts && launch.model.is_none() { Child::adopt(launch).await } else { None };
+        let adopted = found.is_some();
+        let (mut child, ports) = match found {
+            Some(found) => found,
+            None => {
+                let ports = Ports::choose(launch).map_err(|error| format!("can't be started: {error}"))?;
+                let child = Child::start(launch, &ports).map_err(|error| format!("can't be started: {error}"))?;
+                (child, ports)
+            }
+        };
+        let hop = Arc::new(Hop(self.reach(&ports)?));
+        let path = launch.filled(&ports).map_err(|error| error.to_string())?.health;
+        let how = tokio::select! {
+            biased;
+            () = stop.cancelled() => None,
+            how = child.ended() => Some(how),
+            () = until_ready(&hop.0, &path) => {
+                *self.root.lock().unwrap_or_else(PoisonError::into_inner) = child.root();
+                if adopted {
+                    tracing::info!(replica = %launch.replica, "the inference server that an earlier agent started is taken up");
+                } else {
+                    self.starts.record(self.clock.now().since(began));
+                }
+                return Ok(Some(Begun { child, hop }));
+            }
+            () = sleep(launch.start) => {
+                Some(format!("did not answer 200 at {path} within {} s", launch.start.as_secs_f64()))
+            }
+        };
+        if how.is_none() && adopted && !self.retired.load(SeqCst) {
+            return Ok(None);
+        }
+        child.stop(launch.grace).await;
+        how.map_or(Ok(None), Err)
+    }
+
+    fn reach(&self, ports: &Ports) -> Result<Arc<dyn Upstream>, String> {
+        let at = |port: u16| -> Result<Arc<dyn Upstream>, String> {
+            let (network, clock) = (Arc::clone(&self.network), Arc::clone(&self.clock));
+            let upstream = HttpUpstream::new(&format!("127.0.0.1:{port}"), network, clock, ClientOptions::default());
+            Ok(Arc::new(upstream.map_err(|error| error.to_string())?))
+        };
+        match self.launch.runtime {
+            Kind::Process => at(ports.http),
+            Kind::Builtin | Kind::MlServer | Kind::Triton | Kind::Oip => {
+                Ok(Arc::new(Split::new(at(ports.http)?, Some(at(ports.grpc)?))))
+            }
+        }
+    }
+}
+
+async fn until_ready(hop: &Arc<dyn Upstream>, path: &str) {
+    let mut pause = ASK.0;
+    loop {
+        let request = http::Request::get(path).body(Body::empty());
+        if let Ok(request) = request
+            && let Ok(Ok(response)) = timeout(ANSWER, hop.call(request)).await
+            && response.status().is_success()
+        {
+            return;
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(ASK.1);
+    }
+}
+
+impl Upstream for Server {
+    fn call(&self, request: Request) -> BoxFuture<'_, Result<Response, UpstreamError>> {
+        match self.hop.load_full() {
+            Some(hop) => async move { hop.0.call(request).await }.boxed(),
+            None => {
+                let why = self.down().map_or_else(|| "is stopping".to_owned(), |(why, _)| why);
+                let message = format!("the inference server {why}");
+                async { Err(UpstreamError { started: false, timed_out: false, message }) }.boxed()
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! A server's memory, from `/proc`: its process is found by the port that it listens on.
+//!
+//! The rule of this module: what can't be read for certain is not told.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    domain::memory::Bytes,
+    ports::{Footprint, ServerProcess},
+};
+
+/// The most that is read of one of its files.
+const LARGEST: usize = 64 << 20;
+
+/// The server that listens on a port of this machine.
+#[derive(Clone, Debug)]
+pub struct Listening {
+    port: u16,
+    proc: PathBuf,
+}
+
+impl Listening {
+    /// Whoever listens on `port` when it is asked for.
+    #[must_use]
+    pub fn on(port: u16) -> Self {
+        Self { port, proc: PathBuf::from("/proc") }
+    }
+
+    /// The server at `address`, `http://host:port` or `host:port`, if that is on this machine.
+    #[must_use]
+    pub fn at(address: &str) -> Option<Self> {
+        let address = address.trim_end_matches('/');
+        let address = address.strip_prefix("http://").unwrap_or(address);
+        let (host, port) = address.rsplit_once(':')?;
+        let loopback = matches!(host, "localhost" | "[::1]") || host.starts_with("127.");
+        loopback.then(|| port.parse().ok().map(Self::on)).flatten()
+    }
+
+    /// The first of the processes that have the listening socket: the others are its children.
+    fn process(&self, parents: &BTreeMap<u32, u32>) -> Option<u32> {
+        let sockets: BTreeSet<String> = ["net/tcp", "net/tcp6"]
+            .into_iter()
+            .filter_map(|file| read(&self.proc.join(file)).ok())
+            .flat_map(|table| listening(&table, self.port))
+            .map(|inode| format!("socket:[{inode}]"))
+            .collect();
+        if sockets.is_empty() {
+            return None;
+        }
+        let holds = |process: &u32| {
+            let Ok(files) = fs::read_dir(self.proc.join(process.to_string()).join("fd")) else { return false };
+            files.flatten().any(|file| {
+                fs::read_link(file.path()).is_ok_and(|to| to.to_str().is_some_and(|to| sockets.contains(to)))
+            })
+        };
+        let holders: BTreeSet<u32> = parents.keys().copied().filter(holds).collect();
+        holders.iter().copied().find(|process| parents.get(process).is_none_or(|parent| !holders.contains(parent)))
+    }
+
+    /// Every process and its parent.
+    fn parents(&self) -> BTreeMap<u32, u32> {
+        let Ok(entries) = fs::read_dir(&self.proc) else { return BTreeMap::new() };
+        let processes = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        processes.filter_map(|process| Some((process, self.parent(process)?))).collect()
+    }
+
+    fn parent(&self, process: u32) -> Option<u32> {
+        let stat = read(&self.proc.join(process.to_string()).join("stat")).ok()?;
+        // The name, in brackets, may hold anything.
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+    }
+
+    fn anonymous(&self, process: u32) -> Option<u64> {
+        let folder = self.proc.join(process.to_string());
+        let kibibytes = |file: &str, fields: [&str; 2]| {
+            let text = read(&folder.join(file)).ok()?;
+            let field = |name: &str| {
+                let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+                line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+            };
+            field(fields[0])?.checked_add(field(fields[1])?)
+        };
+        // Proportional where the system tells it: what workers share counts once.
+        let found = kibibytes("smaps_rollup", ["Pss_Anon:", "Pss_Shmem:"])
+            .or_else(|| kibibytes("status", ["RssAnon:", "RssShmem:"]))?;
+        found.checked_mul(1024)
+    }
+}
+
+impl ServerProcess for Listening {
+    fn footprint(&self) -> Option<Footprint> {
+        let parents = self.parents();
+        let process = self.process(&parents)?;
+        let mut family = vec![process];
+        let mut at = 0;
+        while let Some(parent) = family.get(at).copied() {
+            at += 1;
+            family.extend(
+                parents.iter().filter(|(child, of)| **of == parent && **child != parent).map(|(child, _)| *child),
+            );
+        }
+        let mut bytes = self.anonymous(process)?;
+        for child in family.into_iter().skip(1) {
+            // One that has ended since has no memory.
+            bytes = bytes.checked_add(self.anonymous(child).unwrap_or_default())?;
+        }
+        Some(Footprint { process, bytes: Bytes(bytes) })
+    }
+}
+
+/// The sockets of `table` that listen on `port`.
+fn listening(table: &str, port: u16) -> Vec<String> {
+    const LISTEN: &str = "0A";
+    let socket = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let (local, state, inode) = (fields.get(1)?, fields.get(3)?, fields.get(9)?);
+        let at = u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok()?;
+        (at == port && *state == LISTEN).then(|| (*inode).to_owned())
+    };
+    table.lines().skip(1).filter_map(socket).collect()
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    use io::Read as _;
+    let mut text = String::new();
+    fs::File::open(path)?.take(LARGEST as u64).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_addresses_of_this_machine_have_a_process_here() {
+        let port = |address| Listening::at(address).map(|found| found.port);
+        assert_eq!(port("http://127.0.0.1:8080/"), Some(8080));
+        assert_eq!(port("localhost:1"), Some(1));
+        assert_eq!(port("http://[::1]:9"), Some(9));
+        assert_eq!(port("http://triton-0:8000"), None);
+        assert_eq!(port("127.0.0.1"), None);
+    }
+
+    #[test]
+    fn the_process_that_listens_is_found_with_its_children_and_nobody_else() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let root = folder.path();
+        fs::create_dir(root.join("net")).expect("net");
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
+            0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 77 1\n\
+            1: 0100007F:1F90 0100007F:C000 01 00000000:00000000 00:00000000 00000000  1000        0 78 1\n";
+        fs::write(root.join("net/tcp"), table).expect("tcp");
+        let process = |id: u32, parent: u32, kib: u64, inode: u32| {
+            let folder = root.join(id.to_string());
+            fs::create_dir_all(folder.join("fd")).expect("fd");
+            fs::write(folder.join("stat"), format!("{id} (a) b) S {parent} 1 1")).expect("stat");
+            fs::write(folder.join("status"), format!("Name:\ta\nRssAnon:\t {kib} kB\nRssShmem:\t 1 kB\n"))
+                .expect("status");
+            std::os::unix::fs::symlink(format!("socket:[{inode}]"), folder.join("fd/3")).expect("fd");
+        };
+        process(10, 1, 100, 78);
+        process(20, 1, 200, 77);
+        process(21, 20, 30, 77);
+        process(22, 21, 4, 5);
+        let found = |port| Listening { port, proc: root.to_owned() }.footprint();
+        assert_eq!(found(8080), Some(Footprint { process: 20, bytes: Bytes((200 + 30 + 4 + 3) * 1024) }));
+        assert_eq!(found(8081), None);
+    }
+
+    #[test]
+    fn this_process_is_found_by_its_port() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let found = Listening::on(port).footprint().expect("it listens");
+        assert_eq!(found.process, std::process::id());
+        assert!(found.bytes > Bytes(64 << 10), "{found:?}");
+    }
+}

@@ -1,0 +1,232 @@
+//! An agent finds out what its copies take, says so, and knows what its server does not give back.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    missing_debug_implementations,
+    reason = "a test stops where it fails, and shares a helper module of which it uses a part"
+)]
+
+mod agent_world;
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use agent_world::{Server, Session, World, generation, register, rest, unregister};
+use wharf::{
+    agent::Options,
+    domain::{
+        copy::Report,
+        memory::{Bytes, Resources},
+        residency::Eviction,
+        size::Guesses,
+        version::Generation,
+    },
+    ports::{Footprint, ServerProcess},
+    rpc::proto::agent::agent_message,
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// The fake server's process: what is loaded in it, a bit of its own, and what it does not give back.
+#[derive(Debug, Default)]
+struct Process {
+    server: OnceLock<Arc<Server>>,
+    kept: AtomicU64,
+}
+
+impl ServerProcess for Process {
+    fn footprint(&self) -> Option<Footprint> {
+        let server = self.server.get()?;
+        let loaded: u64 = server.0.lock().unwrap().loaded.values().sum();
+        Some(Footprint { process: 7, bytes: Bytes(1000 + loaded + self.kept.load(SeqCst)) })
+    }
+}
+
+/// A replica whose server tells nothing, and whose process is there to look at.
+async fn watched(capacity: u64, edit: impl FnOnce(&mut Options)) -> (World, Session, Arc<Process>) {
+    let process = Arc::new(Process::default());
+    let seen = Arc::clone(&process);
+    let (world, session) = World::new(capacity, |options| {
+        options.guesses = Guesses::parse("*=3+5");
+        options.process = Some(seen);
+        edit(options);
+    })
+    .await;
+    process.server.set(Arc::clone(&world.server)).unwrap();
+    (world, session, process)
+}
+
+async fn measured(session: &mut Session, copy: Generation) -> Option<u64> {
+    let report = session.until(copy, |report| matches!(report, Report::Available { .. })).await;
+    let Report::Available { measured, .. } = report else { panic!("{report:?}") };
+    measured.map(|size| size.bytes.primary.0)
+}
+
+fn resident(world: &World) -> u64 {
+    world.agent.inspect()["resident"]["primary"].as_u64().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_is_guessed_then_measured_and_the_memory_that_counts_follows() {
+    let (world, mut session, _process) = watched(1000, |_| {}).await;
+    world.server.edit(|state| state.load_time = SECOND);
+    let copy = generation(1, 1, 1);
+    // The scheduler knows nothing: it counts 300. The artifact has two bytes, and takes 40.
+    let order = register("iris", copy, 300, &world.artifact(40));
+    session.obeyed(&[order]).await;
+    let report = session.until(copy, |report| matches!(report, Report::Loading { .. })).await;
+    let Report::Loading { estimate: Some(guess) } = report else { panic!("{report:?}") };
+    assert_eq!(guess.bytes, Resources::primary(Bytes(2 * 3 + 5)));
+    assert_eq!(measured(&mut session, copy).await, Some(40));
+    assert_eq!(resident(&world), 40);
+
+    // Another model of the same files is known by now.
+    let other = generation(2, 1, 1);
+    session.obeyed(&[register("iris2", other, 300, &world.artifact(40))]).await;
+    let report = session.until(other, |report| matches!(report, Report::Loading { .. })).await;
+    let Report::Loading { estimate: Some(known) } = report else { panic!("{report:?}") };
+    assert_eq!((known.bytes, known.key), (Resources::primary(Bytes(40)), guess.key));
+}
+
+#[tokio::test(start_paused = true)]
+async fn first_loads_that_are_measured_are_alone_and_what_is_known_survives_a_restart() {
+    let (mut world, mut session, _process) = watched(10_000, |_| {}).await;
+    world.server.edit(|state| state.load_time = SECOND);
+    let began = tokio::time::Instant::now();
+    let copies: Vec<Generation> = (1..=3).map(|uid| generation(uid, 1, 1)).collect();
+    let orders: Vec<_> = copies
+        .iter()
+        .map(|copy| register(&format!("m{}", copy.uid.0), *copy, 300, &world.artifact(100 * copy.uid.0)))
+        .collect();
+    session.obeyed(&orders).await;
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        let message = session.said.recv().await.unwrap();
+        if let agent_message::Message::Reports(reports) = message {
+            for report in reports.reports {
+                let report = wharf::rpc::agent_wire::report_from_wire(report).unwrap();
+                if let Report::Available { measured: Some(size), .. } = report.report {
+                    seen.push((report.generation, size.bytes.primary.0));
+                }
+            }
+        }
+    }
+    seen.sort_unstable();
+    // Each second of loading belongs to one of them, so none has the memory of another.
+    assert_eq!(seen, copies.iter().map(|copy| (*copy, 100 * copy.uid.0)).collect::<Vec<_>>());
+    assert!(began.elapsed() >= 3 * SECOND, "{:?}", began.elapsed());
+
+    let session = world.restart_agent().await;
+    for one in session.inventory() {
+        let Report::Available { measured: Some(size), .. } = one.report else { panic!("{one:?}") };
+        assert_eq!(size.bytes.primary.0, 100 * one.generation.uid.0);
+    }
+    assert_eq!(resident(&world), 600);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_load_that_used_what_the_process_had_left_is_no_measure() {
+    let (world, mut session, process) = watched(1000, |_| {}).await;
+    let copy = generation(1, 1, 1);
+    process.kept.store(50, SeqCst);
+    world.server.edit(|state| state.load_time = SECOND);
+    session.obeyed(&[register("iris", copy, 300, &world.artifact(40))]).await;
+    session.until(copy, |report| matches!(report, Report::Loading { .. })).await;
+    // It takes its 40 from the 50 that the process had kept: nothing is gained.
+    world.until(|world| world.server.is_loaded("iris_1")).await;
+    process.kept.store(10, SeqCst);
+    assert_eq!(measured(&mut session, copy).await, None);
+    assert_eq!(resident(&world), 11, "the guess goes on counting");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_declared_counts_in_memory_while_it_is_more_than_what_was_measured() {
+    let (world, mut session, _process) = watched(1000, |_| {}).await;
+    let mut order = register("iris", generation(1, 1, 1), 70, &world.artifact(40));
+    let wharf::domain::order::Order::Register { spec, .. } = &mut order else { panic!("a registration") };
+    Arc::make_mut(spec).memory = Some(Bytes(70));
+    session.obeyed(&[order]).await;
+    assert_eq!(measured(&mut session, generation(1, 1, 1)).await, Some(40));
+    assert_eq!(resident(&world), 70);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_server_does_not_give_back_is_told_and_is_room_that_is_not_there() {
+    let (world, mut session, process) = watched(100, |_| {}).await;
+    let copies = [generation(1, 1, 1), generation(2, 1, 1), generation(3, 1, 1)];
+    let leaked = |world: &World| {
+        let gauges = world.agent.gauges();
+        gauges.iter().find(|(name, ..)| *name == "wharf_agent_leaked_bytes").unwrap().2
+    };
+    // The first look at the process, with nothing in it, was taken before the process was there.
+    session.obeyed(&[register("a", copies[0], 60, &world.artifact(40))]).await;
+    assert_eq!(measured(&mut session, copies[0]).await, Some(40));
+    session.obeyed(&[unregister("a", copies[0], SECOND)]).await;
+    session.unloaded(copies[0]).await;
+    session.obeyed(&[register("b", copies[1], 60, &world.artifact(45))]).await;
+    assert_eq!(measured(&mut session, copies[1]).await, Some(45));
+    session.obeyed(&[unregister("b", copies[1], SECOND)]).await;
+    world.until(|world| world.server.is_loaded("b_1")).await;
+    process.kept.store(30, SeqCst);
+    session.unloaded(copies[1]).await;
+    world.until(|world| leaked(world) == 30).await;
+    let told = async {
+        loop {
+            if let agent_message::Message::Heartbeat(beat) = session.said.recv().await.unwrap()
+                && beat.leaked > 0
+            {
+                return beat.leaked;
+            }
+        }
+    };
+    assert_eq!(tokio::time::timeout(agent_world::PATIENCE, told).await.unwrap(), 30);
+}
+
+#[tokio::test(start_paused = true)]
+async fn by_cost_the_copy_that_spares_little_leaves_and_what_more_memory_would_spare_is_told() {
+    let (world, mut session) = World::new(1000, |options| options.eviction = Eviction::Cost).await;
+    let (small, large) = (generation(1, 1, 1), generation(2, 1, 1));
+    session.obeyed(&[world.register("small", small, 10)]).await;
+    session.available(small).await;
+    session.obeyed(&[register("large", large, 900, &world.artifact(900))]).await;
+    session.available(large).await;
+    for round in 0..3 {
+        // The small one was used longest ago, and stays: it takes so much less.
+        for (model, copy) in [("small", small), ("large", large)] {
+            let answer = world.door.call(rest(model, Some(copy))).await.unwrap();
+            assert_eq!(answer.status().as_u16(), 200);
+        }
+        let third = generation(10 + round, 1, 1);
+        session.obeyed(&[world.register(&format!("new{round}"), third, 95)]).await;
+        session.available(third).await;
+        assert_eq!(world.phase(small).as_deref(), Some("Resident"));
+        assert_eq!(world.phase(large).as_deref(), Some("Evicted"));
+        session.obeyed(&[unregister(&format!("new{round}"), third, SECOND)]).await;
+        session.unloaded(third).await;
+    }
+    let gauges = world.agent.gauges();
+    let gauge = |wanted: &str| gauges.iter().find(|(name, ..)| *name == wanted).unwrap().2;
+    assert_eq!((gauge("wharf_agent_returns_last_hour"), gauge("wharf_agent_more_memory_bytes")), (2, 900));
+    assert_eq!(gauge("wharf_agent_more_memory_spares_percent"), 100);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_has_just_come_stays_for_its_time() {
+    let (world, mut session) = World::new(10, |options| options.least_residency = 20 * SECOND).await;
+    let (first, second) = (generation(1, 1, 1), generation(2, 1, 1));
+    session.obeyed(&[world.register("first", first, 6)]).await;
+    session.available(first).await;
+    let began = tokio::time::Instant::now();
+    session.obeyed(&[register("second", second, 6, &world.artifact(6))]).await;
+    session.available(second).await;
+    assert!(began.elapsed() >= 19 * SECOND, "{:?}", began.elapsed());
+    assert_eq!(world.phase(first).as_deref(), Some("Evicted"));
+}

@@ -1,0 +1,513 @@
+//! The promise: an inference server that Wharf starts comes back by itself with what it had, harms no model but the one
+//! that takes it down, and is never left behind.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test that can't go on says so, and has the real clock"
+)]
+
+mod process;
+mod servers;
+
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    io::Read as _,
+    os::unix::process::ExitStatusExt as _,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use process::{Home, SOON, Spec, Wharf};
+use serde_json::{Value, json};
+use wharf::rpc::proto::wharf::ModelView;
+
+/// How long heavy servers may take to start on a machine that is busy.
+const LONG: Duration = Duration::from_secs(180);
+
+fn program() -> String {
+    format!("{}/tests/servers/oip.py", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A folder of a test: what servers note, and the artifacts.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        std::fs::create_dir(place.notes()).unwrap();
+        place
+    }
+
+    fn notes(&self) -> PathBuf {
+        self.0.path().join("notes")
+    }
+
+    /// What was noted in a book.
+    fn noted(&self, book: &str) -> Vec<String> {
+        let text = std::fs::read_to_string(self.notes().join(book)).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        self.noted("pids").iter().map(|pid| pid.parse().unwrap()).collect()
+    }
+
+    /// An artifact that behaves so.
+    fn artifact(&self, behave: &str) -> PathBuf {
+        let path = self.0.path().join(if behave.is_empty() { "well" } else { behave });
+        std::fs::create_dir_all(&path).unwrap();
+        std::fs::write(path.join("behave"), behave).unwrap();
+        path
+    }
+
+    fn model(&self, name: &str, behave: &str) -> Spec {
+        Spec::at(name, &self.artifact(behave), "py", 1 << 20)
+    }
+
+    /// The registry's entry for servers of the test's program.
+    fn registry(&self, replicas: u32, more: &str, env: &[&str]) -> String {
+        let mut text = format!(
+            "[[server]]\nname = \"py\"\nruntime = \"oip\"\ncapabilities = [\"py\"]\nreplicas = {replicas}\nmemory = \"1Gi\"\n\
+             command = [\"python3\", {:?}, \"--port\", \"{{http_port}}\", \"--repository\", \"{{repository}}\"]\n{more}\n\
+             [server.env]\nNOTES = {:?}\n",
+            program(),
+            self.notes().display().to_string(),
+        );
+        for name in env {
+            writeln!(text, "{name} = \"1\"").unwrap();
+        }
+        text
+    }
+}
+
+/// Whether a process runs: one that has ended and was not waited for does not.
+fn runs(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+fn kill(pid: u32, signal: &str) {
+    assert!(Command::new("kill").arg(signal).arg(pid.to_string()).status().unwrap().success());
+}
+
+/// Waits until something holds.
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not after {SOON:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Asks a model over REST: status and body.
+async fn ask(gateway: &str, model: &str) -> (u16, Value) {
+    ask_with(gateway, model, json!({ "id": "ask", "inputs": [] })).await
+}
+
+async fn ask_with(gateway: &str, model: &str, body: Value) -> (u16, Value) {
+    let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+    let request = http::Request::post(format!("http://{gateway}/v2/models/{model}/infer"))
+        .header("content-type", "application/json")
+        .body(Full::from(body.to_string()))
+        .unwrap();
+    let response = tokio::time::timeout(SOON, client.request(request)).await.unwrap().unwrap();
+    let status = response.status().as_u16();
+    let body = response.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+/// Asks until the model answers, and says which process did.
+async fn answered_by(wharf: &Wharf, model: &str) -> u32 {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let (status, body) = ask(&wharf.gateway, model).await;
+        if status == 200 {
+            return u32::try_from(body["outputs"][0]["data"][0].as_u64().unwrap()).unwrap();
+        }
+        assert!(Instant::now() < deadline, "{model} does not answer: {status} {body}\n{}", wharf.tail());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn available(wharf: &Wharf, spec: &Spec) {
+    wharf.submit(spec).await.unwrap();
+    wharf.until_serving(&spec.name, 1).await;
+}
+
+// === the shim ===
+
+fn shim(grace: u32, script: &str) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_wharf"));
+    command.args(["shim", "--grace", &grace.to_string(), "--", "sh", "-c", script]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// The numbers that a script says, one on a line.
+fn said(shim: &mut Child, lines: usize) -> Vec<u32> {
+    use std::io::BufRead as _;
+    let out = std::io::BufReader::new(shim.stdout.take().unwrap());
+    out.lines().take(lines).map(|line| line.unwrap().trim().parse().unwrap()).collect()
+}
+
+/// How a shim ends whose pipe stays open.
+fn end_of(mut shim: Child) -> (Option<i32>, String) {
+    let pipe = shim.stdin.take();
+    let code = shim.wait().unwrap().code();
+    drop(pipe);
+    let mut words = String::new();
+    shim.stderr.unwrap().read_to_string(&mut words).unwrap();
+    (code, words)
+}
+
+#[test]
+fn a_shim_ends_as_its_program_does() {
+    assert_eq!(end_of(shim(1000, "exit 7")).0, Some(7));
+    assert_eq!(end_of(shim(1000, "kill -9 $$")).0, Some(128 + 9));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_wharf"));
+    command.args(["shim", "--", "/no/such/program"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let (code, words) = end_of(command.spawn().unwrap());
+    assert_eq!(code, Some(127));
+    assert!(words.contains("can't run /no/such/program"), "{words}");
+}
+
+#[tokio::test]
+async fn nothing_is_left_when_the_pipe_ends_whatever_ignores_the_signal() {
+    // The program and a grandchild ignore the signal; another grandchild has left the group and the session.
+    let script = "trap '' TERM; sh -c 'trap \"\" TERM; while :; do sleep 1; done' & setsid sleep 1000 & echo $$; echo $!; \
+                  while :; do sleep 1; done";
+    let mut shim = shim(300, script);
+    let pids = said(&mut shim, 2);
+    assert!(pids.iter().all(|pid| runs(*pid)));
+    let began = Instant::now();
+    drop(shim.stdin.take());
+    let status = shim.wait().unwrap();
+    assert_eq!(status.code(), Some(128 + 9));
+    assert!(began.elapsed() >= Duration::from_millis(300), "the program had its time");
+    until("all are gone", || !pids.iter().any(|pid| runs(*pid))).await;
+}
+
+#[tokio::test]
+async fn a_program_has_its_time_to_end_well() {
+    let mut shim = shim(30_000, "trap 'exit 5' TERM; echo $$; while :; do sleep 0.01; done");
+    let pids = said(&mut shim, 1);
+    drop(shim.stdin.take());
+    assert_eq!(shim.wait().unwrap().code(), Some(5));
+    assert!(!runs(pids[0]));
+}
+
+#[tokio::test]
+async fn a_program_ends_with_its_shim_even_if_that_is_killed_and_signals_do_not_end_a_shim() {
+    let mut shim = shim(30_000, "echo $$; while :; do sleep 1; done");
+    let pids = said(&mut shim, 1);
+    for signal in ["-TERM", "-INT", "-HUP"] {
+        kill(shim.id(), signal);
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(shim.try_wait().unwrap().is_none() && runs(pids[0]));
+    kill(shim.id(), "-9");
+    assert_eq!(shim.wait().unwrap().signal(), Some(9));
+    until("the program is gone", || !runs(pids[0])).await;
+}
+
+// === one server for all models ===
+
+#[tokio::test]
+async fn a_server_that_ends_comes_back_with_what_it_had_and_says_what_it_said() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "", &[]));
+    let wharf = home.up().await;
+    for name in ["a", "b"] {
+        available(&wharf, &place.model(name, "")).await;
+    }
+    let first = answered_by(&wharf, "a").await;
+    assert_eq!(answered_by(&wharf, "b").await, first, "one server holds both");
+    // What was used last comes back first.
+    answered_by(&wharf, "a").await;
+    kill(first, "-9");
+    let second = answered_by(&wharf, "a").await;
+    assert_ne!(second, first);
+    assert_eq!(answered_by(&wharf, "b").await, second);
+    assert_eq!(place.noted("loads"), ["a_1", "b_1", "a_1", "b_1"]);
+    assert_eq!(wharf.metric("wharf_agent_server_ended_total").await, Some(1.0));
+    for name in ["a", "b"] {
+        let view = wharf.view(name).await.unwrap();
+        assert_eq!(view.versions[0].copies.len(), 1, "it is the same copy: {view:#?}");
+    }
+    let log = home.log();
+    assert!(log.lines().any(|line| line.contains("listening on") && line.contains("py-0")), "{log}");
+    wharf.stop().await;
+    assert!(!runs(second), "a server ends with its agent");
+}
+
+#[tokio::test]
+async fn nothing_is_left_when_the_agent_is_killed() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "", &["DEAF", "CHILD"])).set("agent.stop_deadline", "200ms");
+    let wharf = home.up().await;
+    until("the server and its child run", || place.pids().len() == 2).await;
+    wharf.kill();
+    until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
+}
+
+fn resident(view: &ModelView) -> usize {
+    let copies = view.versions.iter().flat_map(|version| &version.copies);
+    copies.filter(|copy| copy.state == "Available" && copy.residency == "resident").count()
+}
+
+/// A request that failed: its number, its status, what was answered.
+type Failed = (String, u16, Value);
+
+/// Clients that ask the models in turns, one request after the other.
+struct Traffic {
+    stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+    failed: Arc<Mutex<Vec<Failed>>>,
+    clients: tokio::task::JoinSet<()>,
+}
+
+impl Traffic {
+    const CLIENTS: usize = 4;
+
+    fn start(wharf: &Wharf, names: [&'static str; 2], inputs: &Value) -> Self {
+        let (stop, sent, failed) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default(), Arc::default());
+        let mut clients = tokio::task::JoinSet::new();
+        for client in 0..Self::CLIENTS {
+            let (gateway, inputs) = (wharf.gateway.clone(), inputs.clone());
+            let (stop, sent, failed) =
+                (Arc::clone(&stop), Arc::clone(&sent), Arc::<Mutex<Vec<Failed>>>::clone(&failed));
+            clients.spawn(async move {
+                for (turn, name) in names.iter().cycle().enumerate() {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let id = format!("{client}-{turn}");
+                    let (status, body) = ask_with(&gateway, name, json!({ "id": id, "inputs": inputs })).await;
+                    if status != 200 {
+                        failed.lock().unwrap().push((id, status, body));
+                    }
+                    sent.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        Self { stop, sent, failed, clients }
+    }
+
+    async fn more(&self, requests: u64) {
+        let enough = self.sent.load(Ordering::Relaxed) + requests;
+        until("requests", || self.sent.load(Ordering::Relaxed) >= enough).await;
+    }
+
+    /// Ends it. Every request that failed is one that was with a server when that was killed, of which there were so many.
+    async fn end(mut self, wharf: &Wharf, kills: usize, reached: &BTreeSet<String>) {
+        self.stop.store(true, Ordering::Relaxed);
+        while let Some(done) = self.clients.join_next().await {
+            done.unwrap();
+        }
+        let failed = std::mem::take(&mut *self.failed.lock().unwrap());
+        let sent = self.sent.load(Ordering::Relaxed);
+        println!("{sent} requests, {} failed in {kills} kills, each with the server that was killed", failed.len());
+        for (id, status, body) in &failed {
+            // What was written to the server and not read yet is noted nowhere; it counts as begun all the same.
+            let begun = reached.contains(id) || *status == 502 && !body.to_string().contains("could not be reached");
+            assert!(begun, "request {id} failed with {status} {body} before it reached a server\n{}", wharf.tail());
+        }
+        assert!(failed.len() <= kills * Self::CLIENTS, "no more than were under way: {failed:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_killed_server_fails_what_had_reached_it_and_nothing_else() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(2, "", &[]));
+    let wharf = home.up().await;
+    let names = ["a", "b"];
+    for name in names {
+        wharf.submit(&place.model(name, "").replicas(2)).await.unwrap();
+        wharf.until(name, "on both replicas", |view| resident(view) == 2).await;
+    }
+    let traffic = Traffic::start(&wharf, names, &json!([]));
+    for _ in 0..3 {
+        let before = place.pids().len();
+        traffic.more(200).await;
+        let victim = *place.pids().iter().rfind(|pid| runs(**pid)).unwrap();
+        kill(victim, "-9");
+        until("another server", || place.pids().len() > before).await;
+        for name in names {
+            wharf.until(name, "back on both replicas", |view| resident(view) == 2).await;
+        }
+    }
+    traffic.end(&wharf, 3, &place.noted("requests").into_iter().collect()).await;
+}
+
+/// The programs of MLServer that run below this folder.
+fn mlservers(home: &Home) -> Vec<u32> {
+    let below = home.path().display().to_string();
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_one = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        line.contains(&below) && line.contains("mlserver start") && !line.contains(" shim ")
+    };
+    pids.filter(is_one).collect()
+}
+
+#[tokio::test]
+async fn a_killed_mlserver_comes_back_with_its_copies_and_no_request_fails_that_had_not_reached_it() {
+    let _turn = servers::TURN.lock().await;
+    let home = Home::new(&format!(
+        "[[server]]\nname = \"mlserver\"\nruntime = \"mlserver\"\ncapabilities = [\"sklearn\"]\nreplicas = 2\n\
+         memory = \"1Gi\"\ncommand = [{:?}, \"start\", \"{{repository}}\"]\n",
+        servers::mlserver().display().to_string(),
+    ));
+    let wharf = home.up().await;
+    let names = ["a", "b"];
+    for name in names {
+        let spec = Spec::at(name, &servers::trained("sklearn-iris-1"), "sklearn", 1 << 20).replicas(2);
+        wharf.submit(&spec).await.unwrap();
+        wharf.until_within(LONG, name, "on both replicas", |view| resident(view) == 2).await;
+    }
+    let flower = json!([{ "name": "X", "shape": [1, 4], "datatype": "FP32", "data": [5.1, 3.5, 1.4, 0.2] }]);
+    let traffic = Traffic::start(&wharf, names, &flower);
+    traffic.more(50).await;
+    kill(mlservers(&home)[0], "-9");
+    for name in names {
+        wharf.until_within(LONG, name, "on one replica", |view| resident(view) < 2).await;
+    }
+    for name in names {
+        wharf.until_within(LONG, name, "back on both replicas", |view| resident(view) == 2).await;
+    }
+    traffic.more(20).await;
+    traffic.end(&wharf, 1, &BTreeSet::new()).await;
+    let pids = mlservers(&home);
+    assert_eq!(pids.len(), 2);
+    wharf.kill();
+    until("nothing is left", || !pids.iter().any(|pid| runs(*pid))).await;
+}
+
+#[tokio::test]
+async fn a_model_that_takes_the_server_down_is_kept_out_and_the_others_come_back() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "", &[])).set("scheduler.retry_first", "100ms");
+    let wharf = home.up().await;
+    available(&wharf, &place.model("good", "")).await;
+    wharf.submit(&place.model("bad", "crash-on-load")).await.unwrap();
+    let told = |view: &ModelView| format!("{view:?}").contains("quarantined: the inference server ended 2 times");
+    wharf.until("bad", "quarantined", told).await;
+    answered_by(&wharf, "good").await;
+    let ends = wharf.metric("wharf_agent_server_ended_total").await;
+    assert_eq!(ends, Some(2.0), "{}", wharf.tail());
+    assert_eq!(wharf.metric("wharf_agent_quarantined_total").await, Some(1.0));
+    // Another version may try.
+    wharf.submit(&place.model("bad", "")).await.unwrap();
+    wharf.until_serving("bad", 2).await;
+}
+
+#[tokio::test]
+async fn a_model_whose_requests_take_the_server_down_is_kept_out() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "", &[]));
+    let wharf = home.up().await;
+    available(&wharf, &place.model("good", "")).await;
+    available(&wharf, &place.model("bad", "crash-on-infer")).await;
+    let deadline = Instant::now() + SOON;
+    while wharf.metric("wharf_agent_quarantined_total").await != Some(1.0) {
+        assert!(Instant::now() < deadline, "{}", wharf.tail());
+        let (status, _) = ask(&wharf.gateway, "bad").await;
+        assert_ne!(status, 200);
+    }
+    assert_eq!(wharf.metric("wharf_agent_server_ended_total").await, Some(2.0));
+    answered_by(&wharf, "good").await;
+}
+
+#[tokio::test]
+async fn an_independent_server_outlives_the_agent_and_is_taken_up_without_a_reload() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "lifetime = \"independent\"", &[]));
+    let wharf = home.up().await;
+    available(&wharf, &place.model("a", "")).await;
+    let server = answered_by(&wharf, "a").await;
+    wharf.kill();
+    assert!(runs(server), "it lives on");
+    let wharf = home.up().await;
+    assert_eq!(answered_by(&wharf, "a").await, server);
+    assert_eq!(place.noted("loads"), ["a_1"], "nothing was loaded again");
+    // One that was taken up is watched too.
+    kill(server, "-9");
+    let next = answered_by(&wharf, "a").await;
+    assert_ne!(next, server);
+    // An agent that stops by itself leaves it running as well; a replica that goes for good takes it along.
+    wharf.stop().await;
+    assert!(runs(next));
+    let wharf = home.up().await;
+    wharf.unload("a").await.unwrap();
+    home.write_registry("");
+    until("it is stopped", || !runs(next)).await;
+    drop(wharf);
+}
+
+#[tokio::test]
+async fn a_server_that_never_answers_is_started_again_and_what_is_wrong_is_told() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "", &["HANG"])).set("agent.start_deadline", "1s");
+    let wharf = home.up().await;
+    until("it is told", || home.log().contains("did not answer 200 at /v2/health/ready within 1 s")).await;
+    until("another start", || place.pids().len() >= 2).await;
+    drop(wharf);
+    until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
+}
+
+// === a process for each model ===
+
+#[tokio::test]
+async fn each_model_is_a_process_that_is_started_watched_and_stopped() {
+    let place = Place::new();
+    let registry = format!(
+        "[[server]]\nname = \"each\"\nruntime = \"process\"\ncapabilities = [\"py\"]\nmemory = \"1Gi\"\n\
+         health = \"/v2/models/{{model_name}}/ready\"\n\
+         command = [\"python3\", {:?}, \"--port\", \"{{port}}\", \"--model\", \"{{model_name}}\", \"--path\", \"{{model_path}}\"]\n\
+         [server.env]\nNOTES = {:?}\n",
+        program(),
+        place.notes().display().to_string(),
+    );
+    let home = Home::new(&registry);
+    let wharf = home.up().await;
+    for name in ["a", "b"] {
+        available(&wharf, &place.model(name, "")).await;
+    }
+    let (a, b) = (answered_by(&wharf, "a").await, answered_by(&wharf, "b").await);
+    assert_ne!(a, b);
+    kill(a, "-9");
+    let again = answered_by(&wharf, "a").await;
+    assert_ne!(again, a);
+    assert_eq!(answered_by(&wharf, "b").await, b, "the other one was not touched");
+    let log = home.log();
+    assert!(log.lines().any(|line| line.contains("listening on") && line.contains("a_1")), "{log}");
+    wharf.unload("a").await.unwrap();
+    until("its process is gone", || !runs(again)).await;
+    wharf.kill();
+    until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
+}
+
+#[tokio::test]
+async fn a_model_whose_process_can_not_start_says_why() {
+    let place = Place::new();
+    let registry = "[[server]]\nname = \"each\"\nruntime = \"process\"\ncapabilities = [\"py\"]\nmemory = \"1Gi\"\n\
+                    command = [\"/no/such/program\", \"{port}\"]\n";
+    let wharf = Home::new(registry);
+    let wharf = wharf.up().await;
+    wharf.submit(&place.model("a", "")).await.unwrap();
+    let told = |view: &ModelView| format!("{view:?}").contains("can't run /no/such/program");
+    wharf.until("a", "told what is wrong", told).await;
+}
