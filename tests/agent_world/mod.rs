@@ -293,6 +293,7 @@ impl Session {
 struct Hub {
     sessions: mpsc::UnboundedSender<Session>,
     leader: Arc<Mutex<(String, u64)>>,
+    lease: Duration,
 }
 
 #[tonic::async_trait]
@@ -315,7 +316,7 @@ impl agent_hub_server::AgentHub for Hub {
             lineage,
             leader_epoch: epoch,
             leader_started: 0,
-            lease_millis: 2000,
+            lease_millis: self.lease.as_millis() as u64,
             heartbeat_millis: 500,
         };
         let message = scheduler_message::Message::Welcome(welcome);
@@ -368,6 +369,16 @@ impl World {
         edit: impl FnOnce(&mut Options),
         sources: Vec<Arc<dyn ArtifactSource>>,
     ) -> (Self, Session) {
+        Self::with_lease(capacity, edit, sources, Duration::from_secs(2)).await
+    }
+
+    /// A world whose scheduler may be silent so long; in real time the machine may be busy.
+    pub async fn with_lease(
+        capacity: u64,
+        edit: impl FnOnce(&mut Options),
+        sources: Vec<Arc<dyn ArtifactSource>>,
+        lease: Duration,
+    ) -> (Self, Session) {
         let folder = tempfile::tempdir().unwrap();
         let replica = ReplicaId::new(ServerName::new("mlserver").unwrap(), 0);
         let mut options = Options::new(replica, Resources::primary(Bytes(capacity)), folder.path().join("data"));
@@ -377,7 +388,7 @@ impl World {
         server.edit(|state| state.repository = options.repository.clone());
         let (tell, sessions) = mpsc::unbounded_channel();
         let leader = Arc::new(Mutex::new(("lineage-a".to_owned(), 5)));
-        let hub = Hub { sessions: tell, leader: Arc::clone(&leader) };
+        let hub = Hub { sessions: tell, leader: Arc::clone(&leader), lease };
         let net = Arc::new(Net::default());
         let agent = agent(&options, &net, &server, &sources);
         let door = agent.door();
