@@ -73,10 +73,17 @@ fn module(path: &Path) -> String {
     first.trim_end_matches(".rs").to_owned()
 }
 
+/// The text up to its tests, which end a file.
+fn without_tests(text: &str) -> &str {
+    let starts = ["#[cfg(test)]\nmod tests {", "#[cfg(test)]\npub(crate) mod tests {"];
+    let end = starts.iter().filter_map(|start| text.find(start)).min();
+    &text[..end.unwrap_or(text.len())]
+}
+
 /// The file without its tests and comments.
 fn product(path: &Path) -> String {
     let text = fs::read_to_string(path).expect("a source file");
-    let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+    let text = without_tests(&text);
     let lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
     lines.collect::<Vec<_>>().join("\n")
 }
@@ -190,7 +197,7 @@ fn no_file_is_too_long_to_read() {
         .filter(|path| !is_test(path))
         .map(|path| {
             let text = fs::read_to_string(path).expect("a source file");
-            (text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default().lines().count(), path)
+            (without_tests(&text).lines().count(), path)
         })
         .filter(|(lines, _)| *lines > LINES)
         .map(|(lines, path)| format!("{}: {lines} lines", path.display()))

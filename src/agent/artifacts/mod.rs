@@ -42,7 +42,7 @@ pub use object::ObjectSource;
 pub use rclone::{RcloneOptions, RcloneSource};
 pub use secrets::{SECRET_PREFIX, Secrets};
 use shelf::{Kept, Manifest, Shelf};
-use staging::{Folders, Idle};
+use staging::{Folders, Idle, Left};
 pub use transfer::{Patience, Transfers};
 pub(crate) use uri::redacted;
 use uri::{Through, Uri, bad};
@@ -324,7 +324,7 @@ impl Artifacts {
             limits: self.limits,
         };
         self.idle().take(&key);
-        let left = Left { artifacts: Arc::clone(&self), key: key.clone() };
+        let left = Left::new(&self, &key);
         let make = folders.clone();
         disk::run(self.blocking, move || make.make())
             .await
@@ -466,34 +466,6 @@ impl Artifacts {
         let (root, to) = (self.root.clone(), to.to_owned());
         disk::run(self.blocking, move || shelf::lay_out(&root, &manifest, &layout, &to)).await?;
         Ok(instances)
-    }
-}
-
-/// Says in the end that a download left its folders behind, also when it was given up.
-struct Left {
-    artifacts: Arc<Artifacts>,
-    key: String,
-}
-
-impl Left {
-    fn keep(self, bytes: u64) {
-        let now = self.artifacts.clock.now();
-        self.artifacts.idle().add(self.key.clone(), bytes, now);
-        self.nothing();
-    }
-
-    fn nothing(mut self) {
-        self.key.clear();
-    }
-}
-
-impl Drop for Left {
-    fn drop(&mut self) {
-        if !self.key.is_empty() {
-            let (key, now) = (std::mem::take(&mut self.key), self.artifacts.clock.now());
-            // How much it is, nobody has measured; it counts once it is taken up or its time is over.
-            self.artifacts.idle().add(key, 0, now);
-        }
     }
 }
 

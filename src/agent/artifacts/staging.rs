@@ -7,9 +7,11 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
+use super::Artifacts;
 use crate::{agent::disk, domain::time::Instant};
 
 /// Where the files of one download are, and what is noted of them.
@@ -112,6 +114,38 @@ impl Idle {
             }
         }
         over
+    }
+}
+
+/// Says in the end that a download left its folders behind, also when it was given up.
+pub(super) struct Left {
+    artifacts: Arc<Artifacts>,
+    key: String,
+}
+
+impl Left {
+    pub(super) fn new(artifacts: &Arc<Artifacts>, key: &str) -> Self {
+        Self { artifacts: Arc::clone(artifacts), key: key.to_owned() }
+    }
+
+    pub(super) fn keep(self, bytes: u64) {
+        let now = self.artifacts.clock.now();
+        self.artifacts.idle().add(self.key.clone(), bytes, now);
+        self.nothing();
+    }
+
+    pub(super) fn nothing(mut self) {
+        self.key.clear();
+    }
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        if !self.key.is_empty() {
+            let (key, now) = (std::mem::take(&mut self.key), self.artifacts.clock.now());
+            // How much it is, nobody has measured; it counts once it is taken up or its time is over.
+            self.artifacts.idle().add(key, 0, now);
+        }
     }
 }
 
