@@ -1,7 +1,7 @@
 //! Which model takes its inference server down with it.
 //!
 //! The rules of this module: under suspicion is what the server was loading for the first time when it ended, or, when
-//! there was no such thing, what it was bringing back and what it was asked then. Whoever was under suspicion at two ends within a while, and more often than anyone else who
+//! there was no such thing, what it was bringing back and what it was asked then, unless it was killed: no request does that. Whoever was under suspicion at two ends within a while, and more often than anyone else who
 //! was at the last one, is quarantined. Where two are as suspicious as each other nobody is: an innocent model is never
 //! taken out with a guilty one. A quarantine ends by time, for it may have met an innocent one that is asked much.
 
@@ -33,6 +33,8 @@ pub struct Scene {
     pub returning: Vec<Suspect>,
     /// What had requests with it.
     pub asked: Vec<Suspect>,
+    /// Whether it was killed, as by a person or for want of memory, so that it did not crash by itself.
+    pub killed: bool,
 }
 
 /// A model that is kept out.
@@ -80,7 +82,7 @@ impl Quarantine {
         // What is asked all the time is asked at every end: a load that is the first tells more. One that brings back what
         // an end took does not, for a request may come before the last is back.
         let mut here: BTreeMap<Suspect, bool> = if scene.loading.is_empty() {
-            let asked = scene.asked.iter().map(|who| (*who, false));
+            let asked = scene.asked.iter().filter(|_| !scene.killed).map(|who| (*who, false));
             asked.chain(scene.returning.iter().map(|who| (*who, true))).collect()
         } else {
             scene.loading.iter().map(|who| (*who, true)).collect()
@@ -129,12 +131,12 @@ mod tests {
 
     fn scene(loading: &[u64], asked: &[u64]) -> Scene {
         let all = |uids: &[u64]| uids.iter().map(|uid| model(*uid)).collect();
-        Scene { loading: all(loading), returning: Vec::new(), asked: all(asked) }
+        Scene { loading: all(loading), asked: all(asked), ..Scene::default() }
     }
 
     fn returning(returning: &[u64], asked: &[u64]) -> Scene {
         let Scene { loading, asked, .. } = scene(returning, asked);
-        Scene { loading: Vec::new(), returning: loading, asked }
+        Scene { returning: loading, asked, ..Scene::default() }
     }
 
     fn at(seconds: u64) -> Instant {
@@ -186,6 +188,17 @@ mod tests {
         let mut quarantine = Quarantine::default();
         assert_eq!(quarantine.ended(&returning(&[2], &[1]), at(0)), None);
         assert_eq!(quarantine.ended(&returning(&[2], &[1]), at(1)).map(|verdict| verdict.who), Some(model(2)));
+    }
+
+    #[test]
+    fn a_kill_is_nobodys_request_and_may_be_a_loads() {
+        let killed = |loading: &[u64], asked: &[u64]| Scene { killed: true, ..scene(loading, asked) };
+        let mut quarantine = Quarantine::default();
+        for second in 0..5 {
+            assert_eq!(quarantine.ended(&killed(&[], &[1]), at(second)), None);
+        }
+        assert_eq!(quarantine.ended(&killed(&[2], &[1]), at(6)), None);
+        assert_eq!(quarantine.ended(&killed(&[2], &[1]), at(7)).map(|verdict| verdict.who), Some(model(2)));
     }
 
     #[test]

@@ -34,6 +34,8 @@ use crate::{
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How much longer than its program a shim may take to end.
 const SHIM: Duration = Duration::from_secs(5);
+/// As the shim tells of a program that was killed.
+const KILLED: i32 = 128 + 9;
 /// How often it is looked whether a program still runs that is not a child.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -41,6 +43,15 @@ const LOOK: Duration = Duration::from_millis(50);
 /// runs what models bring, and is not to have them.
 const PRIVATE: [&str; 7] =
     [SECRET_PREFIX, "AWS_", "AZURE_", "GOOGLE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RCLONE_"];
+
+/// How a program ended.
+#[derive(Debug)]
+pub(super) struct End {
+    /// In words.
+    pub(super) how: String,
+    /// Whether it was killed, which no program does by a crash.
+    pub(super) killed: bool,
+}
 
 /// A program that runs, or ran.
 #[derive(Debug)]
@@ -255,7 +266,7 @@ impl Child {
     }
 
     /// Waits until it has ended, and says how. Giving the wait up loses nothing.
-    pub(super) async fn ended(&mut self) -> String {
+    pub(super) async fn ended(&mut self) -> End {
         let status = match &mut self.kind {
             Kind::Bound { shim, .. } => shim.wait().await.ok(),
             Kind::Alone { child: Some(child), .. } => child.wait().await.ok(),
@@ -272,17 +283,20 @@ impl Child {
             // What it leaves would hold its ports.
             Kind::Alone { who, .. } => who.signal(Signal::KILL),
         }
-        let how = match status.map(|status| (status.code(), std::os::unix::process::ExitStatusExt::signal(&status))) {
+        let ended = status.map(|status| (status.code(), std::os::unix::process::ExitStatusExt::signal(&status)));
+        let killed = matches!(ended, Some((Some(KILLED), _) | (None, Some(9))));
+        let how = match ended {
             // As the shim tells of a signal.
             Some((Some(code @ 129..), _)) => format!("was killed by signal {}", code - 128),
             Some((Some(code), _)) => format!("ended with status {code}"),
             Some((None, Some(signal))) => format!("was killed by signal {signal}"),
             Some((None, None)) | None => "ended".to_owned(),
         };
-        match self.voice.last() {
+        let how = match self.voice.last() {
             last if last.is_empty() => how,
             last => format!("{how}; it last said: {last:.200}"),
-        }
+        };
+        End { how, killed }
     }
 
     /// Asks it to stop, waits for `grace`, and kills it. Nothing of it is left when this returns, and nothing is kept of it

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Started, Tending};
+use super::{End, Started, Tending};
 use crate::{
     agent::{
         cache::{Entry, Phase},
@@ -37,7 +37,7 @@ fn runtime(message: &str) -> Failure {
 }
 
 impl Tending for Tended {
-    fn ended(&self, how: &str) {
+    fn ended(&self, end: &End) {
         let core = &self.0;
         let now = core.clock.now();
         let entries = core.book.all();
@@ -54,6 +54,7 @@ impl Tending for Tended {
             loading: loaded(false),
             returning: loaded(true),
             asked: entries.iter().filter(|entry| asked(entry)).map(|one| suspect(one)).collect(),
+            killed: end.killed,
         };
         let requests: u32 = entries
             .iter()
@@ -69,7 +70,7 @@ impl Tending for Tended {
             }
         }
         core.metrics.server_ended.inc();
-        tracing::error!(replica = %core.options.replica, how, copies = lost.len(), requests, "the inference server ended");
+        tracing::error!(replica = %core.options.replica, how = end.how, copies = lost.len(), requests, "the inference server ended");
         let verdict = core.quarantine.lock().unwrap_or_else(PoisonError::into_inner).ended(&scene, now);
         if let Some(verdict) = verdict {
             core.metrics.quarantined.inc();

@@ -32,7 +32,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    child::{Child, Root},
+    child::{Child, End, Root},
     launch::Ports,
 };
 use super::{measure::retry_after, procfs::Listening};
@@ -87,7 +87,7 @@ pub(super) enum Health {
 /// Who has to know how a server fares. Called in order, and never while it is up and down at once.
 pub(super) trait Tending: Send + Sync {
     /// It ended, and nothing of it is left.
-    fn ended(&self, how: &str);
+    fn ended(&self, end: &End);
     /// It answers.
     fn ready(&self);
     /// It ended too often.
@@ -279,29 +279,33 @@ impl Server {
                 },
                 State::Ready { .. } => {
                     let Some((child, life)) = running.as_mut() else { break };
-                    let outworn = tokio::select! {
+                    let ended = tokio::select! {
                         biased;
                         () = stop.cancelled() => break,
-                        ended = child.ended() => {
-                            how = ended;
-                            false
-                        }
-                        () = self.is_outworn(*life) => true,
+                        end = child.ended() => Some(end),
+                        // Outworn: it did not end.
+                        () = self.is_outworn(*life) => None,
                     };
                     let now = self.clock.now();
-                    if outworn {
+                    if ended.is_none() {
                         self.started.store(now.as_micros(), SeqCst);
                         self.health.send_replace(Health::Starting);
                     }
                     self.run.store(None);
-                    if outworn {
-                        child.stop(self.launch.grace).await;
-                    } else {
-                        self.careful.store((now + WINDOW).as_micros(), SeqCst);
-                        tending.ended(&how);
-                    }
+                    let event = match ended {
+                        None => {
+                            child.stop(self.launch.grace).await;
+                            Event::Renewed
+                        }
+                        Some(end) => {
+                            self.careful.store((now + WINDOW).as_micros(), SeqCst);
+                            tending.ended(&end);
+                            how = end.how;
+                            Event::Ended
+                        }
+                    };
                     running = None;
-                    if outworn { Event::Renewed } else { Event::Ended }
+                    event
                 }
                 State::BackingOff { until } | State::Failed { until } => {
                     tokio::select! {
@@ -380,7 +384,7 @@ impl Server {
         let how = tokio::select! {
             biased;
             () = stop.cancelled() => None,
-            how = child.ended() => Some(how),
+            end = child.ended() => Some(end.how),
             other = answers => match other {
                 None => {
                     self.is_ready(adopted, began);

@@ -12,7 +12,7 @@ use std::{
 use futures::{FutureExt as _, future::BoxFuture};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use super::{Health, Launch, Server, Tending};
+use super::{End, Health, Launch, Server, Tending};
 use crate::{
     agent::runtimes::{Indexed, Kind, Layout, Listing, Runtime, Wanted, plain},
     domain::{
@@ -41,7 +41,7 @@ struct One {
 struct Quiet;
 
 impl Tending for Quiet {
-    fn ended(&self, _: &str) {}
+    fn ended(&self, _: &End) {}
     fn ready(&self) {}
     fn given_up(&self, _: &str) {}
 }
