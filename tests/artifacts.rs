@@ -117,6 +117,7 @@ fn register(copy: Generation, uri: &str, storage: Option<Storage>) -> Order {
         need: Resources::primary(Bytes(3)),
         attempt: 0,
         measured: false,
+        pinned: false,
     }
 }
 

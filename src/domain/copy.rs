@@ -193,6 +193,8 @@ pub enum Report {
         residency: Residency,
         /// What it was seen to need, when that was measured.
         measured: Option<Box<Size>>,
+        /// Whether it is never evicted.
+        pinned: bool,
     },
     /// It refuses new holds and waits for the last.
     Draining {

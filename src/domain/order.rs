@@ -21,6 +21,8 @@ pub enum Order {
         attempt: u32,
         /// Whether that memory was measured: then it is what all instances take together.
         measured: bool,
+        /// Whether it is never evicted. The only part that another order about the same copy may say otherwise.
+        pinned: bool,
     },
     /// Let requests in flight finish, then leave nothing of it behind.
     Unregister {

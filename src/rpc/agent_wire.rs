@@ -77,13 +77,14 @@ pub fn order_to_wire(order: &Order) -> wire::Order {
     use wire::order::Order as Wire;
     wire::Order {
         order: Some(match order {
-            Order::Register { model, generation, spec, need, attempt, measured } => Wire::Register(wire::Register {
+            Order::Register { model, generation, spec, need, attempt, measured, pinned } => Wire::Register(wire::Register {
                 model: model.to_string(),
                 generation: Some(generation_to_wire(*generation)),
                 spec: Some(model_spec_to_wire(spec)),
                 need: Some(resources_to_wire(need)),
                 attempt: *attempt,
                 measured: *measured,
+                pinned: *pinned,
             }),
             Order::Unregister { model, generation, drain } => Wire::Unregister(wire::Unregister {
                 model: model.to_string(),
@@ -129,6 +130,7 @@ fn register_from_wire(register: wire::Register) -> Result<Order, Refusal> {
         need: resources_from_wire(register.need.ok_or_else(|| absent("need"))?),
         attempt: register.attempt,
         measured: register.measured,
+        pinned: register.pinned,
     })
 }
 
@@ -155,9 +157,10 @@ pub fn report_to_wire(report: &CopyReport) -> wire::CopyReport {
             Report::Loading { estimate } => {
                 State::Loading(wire::Loading { estimate: estimate.as_deref().map(size_to_wire) })
             }
-            Report::Available { residency, measured } => State::Available(wire::Available {
+            Report::Available { residency, measured, pinned } => State::Available(wire::Available {
                 residency: residency_to_wire(*residency).into(),
                 measured: measured.as_deref().map(size_to_wire),
+                pinned: *pinned,
             }),
             Report::Draining { holds } => State::Draining(wire::Draining { holds: *holds }),
             Report::Unloaded => State::Unloaded(wire::Unloaded {}),
@@ -190,6 +193,7 @@ pub fn report_from_wire(wire: wire::CopyReport) -> Result<CopyReport, Refusal> {
                 wire::available::Residency::Reloading => Residency::Reloading,
             },
             measured: size_from_wire(one.measured),
+            pinned: one.pinned,
         },
         State::Draining(one) => Report::Draining { holds: one.holds },
         State::Unloaded(_) => Report::Unloaded,
@@ -268,6 +272,7 @@ mod tests {
             need,
             attempt: 5,
             measured: true,
+            pinned: true,
         }
     }
 
@@ -309,6 +314,7 @@ mod tests {
         reports.extend(residencies.map(|residency| Report::Available {
             residency,
             measured: (residency == Residency::Resident).then(|| Box::new(size())),
+            pinned: residency == Residency::Evicted,
         }));
         for report in reports {
             let order = register();

@@ -550,6 +550,7 @@ pub fn register(model: &str, generation: Generation, size: u64, uri: &str) -> Or
         need: Resources::primary(Bytes(size)),
         attempt: 0,
         measured: false,
+        pinned: false,
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     future::Future,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -130,6 +130,8 @@ pub(crate) struct Entry {
     weight: ArcSwapOption<Weight>,
     /// How often the inference server holds it in memory, once that is known.
     instances: AtomicU32,
+    /// Whether it is never evicted.
+    pinned: AtomicBool,
     pub(crate) attempt: u32,
     /// The name by which the inference server knows it.
     pub(crate) served: String,
@@ -216,6 +218,7 @@ impl Entry {
             ordered_measured,
             weight: ArcSwapOption::empty(),
             instances: AtomicU32::new(1),
+            pinned: AtomicBool::new(false),
             attempt,
             word: AtomicU64::new(Phase::Preparing.with(0)),
             last_used: AtomicU64::new(clock.now().as_micros()),
@@ -282,6 +285,25 @@ impl Entry {
     /// How often the inference server holds it in memory. To be told before it has room in the ledger.
     pub(crate) fn set_instances(&self, instances: u32) {
         self.instances.store(instances, SeqCst);
+    }
+
+    /// How often the inference server holds it in memory.
+    pub(crate) fn instances(&self) -> u32 {
+        self.instances.load(SeqCst)
+    }
+
+    /// Whether it is never evicted.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pinned.load(SeqCst)
+    }
+
+    /// From now on it is never evicted, or may be again. Says whether that is news.
+    pub(crate) fn set_pinned(&self, pinned: bool) -> bool {
+        let news = self.pinned.swap(pinned, SeqCst) != pinned;
+        if news {
+            self.pressure.eased();
+        }
+        news
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -457,7 +479,10 @@ impl Entry {
 
     /// What there is to say of it now.
     pub(crate) fn report(&self) -> Report {
-        let available = |residency| Report::Available { residency, measured: self.size().map(Box::new) };
+        let available = |residency| {
+            let (measured, pinned) = (self.size().map(Box::new), self.is_pinned());
+            Report::Available { residency, measured, pinned }
+        };
         match self.snapshot() {
             (Phase::Preparing, _) => match *lock(&self.stage) {
                 Stage::Scheduled => Report::Scheduled,
@@ -484,6 +509,7 @@ impl Entry {
             need: self.ordered.clone(),
             attempt: self.attempt,
             measured: self.ordered_measured,
+            pinned: self.is_pinned(),
         }
     }
 }

@@ -360,6 +360,7 @@ impl Model {
             need: copy.need.clone(),
             spread: self.deployment.spread,
             priority: self.deployment.priority,
+            pinned: self.deployment.pinned,
             avoid: copy.avoid.clone(),
             together: self.deployment.replicas.saturating_sub(placed).max(1),
         })))
@@ -430,6 +431,7 @@ impl Model {
             need: copy.need.clone(),
             attempt: copy.attempts,
             measured: self.measured_version(copy.generation.version).is_some(),
+            pinned: self.deployment.pinned,
         })
     }
 }

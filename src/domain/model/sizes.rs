@@ -316,7 +316,8 @@ mod tests {
         }
 
         fn measured(&mut self, index: u32, generation: Generation, size: Size) {
-            let report = Report::Available { residency: Residency::Resident, measured: Some(Box::new(size)) };
+            let (residency, measured) = (Residency::Resident, Some(Box::new(size)));
+            let report = Report::Available { residency, measured, pinned: false };
             self.report(index, generation, report);
         }
 
