@@ -7,15 +7,16 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use sha2::{Digest as _, Sha256};
 use tokio::{
-    sync::{RwLock, RwLockReadGuard, RwLockWriteGuard},
-    time::timeout,
+    sync::{Notify, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{sleep, timeout},
 };
 
 use super::{artifacts::Artifact, cache::Entry, core::Core, disk};
@@ -29,6 +30,8 @@ use crate::{
     ports::Footprint,
 };
 
+/// How long loads and evictions have to pause before the process is looked at: to look at it reads all of `/proc`.
+const PAUSED: Duration = Duration::from_millis(100);
 /// Sizes that the agent remembers beyond its copies.
 const REMEMBERED: usize = 4096;
 /// A load that adds less than this share of its artifact's bytes, in percent, used memory that the process had kept from
@@ -40,6 +43,10 @@ const PLAUSIBLE_PERCENT: u64 = 50;
 pub(crate) struct Scale {
     /// Loads and unloads share it; a load that is measured has it alone.
     turns: RwLock<()>,
+    /// Loads and unloads that have begun.
+    begun: AtomicU64,
+    /// Something was loaded or evicted since the process was looked at.
+    moved: Notify,
     /// Loads and unloads that did not get their turn in time and went ahead.
     disturbed: AtomicU64,
     /// Whether the server gives figures of its own.
@@ -131,6 +138,7 @@ impl Core {
     pub(crate) async fn turn_to_load(&self, entry: &Entry) -> Turn<'_> {
         let wanted = entry.is_unweighed() && !self.scale.told.load(SeqCst) && self.options.process.is_some();
         if wanted && let Ok(alone) = timeout(self.options.load_deadline, self.scale.turns.write()).await {
+            self.scale.begun.fetch_add(1, SeqCst);
             let disturbed = self.scale.disturbed.load(SeqCst);
             return match self.footprint().await {
                 Some(before) => Turn::Alone(alone, before, disturbed),
@@ -142,7 +150,9 @@ impl Core {
 
     /// The turn of what is not measured.
     pub(crate) async fn turn(&self) -> Turn<'_> {
-        match timeout(self.options.load_deadline, self.scale.turns.read()).await {
+        let turn = timeout(self.options.load_deadline, self.scale.turns.read()).await;
+        self.scale.begun.fetch_add(1, SeqCst);
+        match turn {
             Ok(shared) => Turn::Shared(Some(shared)),
             Err(_) => {
                 self.scale.disturbed.fetch_add(1, SeqCst);
@@ -189,13 +199,33 @@ impl Core {
         disk::run(self.options.blocking, move || process.footprint()).await
     }
 
-    /// Looks at the server's process after something was loaded or unloaded, or at the start: what it has beyond its
-    /// baseline and what is in it has leaked.
+    /// Something was loaded or evicted: the process is to be looked at, once requests have had their time.
+    pub(crate) fn look_soon(&self) {
+        self.scale.moved.notify_one();
+    }
+
+    /// Looks at the server's process whenever loads and evictions have paused, for as long as the agent lives.
+    pub(crate) async fn keep_looking(self: Arc<Self>) {
+        loop {
+            self.scale.moved.notified().await;
+            sleep(PAUSED).await;
+            self.look_at_process().await;
+        }
+    }
+
+    /// Looks at the server's process: what it has beyond its baseline and what is in it has leaked. Keeps nobody from
+    /// loading: a look that was disturbed says nothing, and whatever disturbed it is followed by another look.
     pub(crate) async fn look_at_process(&self) {
-        // What is loaded or unloaded at this moment is in one of the two sums only.
-        let Ok(_alone) = self.scale.turns.try_write() else { return };
+        let begun = self.scale.begun.load(SeqCst);
+        if self.scale.turns.try_write().is_err() {
+            return;
+        }
         let resident = self.ledger.used().primary;
         let Some(now) = self.footprint().await else { return };
+        if self.scale.begun.load(SeqCst) != begun {
+            // What was loaded or unloaded meanwhile is in one of the two sums only.
+            return;
+        }
         let mut watched = self.scale.process.lock().unwrap_or_else(PoisonError::into_inner);
         match watched.baseline {
             Some(baseline) if baseline.process == now.process => {
