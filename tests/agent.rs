@@ -272,7 +272,8 @@ async fn a_pinned_copy_is_never_evicted_until_an_order_takes_that_back() {
             *pinned = wanted;
             order
         };
-        let said = |report: &Report, wanted: bool| matches!(report, Report::Available { pinned, .. } if *pinned == wanted);
+        let said =
+            |report: &Report, wanted: bool| matches!(report, Report::Available { pinned, .. } if *pinned == wanted);
         session.obeyed(&[pin(&world, true)]).await;
         session.until(first, |report| said(report, true)).await;
         session.obeyed(&[world.register("m1", second, 6)]).await;

@@ -139,7 +139,8 @@ fn with_two_mlservers_and_rclone_the_same_comes_true_and_nothing_is_left() {
     assert_eq!(output.status.code(), Some(0), "{out}\n{err}");
     let table: Vec<&str> = out.lines().skip_while(|line| !line.starts_with("promised")).skip(1).collect();
     let promises = [
-        ["Wharf and what it starts", PROMISES[1], "REST answers as scikit-learn", "gRPC answers as scikit-learn"].as_slice(),
+        ["Wharf and what it starts", PROMISES[1], "REST answers as scikit-learn", "gRPC answers as scikit-learn"]
+            .as_slice(),
         &PROMISES[4..10],
         &["a killed server comes back", PROMISES[10]],
     ];

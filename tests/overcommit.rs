@@ -281,7 +281,7 @@ async fn a_pinned_model_stays_in_memory_while_others_take_turns_there() {
     // Where it is pinned again it is in the way of the large one, which says why it is not where it could be.
     wharf.submit(&spec("kept", 2 * MIB, true)).await.unwrap();
     let crowded = |servers: &[ServerView]| {
-        let conditions = servers[0].replicas.iter().flat_map(|replica| &replica.conditions);
+        let conditions = servers[0].conditions.iter();
         conditions.clone().any(|what| what.contains("crowded by pinned copies"))
             && conditions.clone().any(|what| what.contains("keeps 1 copy for want of another place: large:"))
     };

@@ -105,7 +105,8 @@ impl Itself {
                 }
                 let bytes = std::fs::read(&path).unwrap();
                 // Its settings say its name.
-                let bytes = String::from_utf8(bytes).map_or_else(|bytes| bytes.into_bytes(), |text| text.replace(own, name).into_bytes());
+                let bytes = String::from_utf8(bytes)
+                    .map_or_else(|bytes| bytes.into_bytes(), |text| text.replace(own, name).into_bytes());
                 std::fs::write(target.join(path.file_name().unwrap()), bytes).unwrap();
             }
         }

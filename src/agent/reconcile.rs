@@ -117,14 +117,15 @@ impl Core {
     async fn keep_as_it_is(&self, entry: &Entry) {
         // Whoever takes the copy down waits for this before its order is forgotten.
         let _in_server = entry.in_server.lock().await;
-        let artifact = entry.artifact.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|a| a.key().to_owned());
+        let artifact =
+            entry.artifact.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|a| a.key().to_owned());
         if let (true, Some(key)) = (entry.phase().serves(), artifact)
             && let Some(mut kept) = Kept::of(entry.order(), Some((key, entry.instances())))
         {
             kept.size = entry.size();
-            if let Err(error) = self.disk.keep(kept).await {
+            if let Err(failure) = self.disk.keep(kept).await {
                 // The scheduler says it again after a restart, when it hears that it is not so.
-                tracing::warn!(copy = %entry.generation, %error, "an order can't be kept");
+                tracing::warn!(copy = %entry.generation, error = %failure.message, "an order can't be kept");
             }
         }
     }

@@ -74,11 +74,15 @@ pub fn decision(after: &Ledger, request: &PlacementRequest, decision: &Decision)
     if let Some((_, by)) = replica.over_limit() {
         return broken(format!("{copy} took {} over its limit by {by}", placed.replica));
     }
-    let (pinned, held) = (replica.pinned(), if request.pinned { replica.largest_unpinned() } else { request.need.clone() });
+    let (pinned, held) =
+        (replica.pinned(), if request.pinned { replica.largest_unpinned() } else { request.need.clone() });
     let together = |device| u128::from(pinned.on(device).0) + u128::from(held.on(device).0);
     let over = |device| together(device) > u128::from(replica.capacity().on(device).0);
     if request.need.devices().any(|(device, bytes)| bytes > Bytes::ZERO && over(device)) {
-        let detail = format!("{copy} was placed on {}, where {} can't come in beside {}", placed.replica, held.primary, pinned.primary);
+        let detail = format!(
+            "{copy} was placed on {}, where {} can't come in beside {}",
+            placed.replica, held.primary, pinned.primary
+        );
         return Some(Violation { invariant: Invariant::RoomBesidePinned, detail });
     }
     None

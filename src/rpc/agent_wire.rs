@@ -77,15 +77,17 @@ pub fn order_to_wire(order: &Order) -> wire::Order {
     use wire::order::Order as Wire;
     wire::Order {
         order: Some(match order {
-            Order::Register { model, generation, spec, need, attempt, measured, pinned } => Wire::Register(wire::Register {
-                model: model.to_string(),
-                generation: Some(generation_to_wire(*generation)),
-                spec: Some(model_spec_to_wire(spec)),
-                need: Some(resources_to_wire(need)),
-                attempt: *attempt,
-                measured: *measured,
-                pinned: *pinned,
-            }),
+            Order::Register { model, generation, spec, need, attempt, measured, pinned } => {
+                Wire::Register(wire::Register {
+                    model: model.to_string(),
+                    generation: Some(generation_to_wire(*generation)),
+                    spec: Some(model_spec_to_wire(spec)),
+                    need: Some(resources_to_wire(need)),
+                    attempt: *attempt,
+                    measured: *measured,
+                    pinned: *pinned,
+                })
+            }
             Order::Unregister { model, generation, drain } => Wire::Unregister(wire::Unregister {
                 model: model.to_string(),
                 generation: Some(generation_to_wire(*generation)),

@@ -34,8 +34,7 @@ impl Demo {
             acknowledged.insert(name.to_owned(), (view.uid, view.serving.unwrap_or_default()));
         }
         let (_, case) = self.samples.get(late.1)?;
-        let answers =
-            [self.send(&cluster, IRIS, models[0].1).await?, self.send(&cluster, late.0, late.1).await?];
+        let answers = [self.send(&cluster, IRIS, models[0].1).await?, self.send(&cluster, late.0, late.1).await?];
         let accepted = self.story.now();
         self.wharf.kill()?;
         let killed = self.story.now();

@@ -18,14 +18,8 @@ use std::path::Path;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::{
-    cast::Cast,
-    child::Wharf,
-    samples::Samples,
-    scenes::Demo,
-    story::Story,
-};
 pub use self::cast::Guests;
+use self::{cast::Cast, child::Wharf, samples::Samples, scenes::Demo, story::Story};
 use super::{Output, failure::Failure};
 
 /// Plays the demo with the sample models in `models`: on the built-in runtime, or on what the guests bring.

@@ -55,7 +55,10 @@ impl Samples {
         let folder = self.folder.join(name);
         let case = self.expected.get(name).and_then(|cases| cases.get(0));
         let Some(case) = case.filter(|_| folder.is_dir()) else {
-            bail!("the sample model {} is missing; `git checkout tests/models` brings Wharf's own back", folder.display());
+            bail!(
+                "the sample model {} is missing; `git checkout tests/models` brings Wharf's own back",
+                folder.display()
+            );
         };
         Ok((folder, Arc::new(Case::of(case).with_context(|| format!("the sample {name} can't be understood"))?)))
     }

@@ -110,12 +110,7 @@ impl Demo {
     }
 
     /// Submits a sample under a name. Returns the version, and when it was submitted.
-    async fn submit(
-        &mut self,
-        cluster: &Cluster,
-        name: &str,
-        sample: &'static str,
-    ) -> anyhow::Result<(u32, Instant)> {
+    async fn submit(&mut self, cluster: &Cluster, name: &str, sample: &'static str) -> anyhow::Result<(u32, Instant)> {
         let (_, case) = self.samples.get(sample)?;
         let began = self.story.now();
         let version = self.send(cluster, name, sample).await?.version;
@@ -377,8 +372,9 @@ impl Demo {
         self.flow(&traffic, self.story.now()).await?;
         let account = traffic.stop().await?;
         self.account(&account, false);
-        let views =
-            cluster.until("all models", |views| self.cast.models.iter().all(|(name, _)| views.contains_key(*name))).await?;
+        let views = cluster
+            .until("all models", |views| self.cast.models.iter().all(|(name, _)| views.contains_key(*name)))
+            .await?;
         let elsewhere = self.cast.models.iter().filter(|(name, _)| {
             let copies = views.get(*name).into_iter().flat_map(answering);
             copies.filter(|copy| copy.replica != from).count() == 1

@@ -75,11 +75,9 @@ fn judge<'a>(ledger: &'a Ledger, problem: &Problem<'_>) -> Vec<Judged<'a>> {
         .replicas()
         .map(|replica| {
             let replica = match own {
-                Some(copy) if copy.replica == replica.id => std::borrow::Cow::Owned(replica.without(
-                    &problem.request.model,
-                    problem.request.generation,
-                    copy,
-                )),
+                Some(copy) if copy.replica == replica.id => {
+                    std::borrow::Cow::Owned(replica.without(&problem.request.model, problem.request.generation, copy))
+                }
                 Some(_) | None => std::borrow::Cow::Borrowed(replica),
             };
             let rejections = filter::rejections(problem, &replica).collect();

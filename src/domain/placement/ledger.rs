@@ -401,10 +401,7 @@ impl Ledger {
         for (id, replica) in &self.replicas {
             let (sum, copies) = sums.remove(id).unwrap_or_default();
             if sum != replica.load {
-                wrong.push(format!(
-                    "{id} has {:?} registered, its copies add up to {:?}",
-                    replica.load, sum
-                ));
+                wrong.push(format!("{id} has {:?} registered, its copies add up to {:?}", replica.load, sum));
             }
             if copies != replica.copies {
                 wrong.push(format!(

@@ -391,7 +391,11 @@ mod tests {
         placement.upsert_replica(&on("a"), ReplicaFacts { overcommit_percent: 100, ..facts(10) });
         [1, 3, 4].into_iter().for_each(|uid| pin(&mut placement, &mut requests, uid));
         let moves = placement.relieve(&on("a"), &requests, T0).moves;
-        assert_eq!(uids(&moves), [1, 2], "the smallest that will do, and the one that could not come in beside the rest");
+        assert_eq!(
+            uids(&moves),
+            [1, 2],
+            "the smallest that will do, and the one that could not come in beside the rest"
+        );
     }
 
     #[test]

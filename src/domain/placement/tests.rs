@@ -133,7 +133,14 @@ fn requests() -> impl Strategy<Value = PlacementRequest> {
         (avoid, prefer),
     )
         .prop_map(
-            |((model, generation), requirements, server, need, (spread, priority, together, pinned), (avoid, prefer))| {
+            |(
+                (model, generation),
+                requirements,
+                server,
+                need,
+                (spread, priority, together, pinned),
+                (avoid, prefer),
+            )| {
                 PlacementRequest {
                     requirements,
                     server,
