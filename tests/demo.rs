@@ -9,8 +9,9 @@
 )]
 #![expect(clippy::disallowed_methods, reason = "a test against a real process has the real clock")]
 
+mod servers;
+
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -118,18 +119,10 @@ fn everything_that_the_demo_promises_comes_true_and_nothing_is_left() {
     assert_eq!(left(folder.path()), Vec::<PathBuf>::new());
 }
 
-/// What `make demo-mlserver` installs, by name.
-fn installed() -> BTreeMap<String, PathBuf> {
-    let setup = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/setup.sh");
-    let output = Command::new("sh").arg(setup).args(["mlserver", "rclone"]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.lines().filter_map(|line| line.split_once('=')).map(|(name, path)| (name.to_owned(), path.into())).collect()
-}
-
 #[test]
 fn with_two_mlservers_and_rclone_the_same_comes_true_and_nothing_is_left() {
-    let installed = installed();
+    // What `make demo-mlserver` installs.
+    let installed = servers::install("setup.sh", &["mlserver", "rclone"]);
     let folder = TempDir::new().unwrap();
     let mlserver = installed["mlserver"].with_file_name("mlserver");
     let args = [("--mlserver", &mlserver), ("--rclone", &installed["rclone"]), ("--models", &installed["models"])];
