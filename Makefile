@@ -2,17 +2,25 @@
 # CARGO_TARGET_DIR is respected.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove lint fmt clippy doc clients servers
+.PHONY: help demo demo-mlserver reload-overhead test prove lint fmt clippy doc clients servers
 
 CARGO ?= cargo
 target := $(or $(CARGO_TARGET_DIR),target)
 
 help: ## list these
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## play the life of a model in one process, and check what is promised
 	$(CARGO) build --bin wharf
 	$(target)/debug/wharf demo
+
+demo-mlserver: ## the same with two MLServers that Wharf starts; installs MLServer and rclone under ~/.cache/wharf
+	$(CARGO) build --bin wharf
+	installed=$$(tests/servers/setup.sh mlserver rclone) && eval "$$installed" && \
+	$(target)/debug/wharf demo --mlserver "$${mlserver%/*}/mlserver" --rclone "$$rclone" --models "$$models"
+
+reload-overhead: servers ## how much longer a reload takes through Wharf than by the inference server itself: the README's table
+	WHARF_PROVE=1 $(CARGO) test --release --test overhead -- --nocapture
 
 test: clients servers ## every test, in reduced counts
 	$(CARGO) test --no-fail-fast

@@ -22,10 +22,14 @@ use wharf::{
         copy::{FailureClass, Report, Residency},
         memory::{Bytes, Resources},
         order::Order,
+        residency::Eviction,
         warmup::Warmup,
     },
     forward::{Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY},
-    rpc::proto::{agent::agent_message, inference::ModelInferRequest},
+    rpc::{
+        agent_wire::CopyReport,
+        proto::{agent::agent_message, inference::ModelInferRequest},
+    },
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -251,6 +255,50 @@ async fn a_held_copy_is_not_evicted_and_the_next_one_waits_for_it() {
     drop(held);
     session.available(second).await;
     assert!(!world.server.is_loaded("m0_1"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pinned_copy_is_never_evicted_until_an_order_takes_that_back() {
+    for eviction in Eviction::ALL {
+        let (mut world, mut session) = World::new(10, |options| {
+            options.eviction = eviction;
+            options.reload_wait = 3 * SECOND;
+        })
+        .await;
+        let (first, second) = (world.all_available(&mut session, &[6]).await[0], generation(2, 1, 1));
+        let pin = |world: &World, wanted: bool| {
+            let mut order = world.register("m0", first, 6);
+            let Order::Register { pinned, .. } = &mut order else { panic!("a registration") };
+            *pinned = wanted;
+            order
+        };
+        let said =
+            |report: &Report, wanted: bool| matches!(report, Report::Available { pinned, .. } if *pinned == wanted);
+        session.obeyed(&[pin(&world, true)]).await;
+        session.until(first, |report| said(report, true)).await;
+        session.obeyed(&[world.register("m1", second, 6)]).await;
+        session.until(second, |report| matches!(report, Report::Loading { .. })).await;
+        tokio::time::sleep(SECOND).await;
+        assert!(world.server.is_loaded("m0_1") && !world.server.is_loaded("m1_1"), "{eviction:?}");
+        // It is so after a restart too, before any order.
+        drop(session);
+        let mut session = world.restart_agent().await;
+        let pinned = |one: &CopyReport| one.generation == first && said(&one.report, true);
+        assert!(session.inventory().iter().any(pinned), "{:?}", session.inventory());
+        assert_eq!(world.server.loads_of("m0_1"), 1, "nothing is loaded for being pinned");
+        session.obeyed(&[pin(&world, false)]).await;
+        session.available(second).await;
+        assert!(!world.server.is_loaded("m0_1"));
+        // One that is on disk, when all that is in memory is pinned, is told to come back.
+        let mut order = world.register("m1", second, 6);
+        let Order::Register { pinned, .. } = &mut order else { panic!("a registration") };
+        *pinned = true;
+        session.obeyed(&[order]).await;
+        session.until(second, |report| said(report, true)).await;
+        let refused = world.infer("m0", first).await;
+        assert_eq!(refused.status(), 503);
+        assert!(refused.headers().contains_key("retry-after"));
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -119,6 +119,7 @@ fn register(copy: Generation, uri: &str, storage: Option<Storage>) -> Order {
         attempt: 0,
         measured: false,
         trust: Trust::Larger,
+        pinned: false,
     }
 }
 

@@ -21,7 +21,7 @@ use std::{
 
 use fake::{Fake, available, downloading, serve, serve_rest, version, view};
 use wharf::{
-    cli::{Environment, Output, RoleArgs, Roles, Streams, run},
+    cli::{Environment, Guests, Output, RoleArgs, Roles, Streams, run},
     domain::time::Instant,
     ports::Clock,
 };
@@ -80,7 +80,7 @@ impl Roles for Started {
     async fn gateway(&self, _: &RoleArgs, _: &Output) -> anyhow::Result<()> {
         Err(anyhow::anyhow!("address in use").context("can't listen on 127.0.0.1:9000"))
     }
-    async fn demo(&self, models: &Path, _: &Output) -> anyhow::Result<()> {
+    async fn demo(&self, models: &Path, _: Option<Guests>, _: &Output) -> anyhow::Result<()> {
         self.note("demo", &RoleArgs { config: Some(models.to_owned()), ..RoleArgs::default() })
     }
 }

@@ -9,6 +9,8 @@
 )]
 #![expect(clippy::disallowed_methods, reason = "a test against a real process has the real clock")]
 
+mod servers;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -20,6 +22,8 @@ use tempfile::TempDir;
 
 /// The longest that one run may take.
 const RUN: Duration = Duration::from_secs(180);
+/// The longest that one with heavy servers may take.
+const HEAVY: Duration = Duration::from_secs(600);
 /// The longest that anything may take to be gone.
 const GONE: Duration = Duration::from_secs(20);
 
@@ -53,13 +57,17 @@ fn until(what: &str, patience: Duration, mut met: impl FnMut() -> bool) {
     }
 }
 
-fn finish(mut child: Child) -> Output {
+fn finish(child: Child) -> Output {
+    finish_within(RUN, child)
+}
+
+fn finish_within(patience: Duration, mut child: Child) -> Output {
     // What it writes is far less than a pipe holds.
     let began = Instant::now();
     while child.try_wait().unwrap().is_none() {
-        if began.elapsed() > RUN {
+        if began.elapsed() > patience {
             child.kill().unwrap();
-            panic!("the demo had no end in {RUN:?}: {:?}", child.wait_with_output());
+            panic!("the demo had no end in {patience:?}: {:?}", child.wait_with_output());
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -107,6 +115,33 @@ fn everything_that_the_demo_promises_comes_true_and_nothing_is_left() {
         assert_eq!(words[at - 1], "0", "{out}");
         assert!(words[at + 1].parse::<u32>().unwrap() >= 400, "{out}");
     }
+    assert_eq!(processes(folder.path()), Vec::<u32>::new());
+    assert_eq!(left(folder.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn with_two_mlservers_and_rclone_the_same_comes_true_and_nothing_is_left() {
+    // What `make demo-mlserver` installs.
+    let installed = servers::install("setup.sh", &["mlserver", "rclone"]);
+    let folder = TempDir::new().unwrap();
+    let mlserver = installed["mlserver"].with_file_name("mlserver");
+    let args = [("--mlserver", &mlserver), ("--rclone", &installed["rclone"]), ("--models", &installed["models"])];
+    let args: Vec<&str> = args.into_iter().flat_map(|(name, path)| [name, path.to_str().unwrap()]).collect();
+    let output = finish_within(HEAVY, demo(folder.path(), &args).spawn().unwrap());
+    let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert_eq!(output.status.code(), Some(0), "{out}\n{err}");
+    let table: Vec<&str> = out.lines().skip_while(|line| !line.starts_with("promised")).skip(1).collect();
+    let promises = [
+        ["Wharf and what it starts", PROMISES[1], "REST answers as scikit-learn", "gRPC answers as scikit-learn"]
+            .as_slice(),
+        &PROMISES[4..10],
+        &["a killed server comes back", PROMISES[10]],
+    ];
+    for (promise, line) in promises.concat().iter().zip(&table) {
+        assert!(line.starts_with(promise) && line.ends_with("  ok"), "{promise}: {line}");
+        assert!(line.len() <= 80, "{} columns: {line}", line.len());
+    }
+    assert_eq!(table.get(12), Some(&""), "the table ends with the last promise");
     assert_eq!(processes(folder.path()), Vec::<u32>::new());
     assert_eq!(left(folder.path()), Vec::<PathBuf>::new());
 }

@@ -26,8 +26,10 @@ use wharf::{
 };
 
 /// Blocks that no test can run as they are, each with where what they say is run all the same.
-const NOT_RUN: [(&str, &str); 5] = [
+const NOT_RUN: [(&str, &str); 7] = [
     ("make demo\n", "it builds and runs `wharf demo`, as tests/demo.rs does"),
+    ("make demo-mlserver\n", "it builds and runs `wharf demo` with what it installs, as tests/demo.rs does"),
+    ("make reload-overhead\n", "it runs tests/overhead.rs in full counts"),
     ("make lint\n", "it is run beside the tests, not within them"),
     ("make test\n", "it is what runs this test"),
     ("cargo install --path .\n", "building is what comes before this test"),

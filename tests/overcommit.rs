@@ -24,7 +24,9 @@ use process::{
     load::{Clients, Load, Protocol, Question, Random, in_turns},
     onnx,
     proof::proof,
+    said,
 };
+use wharf::rpc::proto::wharf::{ModelView, Rollout, ServerView, submit_model_response};
 
 const MIB: u64 = 1 << 20;
 /// Models, and how many of them memory holds.
@@ -226,4 +228,62 @@ async fn requests_that_wait_for_an_evicted_copy_are_bounded() {
             "{total} requests: {answered} answered, {refused} refused with 503 or RESOURCE_EXHAUSTED and a Retry-After"
         ),
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pinned_model_stays_in_memory_while_others_take_turns_there() {
+    let home = Home::new(&onnx(1, "4Mi", 200));
+    let wharf = home.up().await;
+    let rollout = |pinned| Some(Rollout { pinned: Some(pinned), ..Rollout::default() });
+    let spec = |name: &str, memory: u64, pinned| Spec { rollout: rollout(pinned), ..Spec::new(name, "iris-1", memory) };
+    wharf.submit(&spec("kept", 2 * MIB, true)).await.unwrap();
+    wharf.until_serving("kept", 1).await;
+    let others = ["a", "b", "c"];
+    for name in others {
+        wharf.submit(&spec(name, 2 * MIB, false)).await.unwrap();
+        wharf.until_serving(name, 1).await;
+    }
+    let clients = Clients::connect(&wharf.gateway).await;
+    for number in 0..30 {
+        let name = others[number as usize % 3];
+        assert_eq!(clients.ask(number, name, in_turns(number)).await.unwrap().model, format!("{name}_1"));
+        let view = wharf.view("kept").await.unwrap();
+        assert_eq!(view.versions[0].copies[0].residency, "Resident", "{view:?}");
+    }
+    let evictions = wharf.metric("seldon_cache_evict_count").await.unwrap();
+    assert!(evictions >= 29.0, "{evictions} evictions: the others did not take turns");
+    let status = said(&wharf.cli(&["model", "status", "kept", "-o", "table"]).await);
+    assert!(status.contains(", pinned"), "{status}");
+
+    // What could not come in beside it has no place here; and what is pinned leaves room for the others.
+    let missing = |view: &ModelView| view.reason.contains("lacks at least 1 MiB beside pinned copies");
+    wharf.submit(&spec("large", 3 * MIB, false)).await.unwrap();
+    wharf.until("large", "refused", missing).await;
+    wharf.submit(&spec("more", MIB, true)).await.unwrap();
+    wharf.until("more", "refused", missing).await;
+
+    // It is so after a restart, until its user takes it back: the deployment changes, and no version.
+    wharf.kill();
+    let wharf = home.up().await;
+    wharf.until_serving("kept", 1).await;
+    let clients = Clients::connect(&wharf.gateway).await;
+    for number in 0..6 {
+        clients.ask(number, others[number as usize % 3], in_turns(number)).await.unwrap();
+    }
+    let resident = |view: &ModelView, wanted: &str| view.versions[0].copies[0].residency == wanted;
+    assert!(resident(&wharf.view("kept").await.unwrap(), "Resident"));
+    let answer = wharf.submit(&spec("kept", 2 * MIB, false)).await.unwrap();
+    assert_eq!((answer.version, answer.outcome()), (1, submit_model_response::Outcome::Rescaled));
+    wharf.until_serving("large", 1).await;
+    wharf.until_serving("more", 1).await;
+    wharf.until("kept", "evicted", |view| resident(view, "Evicted")).await;
+
+    // Where it is pinned again it is in the way of the large one, which says why it is not where it could be.
+    wharf.submit(&spec("kept", 2 * MIB, true)).await.unwrap();
+    let crowded = |servers: &[ServerView]| {
+        let conditions = servers[0].conditions.iter();
+        conditions.clone().any(|what| what.contains("crowded by pinned copies"))
+            && conditions.clone().any(|what| what.contains("keeps 1 copy for want of another place: large:"))
+    };
+    wharf.until_servers("crowded replica", crowded).await;
 }

@@ -115,7 +115,12 @@ fn events() -> Vec<(&'static str, Event)> {
         ("Reported(Loading)", Event::Reported(Report::Loading { estimate: None })),
         (
             "Reported(Available)",
-            Event::Reported(Report::Available { residency: Residency::Resident, measured: None, estimate: None }),
+            Event::Reported(Report::Available {
+                residency: Residency::Resident,
+                measured: None,
+                estimate: None,
+                pinned: false,
+            }),
         ),
         ("Reported(Draining)", Event::Reported(Report::Draining { holds: 1 })),
         ("Reported(Unloaded)", Event::Reported(Report::Unloaded)),

@@ -180,9 +180,9 @@ impl ModelActor {
             Effect::Withdraw(generation) | Effect::Release(generation) => {
                 links.placement.tell(Release { model: name.clone(), generation });
             }
-            Effect::Register { on, generation, spec, need, attempt, measured } => {
+            Effect::Register { on, generation, spec, need, attempt, measured, pinned } => {
                 let (model, trust) = (name.clone(), links.policy.trust);
-                let order = Order::Register { model, generation, spec, need, attempt, measured, trust };
+                let order = Order::Register { model, generation, spec, need, attempt, measured, trust, pinned };
                 self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
             }
             Effect::Unregister { on, generation } => {
@@ -192,7 +192,8 @@ impl ModelActor {
             Effect::Keep(generation) => {
                 let kept = model.copies.iter().find(|copy| copy.generation == generation);
                 if let Some((copy, on)) = kept.and_then(|copy| Some((copy, copy.state.replica()?.clone()))) {
-                    links.placement.tell(Restore { model: name.clone(), generation, on, need: copy.need.clone() });
+                    let (need, pinned) = (copy.need.clone(), model.deployment.pinned);
+                    links.placement.tell(Restore { model: name.clone(), generation, on, need, pinned });
                 }
             }
             Effect::Leave(generation) => links.placement.tell(Leave { model: name.clone(), generation }),
@@ -249,7 +250,8 @@ impl ModelActor {
                 (Announce::ToPlacement, _) => {
                     if let Some(on) = restored {
                         let (model, generation) = (self.model.name.clone(), copy.generation);
-                        self.links.placement.tell(Restore { model, generation, on, need: copy.need.clone() });
+                        let (need, pinned) = (copy.need.clone(), self.model.deployment.pinned);
+                        self.links.placement.tell(Restore { model, generation, on, need, pinned });
                         if copy.draining {
                             let model = self.model.name.clone();
                             self.links.placement.tell(Leave { model, generation });
@@ -268,11 +270,11 @@ impl ModelActor {
                     }
                 }
                 (Announce::ToServer, _) => {
-                    if let (Some(Effect::Register { on, generation, spec, need, attempt, measured }), false) =
+                    if let (Some(Effect::Register { on, generation, spec, need, attempt, measured, pinned }), false) =
                         (self.model.register(copy), matches!(copy.state, State::Failed { .. }))
                     {
                         let (model, trust) = (self.model.name.clone(), self.links.policy.trust);
-                        let order = Order::Register { model, generation, spec, need, attempt, measured, trust };
+                        let order = Order::Register { model, generation, spec, need, attempt, measured, trust, pinned };
                         self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
                     }
                 }

@@ -18,7 +18,7 @@ use crate::{
         copy,
         model::Event,
         names::{ModelName, ReplicaId},
-        placement::{Capabilities, Decision, Placement, PlacementRequest, Prefer, ReplicaFacts},
+        placement::{Capabilities, Decision, Placed, Placement, PlacementRequest, Prefer, ReplicaFacts},
         version::Generation,
     },
     messages::{
@@ -76,6 +76,7 @@ impl PlacementActor {
             need: wanted.need.clone(),
             spread: wanted.spread,
             priority: wanted.priority,
+            pinned: wanted.pinned,
             together: wanted.together,
             avoid: wanted.avoid.iter().map(|replica| (replica.clone(), until)).collect::<BTreeMap<_, _>>(),
             prefer: Prefer::default(),
@@ -114,7 +115,10 @@ impl Actor for PlacementActor {
                 let (name, generation) = (&model.name, copy.generation);
                 if let Err(error) = self.placement.restore(name, generation, on, copy.need.clone()) {
                     tracing::error!(target: "wharf::placement", model = %name, %generation, %error, "a copy's place can't be restored");
-                } else if copy.draining {
+                    continue;
+                }
+                drop(self.placement.set_pinned(name, generation, model.deployment.pinned));
+                if copy.draining {
                     drop(self.placement.mark_leaving(name, generation));
                 } else if model.displaced().contains(&generation) {
                     drop(self.placement.set_displaced(name, generation, true));
@@ -174,6 +178,10 @@ impl Handler<Place> for PlacementActor {
         let request = self.request(&place);
         let links = Arc::clone(&self.links);
         let decision = self.placement.place_at_last(request, now);
+        if let Ok(Placed { replica, score: None }) = &decision.outcome {
+            // It had its place, and may be pinned there only now.
+            self.look_if_strained(replica, ctx);
+        }
         let outcome = if decision.outcome.is_ok() { Outcome::Placed } else { Outcome::Unplaced };
         links.metrics.scheduler.placement(outcome, links.clock.now().since(now));
         if let Some(on) = decision.replica() {
@@ -210,12 +218,14 @@ impl Handler<Restore> for PlacementActor {
     type Result = ();
 
     fn handle(&mut self, restore: Restore, ctx: &mut Self::Context) {
-        let Restore { model, generation, on, need } = restore;
-        if let Err(error) = self.placement.restore(&model, generation, &on, need) {
+        let Restore { model, generation, on, need, pinned } = restore;
+        let restored = self.placement.restore(&model, generation, &on, need);
+        if let Err(error) = restored.and_then(|()| self.placement.set_pinned(&model, generation, pinned)) {
             tracing::error!(target: "wharf::placement", %model, %generation, %error, "a copy's place can't be restored");
         }
         self.show(&on);
         self.look_if_strained(&on, ctx);
+        self.retry_soon(ctx);
     }
 }
 

@@ -79,7 +79,8 @@ impl Supervisor {
         for copy in &model.copies {
             let Some(on) = copy.state.replica().cloned() else { continue };
             let (name, generation) = (model.name.clone(), copy.generation);
-            links.placement.tell(Restore { model: name.clone(), generation, on, need: copy.need.clone() });
+            let (need, pinned) = (copy.need.clone(), model.deployment.pinned);
+            links.placement.tell(Restore { model: name.clone(), generation, on, need, pinned });
             if copy.draining {
                 links.placement.tell(Leave { model: name, generation });
             }

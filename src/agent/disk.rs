@@ -124,6 +124,9 @@ pub(crate) struct Kept {
     /// What counts where another amount is declared.
     #[serde(default)]
     trust: Trust,
+    /// Whether it is never evicted.
+    #[serde(default)]
+    pinned: bool,
     /// The artifact that its folder was made from, once it answered.
     pub(crate) artifact: Option<String>,
     /// How often the inference server holds it in memory.
@@ -151,6 +154,7 @@ impl Kept {
             attempt: self.attempt,
             measured: self.measured,
             trust: self.trust,
+            pinned: self.pinned,
         }
     }
 
@@ -159,7 +163,7 @@ impl Kept {
     pub(crate) fn of(order: Order, loaded: Option<(String, u32)>) -> Option<Self> {
         let (artifact, instances) = loaded.map_or((None, 1), |(artifact, instances)| (Some(artifact), instances));
         match order {
-            Order::Register { model, generation, spec, need, attempt, measured, trust } => {
+            Order::Register { model, generation, spec, need, attempt, measured, trust, pinned } => {
                 let (size, guessed) = (None, false);
                 Some(Self {
                     model,
@@ -169,6 +173,7 @@ impl Kept {
                     attempt,
                     measured,
                     trust,
+                    pinned,
                     artifact,
                     instances,
                     size,

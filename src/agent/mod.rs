@@ -119,6 +119,7 @@ impl Agent {
             recovered = self.core.recover() => recovered?,
         }
         self.core.spawn(Arc::clone(&self.core).audit());
+        self.core.spawn(Arc::clone(&self.core).keep_looking());
         session::keep(Arc::clone(&self.core), scheduler, self.leaving.clone(), shutdown).await;
         Ok(())
     }

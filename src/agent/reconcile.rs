@@ -73,6 +73,7 @@ impl Core {
     fn register(self: &Arc<Self>, order: Order) {
         let (model, generation) = (order.model().clone(), order.generation());
         if let Some(entry) = self.book.get(generation) {
+            self.pin(&entry, &order);
             return self.report(&entry);
         }
         if let Some(said) = self.book.last_word(generation)
@@ -100,6 +101,33 @@ impl Core {
         }
         self.report(&entry);
         self.begin(entry);
+    }
+
+    /// Whether a copy is pinned is the one thing that an order may change of a copy that is there.
+    fn pin(self: &Arc<Self>, entry: &Arc<Entry>, order: &Order) {
+        if let Order::Register { pinned, .. } = order
+            && entry.set_pinned(*pinned)
+        {
+            let (core, entry) = (Arc::clone(self), Arc::clone(entry));
+            self.spawn(async move { core.keep_as_it_is(&entry).await });
+        }
+    }
+
+    /// Keeps the order of a copy that answers as it is by now.
+    async fn keep_as_it_is(&self, entry: &Entry) {
+        // Whoever takes the copy down waits for this before its order is forgotten.
+        let _in_server = entry.in_server.lock().await;
+        let artifact =
+            entry.artifact.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|a| a.key().to_owned());
+        if let (true, Some(key)) = (entry.phase().serves(), artifact)
+            && let Some(mut kept) = Kept::of(entry.order(), Some((key, entry.instances())))
+        {
+            kept.size = entry.size();
+            if let Err(failure) = self.disk.keep(kept).await {
+                // The scheduler says it again after a restart, when it hears that it is not so.
+                tracing::warn!(copy = %entry.generation, error = %failure.message, "an order can't be kept");
+            }
+        }
     }
 
     fn unregister(&self, model: ModelName, generation: Generation, drain: Duration) {
@@ -159,7 +187,7 @@ impl Core {
                 return Err(Halt::Failed(Failure {
                     class: FailureClass::Memory,
                     message: format!(
-                        "no memory became free for it within {} s: everything resident is in use",
+                        "no memory became free for it within {} s: everything resident is in use or pinned",
                         self.options.memory_deadline.as_secs_f64()
                     ),
                 }));

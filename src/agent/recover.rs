@@ -67,6 +67,8 @@ impl Core {
         // The capacity may have been made smaller.
         let core = Arc::clone(self);
         self.spawn(async move { core.fit().await });
+        // Memory is for pinned copies first.
+        evicted.sort_by_key(|entry| !entry.is_pinned());
         for entry in evicted {
             self.reload(&entry, false);
         }

@@ -136,7 +136,7 @@ impl Core {
                 self.scale.ghosts().evicted(entry.generation, entry.need().primary);
                 entry.shift(Phase::Evicting, Phase::Evicted);
                 self.ledger.left(entry.generation);
-                self.look_at_process().await;
+                self.look_soon();
             }
             Err(failure) => {
                 tracing::warn!(copy = %entry.generation, model = %entry.model, error = %failure.message, "an eviction failed");
@@ -170,7 +170,7 @@ impl Core {
                 self.metrics.load_model.inc();
                 self.measure(entry, &turn).await;
                 drop(turn);
-                self.look_at_process().await;
+                self.look_soon();
                 if let Some(shared) = self.metrics.shared.get()
                     && entry.phase() == Phase::Reloading
                 {

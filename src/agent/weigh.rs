@@ -9,15 +9,15 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
 };
 
 use sha2::{Digest as _, Sha256};
 use tokio::{
-    sync::{RwLock, RwLockReadGuard, RwLockWriteGuard},
-    time::timeout,
+    sync::{Notify, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{sleep, timeout},
 };
 
 use super::{
@@ -37,6 +37,8 @@ use crate::{
     ports::Footprint,
 };
 
+/// How long loads and evictions have to pause before the process is looked at: to look at it reads all of `/proc`.
+const PAUSED: Duration = Duration::from_millis(100);
 /// Sizes that the agent remembers of its copies.
 const REMEMBERED: usize = 4096;
 /// A load that adds less than this share of its artifact's bytes, in percent, used memory that the process had kept from
@@ -52,6 +54,10 @@ const FIRST: Duration = Duration::from_secs(20);
 pub(crate) struct Scale {
     /// Loads and unloads share it; a load that is measured has it alone.
     turns: RwLock<()>,
+    /// Loads and unloads that have begun.
+    moves: AtomicU64,
+    /// Something was loaded or evicted since the process was looked at.
+    moved: Notify,
     /// Whether the load that is alone was disturbed, so that nobody has to wait for it any more.
     spoiled: AtomicBool,
     /// Loads and unloads under way that went ahead without a turn.
@@ -219,6 +225,7 @@ impl Core {
             && entry.tries_to_be_weighed();
         let patience = if entry.phase() == Phase::Preparing { FIRST } else { PATIENCE };
         if wanted && let Ok(turn) = timeout(patience, self.scale.turns.write()).await {
+            self.scale.moves.fetch_add(1, SeqCst);
             self.scale.spoiled.store(false, SeqCst);
             let (others, since) = (self.scale.loose.load(SeqCst), self.clock.now());
             return match self.footprint().await {
@@ -232,7 +239,9 @@ impl Core {
     /// The turn of what is not measured.
     pub(crate) async fn turn(&self) -> Turn<'_> {
         let patience = if self.scale.spoiled.load(SeqCst) { Duration::ZERO } else { PATIENCE };
-        match timeout(patience, self.scale.turns.read()).await {
+        let turn = timeout(patience, self.scale.turns.read()).await;
+        self.scale.moves.fetch_add(1, SeqCst);
+        match turn {
             Ok(shared) => Turn::Shared(shared),
             Err(_) => Turn::Loose(Loose::begin(&self.scale)),
         }
@@ -294,8 +303,22 @@ impl Core {
         disk::run(self.options.blocking, move || process.footprint()).await
     }
 
-    /// Looks at the server's process after something was loaded or unloaded, or at the start: what it has beyond its
-    /// baseline and what is in it has leaked.
+    /// Something was loaded or evicted: the process is to be looked at, once requests have had their time.
+    pub(crate) fn look_soon(&self) {
+        self.scale.moved.notify_one();
+    }
+
+    /// Looks at the server's process whenever loads and evictions have paused, for as long as the agent lives.
+    pub(crate) async fn keep_looking(self: Arc<Self>) {
+        loop {
+            self.scale.moved.notified().await;
+            sleep(PAUSED).await;
+            self.look_at_process().await;
+        }
+    }
+
+    /// Looks at the server's process: what it has beyond its baseline and what is in it has leaked. Keeps nobody from
+    /// loading: a look that was disturbed says nothing, and whatever disturbed it is followed by another look.
     pub(crate) async fn look_at_process(&self) {
         self.look(false).await;
     }
@@ -307,16 +330,17 @@ impl Core {
     }
 
     async fn look(&self, again: bool) {
-        if !self.scale.begun.load(SeqCst) {
-            return;
-        }
-        // What is loaded or unloaded at this moment is in one of the two sums only.
-        let Ok(_alone) = self.scale.turns.try_write() else { return };
-        if self.scale.loose.load(SeqCst) > 0 {
+        let moves = self.scale.moves.load(SeqCst);
+        let busy = || self.scale.turns.try_write().is_err() || self.scale.loose.load(SeqCst) > 0;
+        if !self.scale.begun.load(SeqCst) || busy() {
             return;
         }
         let taken = self.ledger.taken();
         let Some(now) = self.footprint().await else { return };
+        if self.scale.moves.load(SeqCst) != moves {
+            // What was loaded or unloaded meanwhile is in one of the two sums only.
+            return;
+        }
         let mut watched = self.scale.process.lock().unwrap_or_else(PoisonError::into_inner);
         if watched.run != now.run {
             *watched = Watched { run: now.run, baseline: now.empty, ..Watched::default() };

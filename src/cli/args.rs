@@ -52,6 +52,12 @@ pub(crate) enum Command {
         /// The folder with the sample models.
         #[arg(long, value_name = "DIR", default_value = "tests/models")]
         models: PathBuf,
+        /// Play with two MLServers of this program instead of the built-in runtime.
+        #[arg(long, value_name = "PROGRAM", requires = "rclone")]
+        mlserver: Option<PathBuf>,
+        /// The rclone program that fetches their artifacts.
+        #[arg(long, value_name = "PROGRAM", requires = "mlserver")]
+        rclone: Option<PathBuf>,
     },
     /// Submit every manifest of a file, a folder or standard input.
     Load(Load),

@@ -33,6 +33,7 @@ use self::{
     failure::Failure,
 };
 pub use self::{
+    demo::Guests,
     output::{Output, Streams},
     roles::ThisProcess,
 };
@@ -104,8 +105,9 @@ pub trait Roles {
     fn agent(&self, args: &RoleArgs, output: &Output) -> impl Future<Output = anyhow::Result<()>>;
     /// One gateway alone.
     fn gateway(&self, args: &RoleArgs, output: &Output) -> impl Future<Output = anyhow::Result<()>>;
-    /// The life of a model, played with the sample models in the folder `models`.
-    fn demo(&self, models: &Path, output: &Output) -> impl Future<Output = anyhow::Result<()>>;
+    /// The life of a model, played with the sample models in the folder `models`, on the built-in runtime or on what the
+    /// guests bring.
+    fn demo(&self, models: &Path, guests: Option<Guests>, output: &Output) -> impl Future<Output = anyhow::Result<()>>;
 }
 
 /// Runs the command that `args` name, the program's name first, and returns its exit code: 0 done, 1 failed,
@@ -125,7 +127,10 @@ pub async fn run(args: impl IntoIterator<Item = OsString>, environment: Environm
         Command::Agent(a) => role(roles.agent(&a.resolve(&context, args.verbose), &output).await),
         Command::Gateway(a) => role(roles.gateway(&a.resolve(&context, args.verbose), &output).await),
         Command::Shim(shim) => return shim::run(&shim, &output).await,
-        Command::Demo { models } => role(roles.demo(&models, &output).await),
+        Command::Demo { models, mlserver, rclone } => {
+            let guests = mlserver.zip(rclone).map(|(mlserver, rclone)| Guests { mlserver, rclone });
+            role(roles.demo(&models, guests, &output).await)
+        }
         command => {
             let endless = command.is_endless();
             let work = commands::run(command, &context, stdin);

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, RoleArgs, Roles};
+use super::{Guests, Output, RoleArgs, Roles};
 use crate::{
     app::{
         origins::Origins,
@@ -177,7 +177,7 @@ impl Roles for ThisProcess {
         ended
     }
 
-    async fn demo(&self, models: &Path, output: &Output) -> anyhow::Result<()> {
-        super::demo::run(models, output).await
+    async fn demo(&self, models: &Path, guests: Option<Guests>, output: &Output) -> anyhow::Result<()> {
+        super::demo::run(models, guests, output).await
     }
 }

@@ -195,6 +195,8 @@ pub enum Report {
         measured: Option<Box<Size>>,
         /// What it is taken for, when it was not measured: who did not hear of its load hears it here.
         estimate: Option<Box<Size>>,
+        /// Whether it is never evicted.
+        pinned: bool,
     },
     /// It refuses new holds and waits for the last.
     Draining {

@@ -4,7 +4,10 @@
 
 use std::fmt;
 
-use super::placement::{Decision, Ledger, Placement, PlacementRequest};
+use super::{
+    memory::Bytes,
+    placement::{Decision, Ledger, Placement, PlacementRequest},
+};
 
 /// A rule, by what it promises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -13,11 +16,13 @@ pub enum Invariant {
     LedgerAddsUp,
     /// No decision takes registered memory over a replica's limit, or registers a copy that could never be resident.
     RegisteredWithinLimit,
+    /// No decision lets pinned copies take what they do not leave to each of the others, or could never have together.
+    RoomBesidePinned,
 }
 
 impl Invariant {
     /// Every rule, for metrics that start at zero.
-    pub const ALL: [Self; 2] = [Self::LedgerAddsUp, Self::RegisteredWithinLimit];
+    pub const ALL: [Self; 3] = [Self::LedgerAddsUp, Self::RegisteredWithinLimit, Self::RoomBesidePinned];
 
     /// The rule's name, as a metric's label.
     #[must_use]
@@ -25,6 +30,7 @@ impl Invariant {
         match self {
             Self::LedgerAddsUp => "ledger_adds_up",
             Self::RegisteredWithinLimit => "registered_within_limit",
+            Self::RoomBesidePinned => "room_beside_pinned",
         }
     }
 }
@@ -67,6 +73,17 @@ pub fn decision(after: &Ledger, request: &PlacementRequest, decision: &Decision)
     }
     if let Some((_, by)) = replica.over_limit() {
         return broken(format!("{copy} took {} over its limit by {by}", placed.replica));
+    }
+    let (pinned, held) =
+        (replica.pinned(), if request.pinned { replica.largest_unpinned() } else { request.need.clone() });
+    let together = |device| u128::from(pinned.on(device).0) + u128::from(held.on(device).0);
+    let over = |device| together(device) > u128::from(replica.capacity().on(device).0);
+    if request.need.devices().any(|(device, bytes)| bytes > Bytes::ZERO && over(device)) {
+        let detail = format!(
+            "{copy} was placed on {}, where {} can't come in beside {}",
+            placed.replica, held.primary, pinned.primary
+        );
+        return Some(Violation { invariant: Invariant::RoomBesidePinned, detail });
     }
     None
 }

@@ -23,6 +23,8 @@ pub enum Order {
         measured: bool,
         /// What counts where the version declares memory and the agent measures another amount.
         trust: Trust,
+        /// Whether it is never evicted. The only part that another order about the same copy may say otherwise.
+        pinned: bool,
     },
     /// Let requests in flight finish, then leave nothing of it behind.
     Unregister {

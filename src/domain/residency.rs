@@ -1,8 +1,9 @@
 //! Which copies leave a replica's memory so that another may enter it.
 //!
 //! The rules of this module: what is in memory, loading and leaving included, never exceeds the capacity; a
-//! copy with a hold is never evicted; one decision covers the whole need, takes those first that are worth least and no
-//! more than the need asks for; a need that can't ever fit is refused before anything is evicted.
+//! copy with a hold is never evicted, and a pinned one never at all; one decision covers the whole need, takes those first
+//! that are worth least and no more than the need asks for; a need that can't ever fit is refused before anything is
+//! evicted.
 //!
 //! What a copy is worth is told by one of two policies. The least recently used is worth least; or the one whose memory
 //! spares least: its use rate, times how long it takes to come back, by its share of the memory. The rate is taken to be
@@ -79,6 +80,8 @@ pub struct Occupant {
     pub since: Instant,
     /// How long it takes to come back.
     pub reload: Duration,
+    /// Whether it is never to leave.
+    pub pinned: bool,
 }
 
 /// What to do about a need.
@@ -90,7 +93,7 @@ pub enum Decision {
     Settle,
     /// There is room once these have left: all of them are to leave, and the room is to be kept for this need.
     Evict(Vec<Generation>),
-    /// There would be room, but not without evicting copies that are held or still entering.
+    /// There would be room, but not without evicting copies that are pinned, held or still entering.
     Wait,
     /// The need is more than the whole capacity.
     Refuse,
@@ -124,29 +127,32 @@ pub fn decide(occupants: &[Occupant], capacity: &Resources, need: &Resources, ru
 /// takes, and fewer where holds don't allow all. Nothing at all once what is in memory is within the capacity; an empty
 /// list means that there is something to wait for.
 ///
-/// The copy that was used last stays, even if it alone is more than the capacity: its next request would bring it
-/// back as large as it is.
+/// Pinned copies stay, even if they are more than the capacity: they leave only when they are moved. Where there is none,
+/// the copy that was used last stays, even if it alone is more: its next request would bring it back as large as it is.
 #[must_use]
 pub fn excess(occupants: &[Occupant], capacity: &Resources, rules: Rules) -> Option<Vec<Generation>> {
     let rules = Rules { least_residency: Duration::ZERO, ..rules };
     let stays = |one: &&Occupant| one.standing != Standing::Leaving;
-    let last = occupants.iter().filter(stays).max_by_key(|one| (one.last_used, one.copy));
-    let limit = last.map_or_else(|| capacity.clone(), |last| capacity.max(&last.bytes));
+    let mut spared: Vec<&Occupant> = occupants.iter().filter(stays).filter(|one| one.pinned).collect();
+    if spared.is_empty() {
+        spared.extend(occupants.iter().filter(stays).max_by_key(|one| (one.last_used, one.copy)));
+    }
+    let limit = capacity.max(&total(spared.iter().copied())?);
     if total(occupants).is_some_and(|taken| limit.covers(&taken)) {
         return None;
     }
     let missing = total(occupants.iter().filter(stays))?.saturating_sub(&limit);
-    let others: Vec<&Occupant> = occupants.iter().filter(|one| last.is_none_or(|last| last.copy != one.copy)).collect();
+    let others = occupants.iter().filter(|one| spared.iter().all(|spared| spared.copy != one.copy)).collect();
     Some(chosen(others, &missing, capacity, rules).0.into_iter().map(|one| one.copy).collect())
 }
 
-/// The copies without a hold that are worth least and free `missing`, none of which could be left out.
+/// The copies that may leave, are worth least and free `missing`, none of which could be left out.
 fn victims(occupants: &[Occupant], missing: &Resources, capacity: &Resources, rules: Rules) -> Option<Vec<Generation>> {
     let (chosen, short) = chosen(occupants.iter().collect(), missing, capacity, rules);
     short.is_zero().then(|| chosen.into_iter().map(|one| one.copy).collect())
 }
 
-/// The copies without a hold that are worth least and help to free `missing`, and what they leave missing.
+/// The copies that may leave, are worth least and help to free `missing`, and what they leave missing.
 fn chosen<'a>(
     occupants: Vec<&'a Occupant>,
     missing: &Resources,
@@ -155,7 +161,7 @@ fn chosen<'a>(
 ) -> (Vec<&'a Occupant>, Resources) {
     let may_leave = |one: &&Occupant| {
         let stayed = rules.now.since(one.since) >= rules.least_residency;
-        one.standing == Standing::Resident && one.holds == 0 && stayed
+        one.standing == Standing::Resident && one.holds == 0 && !one.pinned && stayed
     };
     let mut candidates: Vec<&Occupant> = occupants.into_iter().filter(may_leave).collect();
     candidates.sort_unstable_by(|a, b| {
@@ -252,6 +258,7 @@ mod tests {
             standing: Standing::Resident,
             since: Instant::from_micros(0),
             reload: Duration::from_secs(1),
+            pinned: false,
         }
     }
 
@@ -290,6 +297,22 @@ mod tests {
         assert_eq!(decide(&[new.clone()], &bytes(10, 0), &bytes(1, 0), least(41)), Decision::Wait);
         assert_eq!(decide(&[new.clone()], &bytes(10, 0), &bytes(1, 0), least(40)), Decision::Evict(vec![copy(1)]));
         assert_eq!(excess(&[new, resident(2, 10, 99, 0)], &bytes(10, 0), least(41)), Some(vec![copy(1)]));
+    }
+
+    #[test]
+    fn a_pinned_one_stays_under_either_policy_and_in_a_memory_that_became_too_small() {
+        let pinned = Occupant { pinned: true, ..resident(1, 6, 0, 0) };
+        let other = resident(2, 4, 99, 0);
+        for eviction in Eviction::ALL {
+            let rules = Rules { eviction, ..LRU };
+            let decided = |need| decide(&[pinned.clone(), other.clone()], &bytes(10, 0), &bytes(need, 0), rules);
+            assert_eq!(decided(4), Decision::Evict(vec![copy(2)]), "the one that was used last");
+            assert_eq!(decided(5), Decision::Wait, "it may be unpinned, or moved");
+            let shed = |size| excess(&[pinned.clone(), other.clone()], &bytes(size, 0), rules);
+            assert_eq!(shed(9), Some(vec![copy(2)]));
+            assert_eq!(shed(5), Some(vec![copy(2)]));
+            assert_eq!(excess(std::slice::from_ref(&pinned), &bytes(5, 0), rules), None, "there is nothing to wait for");
+        }
     }
 
     /// Numbers from 0 to 1 that repeat with their seed.
@@ -337,7 +360,8 @@ mod tests {
             count += 1;
             time += reload;
             let (copy, bytes, standing) = (copy(wanted as u64), bytes(size, 0), Standing::Resident);
-            resident.push(Occupant { copy, bytes, last_used: now, holds: 0, standing, since: now, reload });
+            let pinned = false;
+            resident.push(Occupant { copy, bytes, last_used: now, holds: 0, standing, since: now, reload, pinned });
         }
         (count, time)
     }
@@ -378,10 +402,11 @@ mod tests {
     }
 
     fn occupants() -> impl Strategy<Value = Vec<Occupant>> {
-        proptest::collection::vec((0..6_u64, 0..4_u64, 0..5_u64, 0..2_u32, 0..4_u8, 0..5_u64), 0..9).prop_map(|all| {
+        let one = (0..6_u64, 0..4_u64, 0..5_u64, 0..2_u32, 0..4_u8, 0..5_u64, proptest::bool::weighted(0.2));
+        proptest::collection::vec(one, 0..9).prop_map(|all| {
             all.into_iter()
                 .enumerate()
-                .map(|(index, (primary, gpu, used, holds, standing, reload))| Occupant {
+                .map(|(index, (primary, gpu, used, holds, standing, reload, pinned))| Occupant {
                     copy: copy(index as u64),
                     bytes: bytes(primary, gpu),
                     last_used: Instant::from_micros(used),
@@ -393,6 +418,7 @@ mod tests {
                     },
                     since: Instant::from_micros(used * 20),
                     reload: Duration::from_millis(reload),
+                    pinned,
                 })
                 .collect()
         })
@@ -421,7 +447,7 @@ mod tests {
             let (capacity, need) = (bytes(primary, gpu), bytes(need, need_gpu));
             let evictable: Vec<_> = occupants
                 .iter()
-                .filter(|one| one.standing == Standing::Resident && one.holds == 0)
+                .filter(|one| one.standing == Standing::Resident && one.holds == 0 && !one.pinned)
                 .filter(|one| rules.now.since(one.since) >= rules.least_residency)
                 .map(|one| one.copy)
                 .collect();
@@ -432,7 +458,7 @@ mod tests {
                 }
                 Decision::Settle => prop_assert!(fits(&occupants, &[], &capacity, &need)),
                 Decision::Evict(list) => {
-                    prop_assert!(list.iter().all(|one| evictable.contains(one)), "evicts a held one, or one that has just come");
+                    prop_assert!(list.iter().all(|one| evictable.contains(one)), "evicts a held or pinned one, or one that has just come");
                     prop_assert!(fits(&occupants, &list, &capacity, &need), "not enough");
                     for spared in 0..list.len() {
                         let mut fewer = list.clone();
@@ -465,20 +491,23 @@ mod tests {
             }
         }
 
-        /// However many looks it takes, and whoever holds what: what leaves is not held, was not used last, and no more than it
-        /// takes; once nothing is held the rest is within the capacity, or is the one that was used last.
+        /// However many looks it takes, and whoever holds what: what leaves is not held, not pinned, was not used last where
+        /// nothing is pinned, and no more than it takes; once nothing is held the rest is within the capacity, or is what is
+        /// pinned, or the one that was used last.
         #[test]
         fn a_smaller_capacity_is_reached_by_what_is_used_least(mut occupants in occupants(), size in 0..20_u64, gpu in 0..8_u64, rules in rules()) {
             let capacity = bytes(size, gpu);
-            let last = |occupants: &[Occupant]| {
-                let stays = occupants.iter().filter(|one| one.standing != Standing::Leaving);
-                stays.max_by_key(|one| (one.last_used, one.copy)).cloned()
+            let kept = |occupants: &[Occupant]| -> Vec<Occupant> {
+                let stays = || occupants.iter().filter(|one| one.standing != Standing::Leaving);
+                if stays().any(|one| one.pinned) {
+                    return stays().filter(|one| one.pinned).cloned().collect();
+                }
+                stays().max_by_key(|one| (one.last_used, one.copy)).cloned().into_iter().collect()
             };
             if let Some(victims) = excess(&occupants, &capacity, rules) {
-                let kept = last(&occupants);
                 for one in occupants.iter().filter(|one| victims.contains(&one.copy)) {
                     prop_assert_eq!((one.holds, one.standing), (0, Standing::Resident));
-                    prop_assert_ne!(Some(one.copy), kept.as_ref().map(|kept| kept.copy));
+                    prop_assert!(!kept(&occupants).contains(one));
                 }
             }
             // Loads end, holds are given back, what leaves has left.
@@ -489,7 +518,7 @@ mod tests {
                 }
             }
             occupants.retain(|one| one.standing == Standing::Resident);
-            let last = last(&occupants);
+            let limit = capacity.max(&total(&kept(&occupants)).expect("counted"));
             if let Some(victims) = excess(&occupants, &capacity, rules) {
                 prop_assert!(!victims.is_empty());
                 let without = |spared: Option<Generation>| -> Vec<Occupant> {
@@ -502,11 +531,25 @@ mod tests {
                 }
                 let rest = without(None);
                 let taken = total(&rest).expect("counted");
-                prop_assert!(capacity.covers(&taken) || last.is_some_and(|last| capacity.max(&last.bytes).covers(&taken)));
+                prop_assert!(limit.covers(&taken));
             } else {
                 let taken = total(&occupants).expect("counted");
-                prop_assert!(last.map_or(capacity.clone(), |last| capacity.max(&last.bytes)).covers(&taken));
+                prop_assert!(limit.covers(&taken));
             }
+        }
+
+        /// What placement keeps free beside the pinned copies is enough: each of the others gets in, once nothing is held.
+        #[test]
+        fn whoever_fits_beside_the_pinned_ones_comes_in(mut occupants in occupants(), size in 0..20_u64, need in 0..12_u64, rules in rules()) {
+            let (capacity, need) = (bytes(size, 8), bytes(need, 0));
+            let rules = Rules { least_residency: Duration::ZERO, ..rules };
+            occupants.retain(|one| one.standing == Standing::Resident);
+            occupants.iter_mut().for_each(|one| one.holds = 0);
+            let pinned = total(occupants.iter().filter(|one| one.pinned)).expect("counted");
+            prop_assume!(capacity.covers(&total(&occupants).expect("counted")));
+            prop_assume!(capacity.covers(&pinned.checked_add(&need).expect("counted")));
+            let decided = decide(&occupants, &capacity, &need, rules);
+            prop_assert!(matches!(decided, Decision::Fits | Decision::Evict(_)), "{decided:?}");
         }
 
         #[test]

@@ -134,6 +134,9 @@ pub struct Deployment {
     pub spread: Spread,
     /// Who is placed first when not everything fits: the higher.
     pub priority: i32,
+    /// Whether its copies are never evicted.
+    #[serde(default)]
+    pub pinned: bool,
 }
 
 impl Default for Deployment {
@@ -146,6 +149,7 @@ impl Default for Deployment {
             strategy: Strategy::default(),
             spread: Spread::default(),
             priority: 0,
+            pinned: false,
         }
     }
 }
@@ -257,6 +261,8 @@ pub struct DeploymentPatch {
     pub spread: Option<Spread>,
     /// Who is placed first.
     pub priority: Option<i32>,
+    /// Whether copies are never evicted.
+    pub pinned: Option<bool>,
 }
 
 /// Seldon's deployment spec.
@@ -288,6 +294,7 @@ impl DeploymentPatch {
         deployment.strategy = self.strategy.unwrap_or(deployment.strategy);
         deployment.spread = self.spread.unwrap_or(deployment.spread);
         deployment.priority = self.priority.unwrap_or(deployment.priority);
+        deployment.pinned = self.pinned.unwrap_or(deployment.pinned);
         deployment.check()?;
         Ok(deployment)
     }

@@ -41,6 +41,7 @@ pub(super) fn read(mut object: Fields, notes: &mut Vec<String>) -> Result<Defini
     let strategy = strategy(&mut fields)?;
     let spread = spread(&mut fields)?;
     let priority = fields.int::<i32>("priority")?;
+    let pinned = fields.flag("pinned")?;
     let clean_topics_on_delete = dataflow(&mut fields)?;
     fields.finish()?;
     let ReplicaCounts { replicas, min, max } = counts;
@@ -48,7 +49,7 @@ pub(super) fn read(mut object: Fields, notes: &mut Vec<String>) -> Result<Defini
     let definition = Definition {
         name,
         spec,
-        deployment: DeploymentPatch { replicas: Some(replicas), strategy, spread, priority },
+        deployment: DeploymentPatch { replicas: Some(replicas), strategy, spread, priority, pinned },
         kubernetes: metadata.kubernetes,
         passthrough: Passthrough { clean_topics_on_delete, ..Passthrough::default() },
     };
@@ -278,6 +279,7 @@ pub fn to_yaml(definition: &Definition) -> String {
                 Spread::OneServer => "oneServer",
             }),
             priority: definition.deployment.priority,
+            pinned: definition.deployment.pinned,
             warmup: spec.warmup.text().map(|text| serde_json::from_str(text).unwrap_or_else(|_| text.into())),
         },
     };
@@ -352,6 +354,8 @@ struct SpecYaml<'a> {
     spread: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     priority: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pinned: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     warmup: Option<serde_json::Value>,
 }

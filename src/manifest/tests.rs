@@ -95,9 +95,10 @@ fn memory_is_a_kubernetes_quantity() {
 
 #[test]
 fn what_wharf_adds_is_read() {
-    let deployment = model("strategy: recreate\nspread: servers\npriority: -5").unwrap().deployment;
+    let deployment = model("strategy: recreate\nspread: servers\npriority: -5\npinned: true").unwrap().deployment;
     assert_eq!(deployment.strategy, Some(Strategy::Recreate));
     assert_eq!((deployment.spread, deployment.priority), (Some(Spread::Servers), Some(-5)));
+    assert_eq!(deployment.pinned, Some(true));
     let surge = model("maxSurge: 2").unwrap().deployment.strategy;
     assert_eq!(surge, Some(Strategy::RollingUpdate { max_surge: 2, max_unavailable: 0 }));
     assert!(problem("strategy: blueGreen").contains("wanted rollingUpdate or recreate"));
@@ -320,7 +321,7 @@ prop_compose! {
             Just(Strategy::Recreate),
             (1_u32.., 0_u32..).prop_map(|(a, b)| Strategy::RollingUpdate { max_surge: a, max_unavailable: b })]),
         spread in proptest::option::of(prop_oneof![Just(Spread::Servers), Just(Spread::OneServer)]),
-        priority in any::<Option<i32>>(),
+        (priority, pinned) in any::<(Option<i32>, Option<bool>)>(),
         kubernetes in proptest::option::of(("[a-z]{1,5}", any::<i64>())),
         clean_topics_on_delete in any::<Option<bool>>(),
     ) -> Definition {
@@ -334,6 +335,7 @@ prop_compose! {
             },
             deployment: DeploymentPatch {
                 replicas: Some(Replicas { replicas, min, max, log_payloads }), strategy, spread, priority,
+                pinned,
             },
             kubernetes: kubernetes.map(|(namespace, generation)| KubernetesMeta { namespace, generation }),
             passthrough: Passthrough { clean_topics_on_delete, ..Passthrough::default() },

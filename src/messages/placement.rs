@@ -55,6 +55,8 @@ pub struct Restore {
     pub on: ReplicaId,
     /// Its memory.
     pub need: Resources,
+    /// Whether it is never evicted.
+    pub pinned: bool,
 }
 
 /// These are all the copies of the model that may have a place or want one: what is kept for any other is free.

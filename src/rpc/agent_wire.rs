@@ -77,7 +77,7 @@ pub fn order_to_wire(order: &Order) -> wire::Order {
     use wire::order::Order as Wire;
     wire::Order {
         order: Some(match order {
-            Order::Register { model, generation, spec, need, attempt, measured, trust } => {
+            Order::Register { model, generation, spec, need, attempt, measured, trust, pinned } => {
                 Wire::Register(wire::Register {
                     model: model.to_string(),
                     generation: Some(generation_to_wire(*generation)),
@@ -86,6 +86,7 @@ pub fn order_to_wire(order: &Order) -> wire::Order {
                     attempt: *attempt,
                     measured: *measured,
                     trust: trust_to_wire(*trust).into(),
+                    pinned: *pinned,
                 })
             }
             Order::Unregister { model, generation, drain } => Wire::Unregister(wire::Unregister {
@@ -138,6 +139,7 @@ fn register_from_wire(register: wire::Register) -> Result<Order, Refusal> {
         attempt: register.attempt,
         measured: register.measured,
         trust,
+        pinned: register.pinned,
     })
 }
 
@@ -164,10 +166,11 @@ pub fn report_to_wire(report: &CopyReport) -> wire::CopyReport {
             Report::Loading { estimate } => {
                 State::Loading(wire::Loading { estimate: estimate.as_deref().map(size_to_wire) })
             }
-            Report::Available { residency, measured, estimate } => State::Available(wire::Available {
+            Report::Available { residency, measured, estimate, pinned } => State::Available(wire::Available {
                 residency: residency_to_wire(*residency).into(),
                 measured: measured.as_deref().map(size_to_wire),
                 estimate: estimate.as_deref().map(size_to_wire),
+                pinned: *pinned,
             }),
             Report::Draining { holds } => State::Draining(wire::Draining { holds: *holds }),
             Report::Unloaded => State::Unloaded(wire::Unloaded {}),
@@ -201,6 +204,7 @@ pub fn report_from_wire(wire: wire::CopyReport) -> Result<CopyReport, Refusal> {
             },
             measured: size_from_wire(one.measured),
             estimate: size_from_wire(one.estimate),
+            pinned: one.pinned,
         },
         State::Draining(one) => Report::Draining { holds: one.holds },
         State::Unloaded(_) => Report::Unloaded,
@@ -288,6 +292,7 @@ mod tests {
             attempt: 5,
             measured: true,
             trust: Trust::Declared,
+            pinned: true,
         }
     }
 
@@ -330,6 +335,7 @@ mod tests {
             residency,
             measured: (residency == Residency::Resident).then(|| Box::new(size())),
             estimate: (residency == Residency::Evicted).then(|| Box::new(size())),
+            pinned: residency == Residency::Evicted,
         }));
         for report in reports {
             let order = register();

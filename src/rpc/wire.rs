@@ -222,6 +222,7 @@ pub fn rollout_of(deployment: &Deployment) -> wharf::Rollout {
         strategy: Some(deployment.strategy),
         spread: Some(deployment.spread),
         priority: Some(deployment.priority),
+        pinned: Some(deployment.pinned),
     })
 }
 
@@ -237,7 +238,8 @@ pub fn rollout_to_wire(patch: &DeploymentPatch) -> wharf::Rollout {
         }
     };
     let spread_servers = patch.spread.map(|spread| spread == Spread::Servers);
-    wharf::Rollout { strategy, max_surge, max_unavailable, spread_servers, priority: patch.priority }
+    let DeploymentPatch { priority, pinned, .. } = *patch;
+    wharf::Rollout { strategy, max_surge, max_unavailable, spread_servers, priority, pinned }
 }
 
 /// The patch that `rollout` means, which leaves replicas alone. A surge without a strategy means a rolling update, and
@@ -269,7 +271,7 @@ pub fn rollout_from_wire(rollout: &wharf::Rollout) -> Result<DeploymentPatch, Re
         Some(Wire::RollingUpdate) => Some(rolling_update(rollout.max_surge, rollout.max_unavailable)),
     };
     let spread = rollout.spread_servers.map(|servers| if servers { Spread::Servers } else { Spread::OneServer });
-    Ok(DeploymentPatch { replicas: None, strategy, spread, priority: rollout.priority })
+    Ok(DeploymentPatch { replicas: None, strategy, spread, priority: rollout.priority, pinned: rollout.pinned })
 }
 
 /// A rolling update with the default for what is left out.
@@ -559,7 +561,7 @@ mod tests {
             replicas in proptest::option::of((0..=limits::REPLICAS, any::<u32>(), any::<u32>(), any::<bool>())),
             strategy in proptest::option::of(strategy()),
             spread in proptest::option::of(prop_oneof![Just(Spread::Servers), Just(Spread::OneServer)]),
-            priority in any::<Option<i32>>(),
+            (priority, pinned) in any::<(Option<i32>, Option<bool>)>(),
             kubernetes in proptest::option::of(("[a-z]{0,8}", any::<i64>())),
             kind in proptest::option::of(short_text()),
             version in proptest::option::of(short_text()),
@@ -575,6 +577,7 @@ mod tests {
                     strategy,
                     spread,
                     priority,
+                    pinned,
                 },
                 kubernetes: kubernetes.map(|(namespace, generation)| KubernetesMeta { namespace, generation }),
                 passthrough: Passthrough { kind, version, stream, clean_topics_on_delete },
@@ -703,10 +706,11 @@ mod tests {
     fn a_rollout_leaves_alone_what_it_does_not_speak_of() {
         let parts = |rollout| {
             let patch = rollout_from_wire(&rollout).unwrap();
-            (patch.strategy, patch.spread, patch.priority)
+            (patch.strategy, patch.spread, patch.priority, patch.pinned)
         };
-        assert_eq!(parts(wharf::Rollout::default()), (None, None, None));
-        assert_eq!(parts(wharf::Rollout { priority: Some(5), ..Default::default() }), (None, None, Some(5)));
+        assert_eq!(parts(wharf::Rollout::default()), (None, None, None, None));
+        let some = wharf::Rollout { priority: Some(5), pinned: Some(false), ..Default::default() };
+        assert_eq!(parts(some), (None, None, Some(5), Some(false)));
         let surge = wharf::Rollout { max_surge: Some(3), ..Default::default() };
         assert_eq!(parts(surge).0, Some(Strategy::RollingUpdate { max_surge: 3, max_unavailable: 0 }));
         for bad in [

@@ -558,6 +558,7 @@ pub fn register(model: &str, generation: Generation, size: u64, uri: &str) -> Or
         attempt: 0,
         measured: false,
         trust: Trust::Larger,
+        pinned: false,
     }
 }
 

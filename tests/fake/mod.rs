@@ -68,6 +68,7 @@ pub(crate) fn view(name: &str, state: &str, serving: Option<u32>, versions: Vec<
             max_unavailable: Some(0),
             spread_servers: Some(false),
             priority: Some(0),
+            pinned: Some(false),
         }),
         ..Default::default()
     }

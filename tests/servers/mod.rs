@@ -28,7 +28,7 @@ const START: Duration = Duration::from_secs(120);
 pub static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// What a script of this folder installs, by name.
-fn install(script: &str, what: &[&str]) -> BTreeMap<String, PathBuf> {
+pub fn install(script: &str, what: &[&str]) -> BTreeMap<String, PathBuf> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(script);
     let output = Command::new("sh").arg(&script).args(what).output().unwrap();
     assert!(

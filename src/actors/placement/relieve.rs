@@ -14,7 +14,7 @@ use crate::{
     domain::{
         model::{Effect, Event, Note},
         names::{ModelName, ReplicaId},
-        placement::{Condition, Key, PlacementRequest, Relief},
+        placement::{Condition, Key, PlacementRequest, Relief, Replica},
         version::Generation,
     },
     messages::{Registered, model::Happened, placement::Place, supervisor::Who},
@@ -41,7 +41,7 @@ impl Handler<Look> for PlacementActor {
         let relief = self.placement.relieve(&id, &requests, self.links.clock.now());
         self.tell_displaced(&relief);
         self.show_with(&id, &relief);
-        if self.is_over_limit(&id) || !relief.moves.is_empty() {
+        if self.is_strained(&id) || !relief.moves.is_empty() {
             self.strained.insert(id);
         } else {
             self.strained.remove(&id);
@@ -71,14 +71,15 @@ impl PlacementActor {
 
     /// What is registered on the replica has changed.
     pub(super) fn look_if_strained(&mut self, id: &ReplicaId, ctx: &mut Context<Self>) {
-        if self.strained.contains(id) || self.is_over_limit(id) {
+        if self.strained.contains(id) || self.is_strained(id) {
             self.looks.insert(id.clone());
             self.look_soon(ctx);
         }
     }
 
-    fn is_over_limit(&self, id: &ReplicaId) -> bool {
-        self.placement.ledger().replica(id).is_some_and(|replica| replica.over_limit().is_some())
+    fn is_strained(&self, id: &ReplicaId) -> bool {
+        let strained = |replica: &Replica| replica.over_limit().is_some() || replica.crowded().is_some();
+        self.placement.ledger().replica(id).is_some_and(strained)
     }
 
     /// What each copy on the replica would ask for elsewhere.
@@ -131,8 +132,11 @@ impl PlacementActor {
         self.show(id);
         let Some(replica) = self.placement.ledger().replica(id) else { return };
         let mut conditions = Vec::new();
-        let over = replica.conditions().into_iter().filter(|what| matches!(what, Condition::OverLimit { .. }));
-        conditions.extend(over.map(|over| format!("is {over}")));
+        let strained = |what: &Condition| match what {
+            Condition::OverLimit { .. } | Condition::Crowded { .. } => true,
+            Condition::CapacityDiffers { .. } => false,
+        };
+        conditions.extend(replica.conditions().iter().filter(|what| strained(what)).map(|what| format!("is {what}")));
         let (moving, stuck) = (relief.moves.len() - relief.stuck.len(), relief.stuck.len());
         if moving > 0 {
             conditions.push(format!("moves {} away", copies(moving)));

@@ -314,6 +314,7 @@ impl Replica {
 /// Whether what an agent says of a copy is on the way to what is wanted of it.
 const fn is_met(order: &Order, reported: Option<&Report>) -> bool {
     match (order, reported) {
+        (Order::Register { pinned, .. }, Some(Report::Available { pinned: said, .. })) => *pinned == *said,
         (Order::Register { .. }, reported) => reported.is_some(),
         (Order::Unregister { .. }, reported) => matches!(reported, Some(Report::Draining { .. })),
     }
@@ -340,7 +341,8 @@ mod tests {
     fn only_what_can_not_be_seen_to_be_so_is_said_again_and_what_is_in_memory_is_counted() {
         let name = ModelName::new("m").unwrap();
         let mut replica = Replica::new(ReplicaState::Available, Instant::default());
-        let resident = Report::Available { residency: Residency::Resident, measured: None, estimate: None };
+        let resident =
+            Report::Available { residency: Residency::Resident, measured: None, estimate: None, pinned: false };
         for number in 0..3 {
             replica.reported(&name, numbered(number), &resident);
             replica.reported(&name, numbered(number), &resident);
@@ -378,6 +380,7 @@ mod tests {
             attempt: 0,
             measured: false,
             trust: Trust::Larger,
+            pinned: false,
         }
     }
 
@@ -393,7 +396,7 @@ mod tests {
     }
 
     fn available() -> Report {
-        Report::Available { residency: Residency::Resident, measured: None, estimate: None }
+        Report::Available { residency: Residency::Resident, measured: None, estimate: None, pinned: false }
     }
 
     #[test]

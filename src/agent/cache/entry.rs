@@ -9,7 +9,7 @@ use std::{
     future::Future,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -90,6 +90,8 @@ pub(crate) struct Entry {
     weighings: AtomicU32,
     /// How often the inference server holds it in memory, once that is known.
     instances: AtomicU32,
+    /// Whether it is never evicted.
+    pinned: AtomicBool,
     pub(crate) attempt: u32,
     /// The name by which the inference server knows it.
     pub(crate) served: String,
@@ -178,6 +180,7 @@ impl Entry {
             weight: ArcSwapOption::empty(),
             weighings: AtomicU32::new(0),
             instances: AtomicU32::new(1),
+            pinned: AtomicBool::new(false),
             attempt,
             word: AtomicU64::new(Phase::Preparing.with(0)),
             last_used: AtomicU64::new(clock.now().as_micros()),
@@ -274,6 +277,20 @@ impl Entry {
 
     pub(crate) fn instances(&self) -> u32 {
         self.instances.load(SeqCst)
+    }
+
+    /// Whether it is never evicted.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pinned.load(SeqCst)
+    }
+
+    /// From now on it is never evicted, or may be again. Says whether that is news.
+    pub(crate) fn set_pinned(&self, pinned: bool) -> bool {
+        let news = self.pinned.swap(pinned, SeqCst) != pinned;
+        if news {
+            self.pressure.eased();
+        }
+        news
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -451,7 +468,10 @@ impl Entry {
     pub(crate) fn report(&self) -> Report {
         let weight =
             |wanted: bool| self.weight().and_then(|(size, measured)| (measured == wanted).then(|| Box::new(size)));
-        let available = |residency| Report::Available { residency, measured: weight(true), estimate: weight(false) };
+        let available = |residency| {
+            let (measured, estimate, pinned) = (weight(true), weight(false), self.is_pinned());
+            Report::Available { residency, measured, estimate, pinned }
+        };
         match self.snapshot() {
             (Phase::Preparing, _) => match *lock(&self.stage) {
                 Stage::Scheduled => Report::Scheduled,
@@ -477,6 +497,7 @@ impl Entry {
             attempt: self.attempt,
             measured: self.ordered_measured,
             trust: self.trust,
+            pinned: self.is_pinned(),
         }
     }
 }

@@ -310,6 +310,7 @@ fn occupant(seat: &Seat) -> Occupant {
         standing,
         since: seat.entry.resident_since(),
         reload: seat.entry.loads.average().unwrap_or_default(),
+        pinned: seat.entry.is_pinned(),
     }
 }
 
@@ -369,6 +370,19 @@ mod tests {
         assert!(matches!(ledger.admit(&second, true), Admission::Wait));
         drop(hold);
         assert!(matches!(ledger.admit(&second, false), Admission::Wait));
+        assert!(matches!(ledger.admit(&second, true), Admission::Promised(_)));
+    }
+
+    #[test]
+    fn a_pinned_copy_stays_until_it_is_pinned_no_more() {
+        let ledger = ledger(10);
+        let first = seated(&ledger, 1, 6);
+        assert!(first.set_pinned(true) && !first.set_pinned(true));
+        let second = entry(2, 5, ledger.pressure());
+        assert!(matches!(ledger.admit(&second, true), Admission::Wait));
+        ledger.set_capacity(Resources::primary(Bytes(5)));
+        assert!(ledger.shed().is_none(), "not even for a memory that became too small");
+        assert!(first.set_pinned(false));
         assert!(matches!(ledger.admit(&second, true), Admission::Promised(_)));
     }
 

@@ -248,10 +248,12 @@ impl<K: Clone + Eq + Hash> Shards<K> {
 /// The parts of a [`Order::Register`] that make an entry.
 pub(crate) fn entry_of(order: Order, ledger: &Ledger, clock: Arc<dyn crate::ports::Clock>) -> Option<Arc<Entry>> {
     match order {
-        Order::Register { model, generation, spec, need, attempt, measured, trust } => {
+        Order::Register { model, generation, spec, need, attempt, measured, trust, pinned } => {
             let pressure = Arc::clone(ledger.pressure());
             let ordered = (spec, need, attempt, measured, trust);
-            Some(Arc::new(Entry::new((model, generation), ordered, pressure, clock)))
+            let entry = Entry::new((model, generation), ordered, pressure, clock);
+            entry.set_pinned(pinned);
+            Some(Arc::new(entry))
         }
         Order::Unregister { .. } => None,
     }

@@ -46,7 +46,7 @@ const PRIVATE: [&str; 7] =
 
 /// How a program ended.
 #[derive(Debug)]
-pub(super) struct End {
+pub(in crate::agent) struct End {
     /// In words.
     pub(super) how: String,
     /// Whether it was killed, which no program does by a crash.

@@ -216,6 +216,9 @@ fn rollout_line(rollout: &Rollout) -> String {
     if rollout.priority() != 0 {
         line.push_str(&format!(", priority {}", rollout.priority()));
     }
+    if rollout.pinned() {
+        line.push_str(", pinned");
+    }
     line
 }
 

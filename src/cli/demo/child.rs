@@ -79,17 +79,26 @@ pub(super) struct Wharf {
     child: Option<Child>,
     addresses: Addresses,
     folder: Folder,
+    /// Settings beyond those that every process of the demo has.
+    settings: Vec<(&'static str, String)>,
 }
 
 impl Wharf {
-    /// A place for a process with the server registry `servers`; nothing runs yet.
+    /// A place for a process with these files, and with the settings that follow from where they are; nothing runs yet.
     ///
     /// # Errors
     /// When there is no room for one.
-    pub(super) fn new(servers: &str) -> anyhow::Result<Self> {
-        let wharf = Self { child: None, addresses: Addresses::free()?, folder: Folder::new()? };
-        let path = wharf.path("servers.toml");
-        fs::write(&path, servers).with_context(|| format!("can't write {}", path.display()))?;
+    pub(super) fn new(
+        files: &[(&str, String)],
+        settings: impl FnOnce(&Path) -> Vec<(&'static str, String)>,
+    ) -> anyhow::Result<Self> {
+        let mut wharf =
+            Self { child: None, addresses: Addresses::free()?, folder: Folder::new()?, settings: Vec::new() };
+        wharf.settings = settings(wharf.folder());
+        for (name, text) in files {
+            let path = wharf.path(name);
+            fs::write(&path, text).with_context(|| format!("can't write {}", path.display()))?;
+        }
         Ok(wharf)
     }
 
@@ -125,7 +134,7 @@ impl Wharf {
         ];
         let mut command = Command::new(program);
         command.arg("up").arg("--with-parent").arg(std::process::id().to_string()).args(["--color", "never"]);
-        for (name, value) in settings {
+        for (name, value) in settings.iter().chain(&self.settings) {
             command.arg("--set").arg(format!("{name}={value}"));
         }
         // The demo is the same wherever it runs: no setting of this shell reaches it.
@@ -188,7 +197,7 @@ mod tests {
 
     #[test]
     fn a_folder_goes_with_its_owner_whatever_is_in_it() {
-        let wharf = Wharf::new("text").unwrap();
+        let wharf = Wharf::new(&[("servers.toml", "text".to_owned())], |_| Vec::new()).unwrap();
         let folder = wharf.folder().to_owned();
         assert_eq!(fs::read_to_string(folder.join("servers.toml")).unwrap(), "text");
         fs::create_dir_all(folder.join("deep/er")).unwrap();

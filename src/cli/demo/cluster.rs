@@ -1,28 +1,24 @@
 //! What the demo asks of the scheduler, as any client does.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context as _, anyhow, bail};
 use http::StatusCode;
 
-use super::ask::Asker;
+use super::{ask::Asker, cast::Cast};
 use crate::rpc::{
     client::Connection,
     proto::{
         scheduler::{DeploymentSpec, MetaData, Model, ModelReference, ModelSpec, UnloadModelRequest},
         wharf::{
             CopyView, CordonReplicaRequest, DrainProgress, DrainReplicaRequest, ListModelsRequest, ListServersRequest,
-            ModelView, ServerView, SubmitModelRequest, SubmitModelResponse,
+            ModelView, ScaleModelRequest, ServerView, SubmitModelRequest, SubmitModelResponse,
         },
     },
 };
 
-/// The one server of the demo.
-pub(super) const SERVER: &str = "onnx";
 /// The longest wait for a call.
 const CALL: Duration = Duration::from_secs(10);
-/// The longest wait for anything to come about.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// The pause between two looks at what can't be listened to.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -35,26 +31,36 @@ pub(super) struct Cluster {
     api: Connection,
     asker: Asker,
     page: String,
+    /// Its one server.
+    server: &'static str,
+    /// The longest wait for anything to come about.
+    patience: Duration,
 }
 
 impl Cluster {
     /// # Errors
     /// When the scheduler can't be reached.
-    pub(super) async fn connect(api: &str, page: &str, asker: Asker) -> anyhow::Result<Self> {
+    pub(super) async fn connect(api: &str, page: &str, asker: Asker, cast: &Cast) -> anyhow::Result<Self> {
         let api = Connection::open(api, None, CALL).await?;
-        Ok(Self { api, asker, page: page.to_owned() })
+        Ok(Self { api, asker, page: page.to_owned(), server: cast.server, patience: cast.patience })
     }
 
     /// Submits a model of one copy and returns once that is durable.
     ///
     /// # Errors
     /// When it is refused or not answered.
-    pub(super) async fn submit(&self, name: &str, folder: &Path, memory: u64) -> anyhow::Result<SubmitModelResponse> {
+    pub(super) async fn submit(
+        &self,
+        name: &str,
+        uri: &str,
+        requirement: &str,
+        memory: u64,
+    ) -> anyhow::Result<SubmitModelResponse> {
         let model = Model {
             meta: Some(MetaData { name: name.to_owned(), ..Default::default() }),
             model_spec: Some(ModelSpec {
-                uri: folder.display().to_string(),
-                requirements: vec!["onnx".to_owned()],
+                uri: uri.to_owned(),
+                requirements: vec![requirement.to_owned()],
                 memory_bytes: Some(memory),
                 ..Default::default()
             }),
@@ -65,6 +71,17 @@ impl Cluster {
         let request = SubmitModelRequest { model: Some(model), rollout: None };
         let answer = self.api.call(client.submit_model(request)).await;
         Ok(answer.with_context(|| format!("submitting {name}"))?.into_inner())
+    }
+
+    /// Has a model have so many copies.
+    ///
+    /// # Errors
+    /// When it is refused or not answered.
+    pub(super) async fn scale(&self, name: &str, replicas: u32) -> anyhow::Result<()> {
+        let mut client = self.api.wharf();
+        let request = ScaleModelRequest { name: name.to_owned(), replicas };
+        self.api.call(client.scale_model(request)).await.with_context(|| format!("scaling {name}"))?;
+        Ok(())
     }
 
     /// Deletes a model.
@@ -96,9 +113,9 @@ impl Cluster {
             }
             anyhow::Ok(())
         };
-        match tokio::time::timeout(PATIENCE, follow).await {
+        match tokio::time::timeout(self.patience, follow).await {
             Ok(followed) => followed.with_context(|| format!("waiting for {what}"))?,
-            Err(_) => bail!("waited {} s for {what}; now there is {}", PATIENCE.as_secs(), standing(&views)),
+            Err(_) => bail!("waited {} s for {what}; now there is {}", self.patience.as_secs(), standing(&views)),
         }
         Ok(views)
     }
@@ -109,10 +126,10 @@ impl Cluster {
     /// When the scheduler does not answer, or does not know it.
     pub(super) async fn server(&self) -> anyhow::Result<ServerView> {
         let mut client = self.api.wharf();
-        let request = ListServersRequest { name: Some(SERVER.to_owned()) };
+        let request = ListServersRequest { name: Some(self.server.to_owned()) };
         let mut stream = self.api.call(client.list_servers(request)).await?.into_inner();
         let view = self.api.call(stream.message()).await?;
-        view.ok_or_else(|| anyhow!("the scheduler knows no server {SERVER}"))
+        view.ok_or_else(|| anyhow!("the scheduler knows no server {}", self.server))
     }
 
     /// Looks at the server until it is as `met` wants it.
@@ -135,8 +152,8 @@ impl Cluster {
                 tokio::time::sleep(LOOK).await;
             }
         };
-        let server = tokio::time::timeout(PATIENCE, look).await;
-        server.map_err(|_| anyhow!("waited {} s for {what}: {last}", PATIENCE.as_secs()))
+        let server = tokio::time::timeout(self.patience, look).await;
+        server.map_err(|_| anyhow!("waited {} s for {what}: {last}", self.patience.as_secs()))
     }
 
     /// Moves every copy off a replica. Returns the last word about it.
@@ -146,9 +163,9 @@ impl Cluster {
     pub(super) async fn drain(&self, replica: u32) -> anyhow::Result<DrainProgress> {
         let mut client = self.api.wharf();
         let request = DrainReplicaRequest {
-            server: SERVER.to_owned(),
+            server: self.server.to_owned(),
             replica: Some(replica),
-            deadline_millis: u64::try_from(PATIENCE.as_millis()).unwrap_or(u64::MAX),
+            deadline_millis: u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX),
         };
         let mut last = DrainProgress::default();
         let follow = async {
@@ -158,7 +175,7 @@ impl Cluster {
             }
             anyhow::Ok(())
         };
-        tokio::time::timeout(PATIENCE + CALL, follow).await.map_err(|_| anyhow!("the drain had no end"))??;
+        tokio::time::timeout(self.patience + CALL, follow).await.map_err(|_| anyhow!("the drain had no end"))??;
         Ok(last)
     }
 
@@ -168,7 +185,7 @@ impl Cluster {
     /// When the scheduler refuses or does not answer.
     pub(super) async fn uncordon(&self, replica: u32) -> anyhow::Result<()> {
         let mut client = self.api.wharf();
-        let request = CordonReplicaRequest { server: SERVER.to_owned(), replica: Some(replica), undo: true };
+        let request = CordonReplicaRequest { server: self.server.to_owned(), replica: Some(replica), undo: true };
         self.api.call(client.cordon_replica(request)).await?;
         Ok(())
     }

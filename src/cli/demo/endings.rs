@@ -6,8 +6,9 @@ use anyhow::anyhow;
 
 use super::{
     ask::Outcome,
+    cast::IRIS,
     cluster::{Cluster, Views, serves},
-    scenes::{Demo, IRIS, LATE, MODELS, NEED},
+    scenes::Demo,
     story::{Promise, brief},
     traffic::Account,
 };
@@ -21,18 +22,19 @@ impl Demo {
     pub(super) async fn kill(&mut self, cluster: Cluster) -> anyhow::Result<Cluster> {
         self.story.chapter("kill -9, and recovery");
         let old = self.target(IRIS)?.versions.keys().copied().max().unwrap_or_default();
-        let (_, first) = self.samples.get(MODELS[0].1)?;
+        let (models, late) = (self.cast.models, self.cast.late);
+        let (_, first) = self.samples.get(models[0].1)?;
         self.expect(IRIS, old + 1, first);
         let before =
-            cluster.until("all models", |views| MODELS.iter().all(|(name, _)| views.contains_key(*name))).await?;
+            cluster.until("all models", |views| models.iter().all(|(name, _)| views.contains_key(*name))).await?;
         let traffic = self.traffic().await?;
         let mut acknowledged: BTreeMap<String, (u64, u32)> = BTreeMap::new();
-        for (name, _) in MODELS {
+        for (name, _) in models {
             let view = before.get(name).ok_or_else(|| anyhow!("{name} is gone"))?;
             acknowledged.insert(name.to_owned(), (view.uid, view.serving.unwrap_or_default()));
         }
-        let ((iris, _), (late, case)) = (self.samples.get(MODELS[0].1)?, self.samples.get(LATE.1)?);
-        let answers = [cluster.submit(IRIS, &iris, NEED.0).await?, cluster.submit(LATE.0, &late, NEED.0).await?];
+        let (_, case) = self.samples.get(late.1)?;
+        let answers = [self.send(&cluster, IRIS, models[0].1).await?, self.send(&cluster, late.0, late.1).await?];
         let accepted = self.story.now();
         self.wharf.kill()?;
         let killed = self.story.now();
@@ -41,20 +43,19 @@ impl Demo {
         self.story.tell(&format!(
             "{IRIS} version {} and {} version {} are acknowledged; killed {} later",
             new.version,
-            LATE.0,
+            late.0,
             added.version,
             brief(killed.since(accepted))
         ));
         acknowledged.insert(IRIS.to_owned(), (new.uid, new.version));
-        acknowledged.insert(LATE.0.to_owned(), (added.uid, added.version));
-        self.expect(LATE.0, added.version, case);
+        acknowledged.insert(late.0.to_owned(), (added.uid, added.version));
+        self.expect(late.0, added.version, case);
         drop(cluster);
 
         let id = self.wharf.start()?;
         self.story.tell(&format!("wharf up again, as process {id}, on the same folder and ports"));
         self.until_ready().await?;
-        let at = self.wharf.addresses().clone();
-        let cluster = Cluster::connect(&at.api, &at.page, self.asker.clone()).await?;
+        let cluster = self.connect().await?;
         let all = |views: &Views| {
             acknowledged.iter().all(|(name, (uid, version))| {
                 serves(views, name, *version) && views.get(name).is_some_and(|view| view.uid == *uid)

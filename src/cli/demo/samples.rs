@@ -42,6 +42,11 @@ impl Samples {
         Ok(Self { folder, expected })
     }
 
+    /// Where they are.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Where a model is, and a request for it with its answer.
     ///
     /// # Errors
@@ -49,8 +54,11 @@ impl Samples {
     pub(super) fn get(&self, name: &str) -> anyhow::Result<(PathBuf, Arc<Case>)> {
         let folder = self.folder.join(name);
         let case = self.expected.get(name).and_then(|cases| cases.get(0));
-        let Some(case) = case.filter(|_| folder.join("model.onnx").is_file()) else {
-            bail!("the sample model {} is missing; `git checkout tests/models` brings it back", folder.display());
+        let Some(case) = case.filter(|_| folder.is_dir()) else {
+            bail!(
+                "the sample model {} is missing; `git checkout tests/models` brings Wharf's own back",
+                folder.display()
+            );
         };
         Ok((folder, Arc::new(Case::of(case).with_context(|| format!("the sample {name} can't be understood"))?)))
     }

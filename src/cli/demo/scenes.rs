@@ -4,8 +4,9 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::{
     ask::{Asker, Outcome, Target, grpc, grpc_request},
+    cast::{Cast, HELD, IRIS, REPLICAS},
     child::Wharf,
-    cluster::{Cluster, SERVER, Views, answering, serves},
+    cluster::{Cluster, Views, answering, serves},
     samples::{Case, Samples},
     story::{Promise, Story, brief, median},
     traffic::{Account, Traffic},
@@ -13,68 +14,24 @@ use super::{
 use crate::{
     cli::output::counted,
     domain::{memory::Bytes, time::Instant},
-    rpc::proto::wharf::{ReplicaView, ServerView},
+    rpc::proto::wharf::{ReplicaView, ServerView, SubmitModelResponse},
 };
 use anyhow::{Context as _, anyhow, bail};
 
-/// What each model is said to need.
-pub(super) const NEED: Bytes = Bytes(1 << 20);
-/// Models that a replica's memory holds.
-const HELD: u64 = 4;
-/// Replicas of the server.
-const REPLICAS: u32 = 2;
-/// How much more than its memory may be registered on a replica: enough for all models on one, when the other is
-/// drained.
-const OVERCOMMIT: u32 = 200;
-/// The model that is rolled out, drained and recovered.
-pub(super) const IRIS: &str = "iris";
-/// The bigger one that gets traffic too.
-const NETWORK: &str = "mlp";
-/// The models by name, and the samples that they are.
-pub(super) const MODELS: [(&str, &str); 12] = [
-    (IRIS, "iris-1"),
-    (NETWORK, "mlp"),
-    ("iris-mlp", "iris-mlp"),
-    ("add", "add"),
-    ("concat", "concat"),
-    ("external", "external"),
-    ("pick", "pick"),
-    ("identity-fp32", "identity-fp32"),
-    ("identity-fp64", "identity-fp64"),
-    ("identity-int64", "identity-int64"),
-    ("identity-bool", "identity-bool"),
-    ("identity-bytes", "identity-bytes"),
-];
-/// The second version of [`IRIS`], which answers differently.
-const SECOND: &str = "iris-2";
-/// A model that is submitted right before the process is killed.
-pub(super) const LATE: (&str, &str) = ("late", "identity-int32");
 /// Requests for a median.
 const ASKED: usize = 200;
 /// Right answers that traffic gives before and after anything happens to it.
 const STEADY: usize = 200;
 /// How often every model is asked when memory is short.
 const ROUNDS: u32 = 3;
-/// How long traffic may take to flow.
-const FLOW: Duration = Duration::from_secs(30);
-/// How long the process may take to be ready.
-const READY: Duration = Duration::from_secs(30);
 /// The pause between two looks.
 const LOOK: Duration = Duration::from_millis(5);
-
-/// The server registry of the demo.
-pub(super) fn registry() -> String {
-    format!(
-        "[[server]]\nname = \"{SERVER}\"\nruntime = \"builtin\"\nreplicas = {REPLICAS}\nmemory = \"{}\"\n\
-         overcommit_percent = {OVERCOMMIT}\n",
-        NEED.0 * HELD
-    )
-}
 
 /// Everything on the stage.
 #[derive(Debug)]
 pub(super) struct Demo {
     pub(super) story: Story,
+    pub(super) cast: Cast,
     pub(super) samples: Samples,
     pub(super) wharf: Wharf,
     pub(super) asker: Asker,
@@ -82,9 +39,9 @@ pub(super) struct Demo {
 }
 
 impl Demo {
-    pub(super) fn new(story: Story, samples: Samples, wharf: Wharf) -> Self {
+    pub(super) fn new(story: Story, cast: Cast, samples: Samples, wharf: Wharf) -> Self {
         let asker = Asker::new(&wharf.addresses().gateway);
-        Self { story, samples, wharf, asker, targets: BTreeMap::new() }
+        Self { story, cast, samples, wharf, asker, targets: BTreeMap::new() }
     }
 
     /// All scenes, in order.
@@ -98,8 +55,11 @@ impl Demo {
         self.pack(&cluster).await?;
         self.rollout(&cluster).await?;
         self.drain(&cluster).await?;
-        let killed = self.kill(cluster).await?;
-        self.unload(&killed).await
+        let again = self.kill(cluster).await?;
+        if self.cast.has_processes() {
+            self.crash(&again).await?;
+        }
+        self.unload(&again).await
     }
 
     async fn start(&mut self) -> anyhow::Result<Cluster> {
@@ -109,7 +69,7 @@ impl Demo {
         self.story.tell(&format!("wharf up is process {id}, in {}", self.wharf.folder().display()));
         self.until_ready().await?;
         let at = self.wharf.addresses().clone();
-        let cluster = Cluster::connect(&at.api, &at.page, self.asker.clone()).await?;
+        let cluster = self.connect().await?;
         let server = self.available(&cluster).await?;
         let took = brief(self.story.since(began));
         self.story.tell(&format!("scheduler API {}, inference http://{} (REST and gRPC)", at.api, at.gateway));
@@ -120,6 +80,12 @@ impl Demo {
         Ok(cluster)
     }
 
+    /// The process, as its clients see it.
+    pub(super) async fn connect(&self) -> anyhow::Result<Cluster> {
+        let at = self.wharf.addresses();
+        Cluster::connect(&at.api, &at.page, self.asker.clone(), &self.cast).await
+    }
+
     /// Waits until the process says that it is ready, and as long as it is there.
     pub(super) async fn until_ready(&mut self) -> anyhow::Result<()> {
         let page = self.wharf.addresses().page.clone();
@@ -128,15 +94,15 @@ impl Demo {
             if let Some(status) = self.wharf.ended() {
                 bail!("wharf up ended: {status}");
             }
-            if self.story.since(began) > READY {
-                bail!("wharf up is not ready after {} s", READY.as_secs());
+            if self.story.since(began) > self.cast.patience {
+                bail!("wharf up is not ready after {} s", self.cast.patience.as_secs());
             }
             tokio::time::sleep(LOOK).await;
         }
         Ok(())
     }
 
-    async fn available(&self, cluster: &Cluster) -> anyhow::Result<ServerView> {
+    pub(super) async fn available(&self, cluster: &Cluster) -> anyhow::Result<ServerView> {
         let all = usize::try_from(REPLICAS)?;
         let met =
             |server: &ServerView| server.replicas.iter().filter(|replica| replica.state == "Available").count() == all;
@@ -144,12 +110,24 @@ impl Demo {
     }
 
     /// Submits a sample under a name. Returns the version, and when it was submitted.
-    async fn submit(&mut self, cluster: &Cluster, name: &str, sample: &str) -> anyhow::Result<(u32, Instant)> {
-        let (folder, case) = self.samples.get(sample)?;
+    async fn submit(&mut self, cluster: &Cluster, name: &str, sample: &'static str) -> anyhow::Result<(u32, Instant)> {
+        let (_, case) = self.samples.get(sample)?;
         let began = self.story.now();
-        let version = cluster.submit(name, &folder, NEED.0).await?.version;
+        let version = self.send(cluster, name, sample).await?.version;
         self.expect(name, version, case);
         Ok((version, began))
+    }
+
+    /// Submits a sample under a name, and returns once that is durable.
+    pub(super) async fn send(
+        &self,
+        cluster: &Cluster,
+        name: &str,
+        sample: &'static str,
+    ) -> anyhow::Result<SubmitModelResponse> {
+        let (folder, _) = self.samples.get(sample)?;
+        let uri = self.cast.uri(sample, &folder);
+        cluster.submit(name, &uri, self.cast.requirement(sample), self.cast.need.0).await
     }
 
     pub(super) fn expect(&mut self, name: &str, version: u32, case: Arc<Case>) {
@@ -166,7 +144,7 @@ impl Demo {
     async fn load(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
         self.story.chapter("Load models");
         let (mut seen, mut kept) = (String::new(), true);
-        for (name, sample) in &MODELS[..2] {
+        for (name, sample) in self.cast.models.into_iter().take(2) {
             let (version, began) = self.submit(cluster, name, sample).await?;
             let views = cluster.until(name, |views| serves(views, name, version)).await?;
             let took = brief(self.story.since(began));
@@ -199,7 +177,7 @@ impl Demo {
         for promise in [Promise::Rest, Promise::Grpc] {
             let protocol = if promise == Promise::Rest { "REST" } else { "gRPC" };
             let (mut took, mut wrong) = (Vec::new(), 0);
-            for name in [IRIS, NETWORK] {
+            for (name, _) in self.cast.models.into_iter().take(2) {
                 let target = self.target(name)?;
                 let request = grpc_request(target)?;
                 let mut own = Vec::new();
@@ -224,11 +202,11 @@ impl Demo {
 
     async fn pack(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
         let holds = HELD * u64::from(REPLICAS);
-        self.story.chapter(&format!("{} models where memory holds {holds}", MODELS.len()));
+        self.story.chapter(&format!("{} models where memory holds {holds}", self.cast.models.len()));
         let began = self.story.now();
         let mut submitted = BTreeMap::new();
-        for (name, sample) in &MODELS[2..] {
-            submitted.insert(*name, self.submit(cluster, name, sample).await?.0);
+        for (name, sample) in self.cast.models.into_iter().skip(2) {
+            submitted.insert(name, self.submit(cluster, name, sample).await?.0);
         }
         cluster.until("all models", |views| submitted.iter().all(|(name, v)| serves(views, name, *v))).await?;
         self.story.tell(&format!(
@@ -239,7 +217,7 @@ impl Demo {
         let (misses, evictions) = counters(cluster).await?;
         let (mut resident, mut reloaded, mut wrong, mut before) = (Vec::new(), Vec::new(), 0, misses);
         for _ in 0..ROUNDS {
-            for (name, _) in MODELS {
+            for (name, _) in self.cast.models {
                 let target = self.target(name)?;
                 let began = self.story.now();
                 let outcome = self.asker.rest(target).await;
@@ -259,7 +237,7 @@ impl Demo {
             let after = counters(cluster).await?;
             (after.0 - misses, after.1 - evictions)
         };
-        let copies = u32::try_from(MODELS.len())?;
+        let copies = u32::try_from(self.cast.models.len())?;
         let held = u32::try_from(holds)?;
         let met = |server: &ServerView| {
             let sum = |of: fn(&ReplicaView) -> u32| server.replicas.iter().map(of).sum::<u32>();
@@ -269,7 +247,8 @@ impl Demo {
         let within = server.replicas.iter().all(|replica| replica.resident <= replica.capacity);
         for replica in &server.replicas {
             self.story.tell(&format!(
-                "{SERVER}-{}: {} placed, {} in memory: {} of {}",
+                "{}-{}: {} placed, {} in memory: {} of {}",
+                self.cast.server,
                 replica.index,
                 counted(replica.copies, "model", "models"),
                 replica.copies_resident,
@@ -294,7 +273,8 @@ impl Demo {
 
     /// Traffic to the models that something happens to.
     pub(super) async fn traffic(&self) -> anyhow::Result<Traffic> {
-        let targets = [self.target(IRIS)?.clone(), self.target(NETWORK)?.clone()];
+        let names = self.cast.models.iter().take(2);
+        let targets = names.map(|(name, _)| self.target(name).cloned()).collect::<Result<Vec<_>, _>>()?;
         let traffic = Traffic::start(&self.asker, &self.story.clock(), &targets).await?;
         self.flow(&traffic, self.story.now()).await?;
         Ok(traffic)
@@ -309,9 +289,9 @@ impl Demo {
             if traffic.right_since(steady) >= STEADY {
                 return Ok(());
             }
-            if self.story.since(began) > FLOW {
+            if self.story.since(began) > self.cast.patience {
                 let last = failure.map_or_else(String::new, |(_, outcome)| format!("; the last failure: {outcome:?}"));
-                bail!("no {STEADY} right answers without a failure in {} s{last}", FLOW.as_secs());
+                bail!("no {STEADY} right answers without a failure in {} s{last}", self.cast.patience.as_secs());
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -337,11 +317,11 @@ impl Demo {
     async fn rollout(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
         self.story.chapter("Roll out a new version under traffic");
         // What the clients know before it comes: the second version will answer differently.
-        let (_, case) = self.samples.get(SECOND)?;
+        let (_, case) = self.samples.get(self.cast.second)?;
         let old = self.target(IRIS)?.versions.keys().copied().max().unwrap_or_default();
         self.expect(IRIS, old + 1, case);
         let traffic = self.traffic().await?;
-        let (version, began) = self.submit(cluster, IRIS, SECOND).await?;
+        let (version, began) = self.submit(cluster, IRIS, self.cast.second).await?;
         self.story.tell(&format!("{IRIS} version {version} is submitted, version {old} answers"));
         cluster.until("the new version", |views| serves(views, IRIS, version)).await?;
         let took = brief(self.story.since(began));
@@ -371,7 +351,7 @@ impl Demo {
         let from = from.ok_or_else(|| anyhow!("no copy of {IRIS} answers"))?;
         let traffic = self.traffic().await?;
         let began = self.story.now();
-        self.story.tell(&format!("draining {SERVER}-{from}, where {IRIS} answers"));
+        self.story.tell(&format!("draining {}-{from}, where {IRIS} answers", self.cast.server));
         let last = cluster.drain(from).await?;
         let took = brief(self.story.since(began));
         self.story.tell(&format!(
@@ -392,16 +372,17 @@ impl Demo {
         self.flow(&traffic, self.story.now()).await?;
         let account = traffic.stop().await?;
         self.account(&account, false);
-        let views =
-            cluster.until("all models", |views| MODELS.iter().all(|(name, _)| views.contains_key(*name))).await?;
-        let elsewhere = MODELS.iter().filter(|(name, _)| {
+        let views = cluster
+            .until("all models", |views| self.cast.models.iter().all(|(name, _)| views.contains_key(*name)))
+            .await?;
+        let elsewhere = self.cast.models.iter().filter(|(name, _)| {
             let copies = views.get(*name).into_iter().flat_map(answering);
             copies.filter(|copy| copy.replica != from).count() == 1
         });
         let elsewhere = elsewhere.count();
-        self.story.tell(&format!("{elsewhere} of {} models answer on the other replica", MODELS.len()));
+        self.story.tell(&format!("{elsewhere} of {} models answer on the other replica", self.cast.models.len()));
         cluster.uncordon(from).await?;
-        let kept = account.failed() == 0 && last.moved > 0 && last.left == 0 && elsewhere == MODELS.len();
+        let kept = account.failed() == 0 && last.moved > 0 && last.left == 0 && elsewhere == self.cast.models.len();
         let moved = counted(last.moved, "copy", "copies");
         let seen = format!("{} of {} failed; {moved} in {took}", account.failed(), account.sent());
         self.story.show(Promise::Drain, seen, kept);

@@ -4,6 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use super::cast::Cast;
 use crate::{
     cli::{
         output::{Output, Tone, clean, wrap},
@@ -26,11 +27,12 @@ pub(super) enum Promise {
     Drain,
     Durable,
     Recovered,
+    Restarted,
     Unload,
 }
 
 impl Promise {
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::Start,
         Self::Load,
         Self::Rest,
@@ -41,24 +43,28 @@ impl Promise {
         Self::Drain,
         Self::Durable,
         Self::Recovered,
+        Self::Restarted,
         Self::Unload,
     ];
 
     /// In few words: a row of the table is to fit into 80 columns.
-    pub(super) const fn text(self) -> &'static str {
-        match self {
+    pub(super) fn text(self, cast: &Cast) -> String {
+        let text = match self {
+            Self::Start if cast.has_processes() => "Wharf and what it starts",
             Self::Start => "everything in one process",
             Self::Load => "a loaded model answers",
-            Self::Rest => "REST answers as ONNX Runtime",
-            Self::Grpc => "gRPC answers as ONNX Runtime",
+            Self::Rest => return format!("REST answers as {}", cast.engine),
+            Self::Grpc => return format!("gRPC answers as {}", cast.engine),
             Self::Packed => "more models than memory holds",
             Self::Reload => "evicted models come back",
             Self::Rollout => "rollout without a failure",
             Self::Drain => "drain without a failure",
             Self::Durable => "kill -9 loses nothing",
             Self::Recovered => "after kill -9 it answers again",
+            Self::Restarted => "a killed server comes back",
             Self::Unload => "unload leaves nothing behind",
-        }
+        };
+        text.to_owned()
     }
 }
 
@@ -69,14 +75,16 @@ pub(super) struct Story {
     clock: Arc<dyn Clock>,
     began: Instant,
     chapters: u32,
+    promises: Vec<(Promise, String)>,
     shown: Vec<(Promise, String, bool)>,
 }
 
 impl Story {
-    pub(super) fn new(output: &Output) -> Self {
+    pub(super) fn new(output: &Output, cast: &Cast) -> Self {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
         let began = clock.now();
-        Self { output: output.clone(), clock, began, chapters: 0, shown: Vec::new() }
+        let promises = cast.promises().into_iter().map(|promise| (promise, promise.text(cast))).collect();
+        Self { output: output.clone(), clock, began, chapters: 0, promises, shown: Vec::new() }
     }
 
     pub(super) fn clock(&self) -> Arc<dyn Clock> {
@@ -126,13 +134,13 @@ impl Story {
     pub(super) fn end(&self) -> usize {
         let mut table = Table::new(&["promised", "seen", "result"]);
         let mut broken = 0;
-        for promise in Promise::ALL {
-            let shown = self.shown.iter().find(|(of, ..)| *of == promise);
+        for (promise, text) in &self.promises {
+            let shown = self.shown.iter().find(|(of, ..)| of == promise);
             let (seen, kept) =
                 shown.map_or(("nothing: the demo did not get there", false), |(_, seen, kept)| (seen, *kept));
             broken += usize::from(!kept);
             let result = if kept { Cell::toned("ok", Tone::Good) } else { Cell::toned("NOT OK", Tone::Bad) };
-            table.row([Cell::from(promise.text()), Cell::from(seen), result]);
+            table.row([Cell::from(text.as_str()), Cell::from(seen), result]);
         }
         self.output.data("");
         table.print(&self.output);
@@ -162,12 +170,14 @@ pub(super) fn median(mut durations: Vec<Duration>) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::cast::Guests, *};
 
     #[test]
     fn a_promise_leaves_room_for_what_was_seen() {
-        for promise in Promise::ALL {
-            assert!(promise.text().len() <= 30, "{}", promise.text());
+        let guests = Guests { mlserver: "mlserver".into(), rclone: "rclone".into() };
+        for (cast, promised) in [(Cast::builtin(), 11), (Cast::mlserver(guests), 12)] {
+            let texts: Vec<String> = cast.promises().into_iter().map(|promise| promise.text(&cast)).collect();
+            assert!(texts.len() == promised && texts.iter().all(|text| text.len() <= 30), "{texts:?}");
         }
     }
 

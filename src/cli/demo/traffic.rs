@@ -74,6 +74,11 @@ impl Traffic {
         Ok(())
     }
 
+    /// How many clients there are; each asks one thing after another.
+    pub(super) fn clients(&self) -> usize {
+        self.clients.len()
+    }
+
     /// How many right answers came since `then`.
     pub(super) fn right_since(&self, then: Instant) -> usize {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);

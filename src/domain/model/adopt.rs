@@ -32,6 +32,8 @@ pub struct Found {
     pub spec: Arc<ModelSpec>,
     /// Memory that was reserved for it.
     pub need: Resources,
+    /// Whether it is pinned.
+    pub pinned: bool,
     /// How it stands.
     pub report: Report,
 }
@@ -41,13 +43,14 @@ impl Found {
     /// out, or never came to be.
     #[must_use]
     pub fn of(on: &ReplicaId, order: &Order, report: &Report) -> Option<(ModelName, Self)> {
-        let Order::Register { model, generation, spec, need, .. } = order else { return None };
+        let Order::Register { model, generation, spec, need, pinned, .. } = order else { return None };
         match report {
             Report::Scheduled | Report::Downloading(_) | Report::Loading { .. } | Report::Available { .. } => {}
             Report::Draining { .. } | Report::Unloaded | Report::Failed { .. } => return None,
         }
         let (spec, need, report) = (Arc::clone(spec), need.clone(), report.clone());
-        Some((model.clone(), Self { on: on.clone(), generation: *generation, spec, need, report }))
+        let (on, generation, pinned) = (on.clone(), *generation, *pinned);
+        Some((model.clone(), Self { on, generation, spec, need, pinned, report }))
     }
 }
 
@@ -141,14 +144,14 @@ impl Model {
     }
 
     fn take_up(&mut self, found: Found, policy: &Policy, now: Instant, decision: &mut Decision) {
-        let Found { on, generation, spec, need, report } = found;
+        let Found { on, generation, spec, need, pinned, report } = found;
         let version = generation.version;
         if !self.is_born() {
             self.uid = generation.uid;
             self.created = now;
             self.deleted = None;
             self.kubernetes = None;
-            self.deployment = Deployment::default();
+            self.deployment = Deployment { pinned, ..Deployment::default() };
             self.raised = None;
             self.serving = Some(version);
             // Others may have been given, and be gone.

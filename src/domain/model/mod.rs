@@ -360,6 +360,7 @@ impl Model {
             need: copy.need.clone(),
             spread: self.deployment.spread,
             priority: self.deployment.priority,
+            pinned: self.deployment.pinned,
             avoid: copy.avoid.clone(),
             together: self.deployment.replicas.saturating_sub(placed).max(1),
         })))
@@ -432,6 +433,7 @@ impl Model {
             attempt: copy.attempts,
             // That there is a measurement does not say that it is what counts.
             measured: measured.is_some_and(|measured| copy.need.covers(&measured)),
+            pinned: self.deployment.pinned,
         })
     }
 }

@@ -341,12 +341,9 @@ mod tests {
         }
 
         fn measured(&mut self, index: u32, generation: Generation, size: Size) {
-            let measured = Some(Box::new(size));
-            self.report(
-                index,
-                generation,
-                Report::Available { residency: Residency::Resident, measured, estimate: None },
-            );
+            let (residency, measured) = (Residency::Resident, Some(Box::new(size)));
+            let report = Report::Available { residency, measured, estimate: None, pinned: false };
+            self.report(index, generation, report);
         }
 
         fn need(&self, generation: Generation) -> u64 {
@@ -508,7 +505,11 @@ mod tests {
         world.happen(definition("/a", None, 1));
         let copy = world.place(0);
         let estimate = Some(Box::new(size("a", 900 << 20)));
-        world.report(0, copy, Report::Available { residency: Residency::Resident, measured: None, estimate });
+        world.report(
+            0,
+            copy,
+            Report::Available { residency: Residency::Resident, measured: None, estimate, pinned: false },
+        );
         assert_eq!(world.need(copy), 900 << 20);
         assert!(world.effects.contains(&Effect::Keep(copy)), "the ledger has to follow: {:?}", world.effects);
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::{Decision, Entry, Model};
+use super::{Decision, Effect, Entry, Model};
 use crate::domain::{
     copy::{self, State},
     error::{Code, Refusal},
@@ -91,7 +91,11 @@ impl Model {
             (true, true) => Outcome::Unchanged,
         };
         let changed = outcome != Outcome::Unchanged || self.kubernetes != definition.kubernetes || resumed;
+        let repinned = deployment.pinned != self.deployment.pinned;
         self.deployment = deployment;
+        if repinned {
+            self.repin(decision);
+        }
         self.raised = None;
         self.kubernetes = definition.kubernetes;
         if outcome == Outcome::NewVersion {
@@ -109,6 +113,25 @@ impl Model {
             self.try_again(now, decision);
         }
         self.answer(outcome, decision)
+    }
+
+    /// Tells whoever has a part in it that the model's copies are pinned now, or are not any more. None is loaded anew.
+    fn repin(&self, decision: &mut Decision) {
+        for copy in &self.copies {
+            match &copy.state {
+                State::Pending { .. } => decision.effects.extend(self.place(copy)),
+                State::Scheduled { .. }
+                | State::Downloading { .. }
+                | State::Loading { .. }
+                | State::Available { .. }
+                | State::Unknown { .. } => {
+                    decision.effects.push(Effect::Keep(copy.generation));
+                    decision.effects.extend(self.register(copy).filter(|_| !copy.draining));
+                }
+                // What is not coming back has its memory for as long as it takes to leave.
+                State::Failed { .. } | State::Draining { .. } | State::Unloaded => {}
+            }
+        }
     }
 
     /// Gives up copies that no time would mend, so that others are tried in their place: what was said again is wanted

@@ -194,6 +194,7 @@ impl World {
                     need: wanted.need,
                     spread: wanted.spread,
                     priority: wanted.priority,
+                    pinned: wanted.pinned,
                     together: 1,
                     avoid: BTreeMap::new(),
                     prefer: Prefer::default(),
@@ -224,6 +225,8 @@ impl World {
                 let kept = self.model.copies.iter().find(|copy| copy.generation == generation).expect("kept");
                 let (on, need) = (kept.state.replica().expect("placed"), kept.need.clone());
                 self.placement.restore(&self.model.name, generation, on, need).expect("registered nowhere else");
+                let pinned = self.model.deployment.pinned;
+                self.placement.set_pinned(&self.model.name, generation, pinned).expect("registered");
             }
             Effect::Leave(generation) => {
                 self.placement.mark_leaving(&self.model.name, generation).expect("registered");
@@ -470,7 +473,9 @@ fn report(phase: Option<Phase>) -> Report {
     match phase {
         Some(Phase::Fetching) => Report::Downloading(copy::Progress::default()),
         Some(Phase::Loading) => Report::Loading { estimate: None },
-        Some(Phase::Available) => Report::Available { residency: Residency::Resident, measured: None, estimate: None },
+        Some(Phase::Available) => {
+            Report::Available { residency: Residency::Resident, measured: None, estimate: None, pinned: false }
+        }
         Some(Phase::Failed) => Report::Failed {
             failure: Failure { class: FailureClass::Runtime, message: "it broke".to_owned() },
             freed: true,
@@ -680,8 +685,10 @@ fn copies_of_a_lost_journal_are_adopted_as_they_are() {
     for copy in &old.model.copies {
         let on = copy.state.replica().expect("placed").clone();
         let spec = Arc::clone(&old.model.latest().expect("born").spec);
-        let report = Report::Available { residency: Residency::Resident, measured: None, estimate: None };
-        let found = Found { on, generation: copy.generation, spec, need: copy.need.clone(), report };
+        let report =
+            Report::Available { residency: Residency::Resident, measured: None, estimate: None, pinned: false };
+        let (generation, need) = (copy.generation, copy.need.clone());
+        let found = Found { on, generation, spec, need, pinned: true, report };
         for _ in 0..2 {
             let adopted = Event::Adopt(Box::new(found.clone()));
             let decision = model.apply(adopted, &old.policy, old.now).expect("nobody asked");
@@ -692,7 +699,7 @@ fn copies_of_a_lost_journal_are_adopted_as_they_are() {
         model.copies.iter().map(|copy| (copy.generation, copy.routed, copy.state.replica().cloned())).collect()
     };
     assert_eq!(held(&model), held(&old.model));
-    assert_eq!((model.uid, model.deployment.replicas), (old.model.uid, 2));
+    assert_eq!((model.uid, model.deployment.replicas, model.deployment.pinned), (old.model.uid, 2, true));
     assert_eq!(model.standing().available + model.standing().unavailable, 2);
     // What a user has deleted since is not taken up again.
     model.apply(Event::Delete(None), &old.policy, old.now).expect("it is there");
@@ -700,9 +707,42 @@ fn copies_of_a_lost_journal_are_adopted_as_they_are() {
     let spec = Arc::clone(&old.model.latest().expect("born").spec);
     let on = copy.state.replica().expect("placed").clone();
     let generation = Generation { number: 77, ..copy.generation };
-    let found = Found { on, generation, spec, need: copy.need.clone(), report: Report::Loading { estimate: None } };
+    let (need, report) = (copy.need.clone(), Report::Loading { estimate: None });
+    let found = Found { on, generation, spec, need, pinned: false, report };
     let decision = model.apply(Event::Adopt(Box::new(found)), &old.policy, old.now).expect("nobody asked");
     assert!(decision.effects.iter().any(|effect| matches!(effect, Effect::Unregister { .. })), "{decision:?}");
+}
+
+#[test]
+fn a_model_is_pinned_and_unpinned_where_it_is_and_no_version_follows() {
+    let mut world = World::new();
+    world.take(Act::Submit { spec: 0, replicas: 2, rollout: Rollout::default() });
+    world.calm();
+    for wanted in [true, false] {
+        let definition = Definition {
+            name: world.model.name.clone(),
+            spec: world.model.latest().expect("born").spec.as_ref().clone(),
+            deployment: DeploymentPatch { pinned: Some(wanted), ..DeploymentPatch::default() },
+            kubernetes: None,
+            passthrough: Passthrough::default(),
+        };
+        let submit = Event::Submit(Box::new(definition), Uid(99));
+        let decision = world.model.apply(submit, &world.policy, world.now).expect("sound");
+        let answer = decision.submitted.map(|answer| (answer.version, answer.outcome));
+        assert_eq!(answer, Some((Version(1), Outcome::Rescaled)));
+        let orders = decision
+            .effects
+            .iter()
+            .filter(|effect| matches!(effect, Effect::Register { pinned, .. } if *pinned == wanted));
+        assert_eq!(orders.count(), 2, "{:?}", decision.effects);
+        let kept = decision.effects.iter().filter(|effect| matches!(effect, Effect::Keep(_)));
+        assert_eq!(kept.count(), 2, "the ledger has to follow");
+        let saved = decision
+            .writes
+            .iter()
+            .any(|write| matches!(write, Write::PutModel(row) if row.deployment.pinned == wanted));
+        assert!(saved, "{:?}", decision.writes);
+    }
 }
 
 #[test]
@@ -724,9 +764,9 @@ fn a_later_event_replaces_those_that_say_no_more_and_no_user_is_passed_over() {
 /// What an agent on `replica` says that it holds, and answers.
 fn held(replica: u32, generation: Generation, uri: &str) -> Event {
     let spec = Arc::new(ModelSpec { uri: uri.to_owned(), ..ModelSpec::default() });
-    let report = Report::Available { residency: Residency::Resident, measured: None, estimate: None };
+    let report = Report::Available { residency: Residency::Resident, measured: None, estimate: None, pinned: false };
     let on = ReplicaId::new(ServerName::new("s").expect("valid"), replica);
-    Event::Adopt(Box::new(Found { on, generation, spec, need: Resources::primary(Bytes(1)), report }))
+    Event::Adopt(Box::new(Found { on, generation, spec, need: Resources::primary(Bytes(1)), pinned: false, report }))
 }
 
 /// A model as a restored journal has it: one version, `wanted` copies on the replicas from 0 on.

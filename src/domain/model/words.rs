@@ -110,6 +110,8 @@ pub enum Effect {
         attempt: u32,
         /// Whether what was measured of it is within that memory.
         measured: bool,
+        /// Whether it is never evicted.
+        pinned: bool,
     },
     /// The agent of `on` is to let the copy go.
     Unregister {
@@ -120,7 +122,7 @@ pub enum Effect {
     },
     /// The memory reserved for the copy is free.
     Release(Generation),
-    /// The copy has a place and its memory already.
+    /// The copy has a place and its memory already; or it is of another size now, or pinned, or no more.
     Keep(Generation),
     /// The copy is to leave: it keeps its memory, and no other copy near it.
     Leave(Generation),
@@ -149,6 +151,8 @@ pub struct Wanted {
     pub spread: Spread,
     /// Who is placed first.
     pub priority: i32,
+    /// Whether it is never to be evicted.
+    pub pinned: bool,
     /// Replicas to be tried last.
     pub avoid: Vec<ReplicaId>,
     /// Copies of the version that may look for a place about now, this one included.

@@ -159,6 +159,14 @@ impl Placement {
         self.ledger.resize(model, generation, need)
     }
 
+    /// As [`Ledger::set_pinned`].
+    ///
+    /// # Errors
+    /// When it is not registered.
+    pub fn set_pinned(&mut self, model: &ModelName, generation: Generation, pinned: bool) -> Result<(), LedgerError> {
+        self.ledger.set_pinned(model, generation, pinned)
+    }
+
     /// As [`Ledger::mark_leaving`].
     ///
     /// # Errors

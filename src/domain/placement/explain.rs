@@ -46,7 +46,7 @@ pub(super) fn explain(ledger: &Ledger, request: &PlacementRequest, now: Instant)
             rejections: one.rejections.clone(),
             score,
             free: replica.free(),
-            room: replica.room(),
+            room: if request.pinned { replica.room_to_pin() } else { replica.room() },
         });
     }
     let chosen = best(&candidates).map(|score| score.replica.clone());
@@ -75,11 +75,9 @@ fn judge<'a>(ledger: &'a Ledger, problem: &Problem<'_>) -> Vec<Judged<'a>> {
         .replicas()
         .map(|replica| {
             let replica = match own {
-                Some(copy) if copy.replica == replica.id => std::borrow::Cow::Owned(replica.without(
-                    &problem.request.model,
-                    problem.request.generation,
-                    &copy.need,
-                )),
+                Some(copy) if copy.replica == replica.id => {
+                    std::borrow::Cow::Owned(replica.without(&problem.request.model, problem.request.generation, copy))
+                }
                 Some(_) | None => std::borrow::Cow::Borrowed(replica),
             };
             let rejections = filter::rejections(problem, &replica).collect();
@@ -98,7 +96,8 @@ fn misses<'a>(problem: &Problem<'_>, judged: &'a [Judged<'a>]) -> impl Iterator<
                 && one.rejections.iter().all(|by| matches!(by.filter(), Filter::Memory | Filter::TooBig))
         })
         .map(move |one| {
-            let missing = solve::missing(&one.replica.room(), &need);
+            let room = if problem.request.pinned { one.replica.room_to_pin() } else { one.replica.room() };
+            let missing = solve::missing(&room, &need);
             (Miss { missing, rank: one.replica.rank() }, &*one.replica)
         })
 }
@@ -116,7 +115,7 @@ fn unplaced(ledger: &Ledger, problem: &Problem<'_>, judged: &[Judged<'_>]) -> Un
     Unplaced::new(Findings {
         replicas: count(judged.len()),
         need: need.clone(),
-        nearest: nearest.and_then(|(_, replica)| solve::miss(replica, need)),
+        nearest: nearest.and_then(|(_, replica)| solve::miss(replica, problem.request)),
         gap: solve::gap(ledger, problem),
         server: problem.request.server.clone(),
         anchor: problem.anchor.clone(),
@@ -129,7 +128,7 @@ fn short(problem: &Problem<'_>, judged: &[Judged<'_>], named: usize) -> Option<S
     let least = misses(problem, judged).map(|(miss, _)| miss.missing).min()?;
     let equal: Vec<&Replica> =
         misses(problem, judged).filter(|(miss, _)| miss.missing == least).map(|(_, replica)| replica).collect();
-    let miss = solve::miss(equal.first()?, &problem.request.need)?;
+    let miss = solve::miss(equal.first()?, problem.request)?;
     Some(Short {
         device: miss.device,
         missing: miss.missing,

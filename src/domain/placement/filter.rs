@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::{
     problem::Problem,
-    replica::{Replica, on_device},
+    replica::{Lack, Replica, beside, on_device},
 };
 use crate::domain::{
     memory::{Bytes, Resources},
@@ -39,7 +39,7 @@ pub enum Filter {
     Failed,
     /// Its memory, with nothing else in it, holds the copy.
     TooBig,
-    /// There is room within its limit, on every device.
+    /// There is room within its limit and beside what is pinned, on every device.
     Memory,
 }
 
@@ -103,6 +103,8 @@ pub enum Rejection {
         device: Option<String>,
         /// Bytes missing.
         missing: Bytes,
+        /// Whether less would be missing if no copy were pinned.
+        beside_pinned: bool,
     },
 }
 
@@ -143,8 +145,8 @@ impl std::fmt::Display for Rejection {
             Self::TooBig { device, capacity, need } => {
                 write!(f, "has {capacity}{} in all, less than the {need} needed", on_device(device.as_deref()))
             }
-            Self::Memory { device, missing } => {
-                write!(f, "lacks {missing}{}", on_device(device.as_deref()))
+            Self::Memory { device, missing, beside_pinned } => {
+                write!(f, "lacks {missing}{}{}", on_device(device.as_deref()), beside(*beside_pinned))
             }
         }
     }
@@ -236,8 +238,8 @@ fn could_be_resident(problem: &Problem<'_>, replica: &Replica) -> Option<Rejecti
 }
 
 fn has_room(problem: &Problem<'_>, replica: &Replica) -> Option<Rejection> {
-    let (device, missing) = worst(&replica.headroom(), &problem.request.need)?;
-    Some(Rejection::Memory { device, missing })
+    let Lack { device, missing, beside_pinned } = replica.lacks(&problem.request.need, problem.request.pinned)?;
+    Some(Rejection::Memory { device, missing, beside_pinned })
 }
 
 /// The device on which most of `need` is missing from `have`, the first of equals, and how much.

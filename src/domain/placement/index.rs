@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use super::{
     filter::Filter,
-    problem::{Capabilities, Scope},
+    problem::{Capabilities, PlacementRequest, Scope},
     replica::{Open, Seat, Standing},
     score::Rank,
     tree::{Summary, Tree},
@@ -81,6 +81,8 @@ pub(super) struct Most {
     pub(super) free: Resources,
     /// The largest copy that it could take.
     pub(super) room: Resources,
+    /// The largest pinned copy that it could take.
+    pub(super) room_to_pin: Resources,
     /// Open replicas of its server with the same capabilities.
     pub(super) peers: u32,
 }
@@ -89,7 +91,20 @@ impl Summary for Most {
     fn absorb(&mut self, other: &Self) {
         self.free = self.free.max(&other.free);
         self.room = self.room.max(&other.room);
+        self.room_to_pin = self.room_to_pin.max(&other.room_to_pin);
         self.peers = self.peers.max(other.peers);
+    }
+}
+
+impl Most {
+    /// The room that counts for such a copy.
+    pub(super) const fn room_for(&self, request: &PlacementRequest) -> &Resources {
+        if request.pinned { &self.room_to_pin } else { &self.room }
+    }
+
+    /// Whether there is room for the copy.
+    pub(super) fn takes(&self, request: &PlacementRequest) -> bool {
+        self.room_for(request).covers(&request.need)
     }
 }
 
@@ -102,8 +117,8 @@ impl Index {
         pool.edit(&id.server, |group| {
             group.census.add(&seat.standing);
             if let Standing::Open(open) = seat.standing {
-                let Open { rank, free, room, capacity: _ } = *open;
-                group.open.insert(rank, Most { free, room, peers: 1 });
+                let Open { rank, free, room, room_to_pin, capacity: _ } = *open;
+                group.open.insert(rank, Most { free, room, room_to_pin, peers: 1 });
             }
         });
     }

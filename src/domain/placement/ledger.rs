@@ -1,9 +1,10 @@
 //! The ledger of registered bytes: which copy has which memory reserved on which replica. It has one writer, and a
 //! decision and its reservation are one step, so no two decisions ever see the same free byte.
 //!
-//! No decision takes a replica over its limit: its memory and the overcommit, on every device. What was decided
-//! before (a restart, an adoption), a copy that turns out larger, or a replica that turns out smaller can; then the
-//! replica is over its limit, says so, and takes nothing new.
+//! No decision takes a replica over its limit: its memory and the overcommit, on every device. And its pinned copies
+//! always fit its memory together, with room left there for each of the others alone. What was decided before (a restart, an
+//! adoption), a copy that turns out larger or is pinned since, or a replica that turns out smaller can break that; then the
+//! replica says so, and takes nothing that would not fit.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,6 +13,7 @@ use thiserror::Error;
 use super::{
     explain,
     index::Index,
+    load::Load,
     problem::{PlacementRequest, Problem},
     replica::{Growth, Replica, ReplicaFacts},
     report::{Report, Unplaced},
@@ -19,7 +21,7 @@ use super::{
     solve,
 };
 use crate::domain::{
-    memory::{Resources, Tally},
+    memory::Resources,
     names::{ModelName, ReplicaId, ServerName},
     replica::ReplicaState,
     time::Instant,
@@ -57,6 +59,8 @@ pub struct Registered {
     pub replica: ReplicaId,
     /// How much.
     pub need: Resources,
+    /// Whether it is never evicted.
+    pub pinned: bool,
     /// Whether it is on its way out: it still needs its memory, but keeps no other copy on its server.
     pub leaving: bool,
     /// Whether it does not fit its replica any more and is to move: it keeps no other copy on its server either.
@@ -186,9 +190,13 @@ impl Ledger {
     pub fn place(&mut self, request: &PlacementRequest, now: Instant) -> Decision {
         if let Some(copy) = self.copy(&request.model, request.generation) {
             let placed = Placed { replica: copy.replica.clone(), score: None };
-            if copy.need != request.need && !request.need.is_zero() {
-                // It was found just now.
+            let (need, pinned) = (copy.need != request.need && !request.need.is_zero(), copy.pinned != request.pinned);
+            // It was found just now.
+            if need {
                 drop(self.resize(&request.model, request.generation, request.need.clone()));
+            }
+            if pinned {
+                drop(self.set_pinned(&request.model, request.generation, request.pinned));
             }
             return Decision { outcome: Ok(placed), examined: 1 };
         }
@@ -197,6 +205,7 @@ impl Ledger {
             let copy = Registered {
                 replica: placed.replica.clone(),
                 need: request.need.clone(),
+                pinned: request.pinned,
                 leaving: false,
                 displaced: false,
             };
@@ -223,7 +232,7 @@ impl Ledger {
         let copy = self.copies.remove(&key)?;
         self.edit(&copy.replica, |replica| {
             replica.copies.remove(&key);
-            replica.registered.remove(&copy.need);
+            replica.load.remove(&copy.need, copy.pinned);
         });
         Some(copy)
     }
@@ -251,7 +260,8 @@ impl Ledger {
             }),
             None => {
                 self.ensure(replica);
-                let copy = Registered { replica: replica.clone(), need, leaving: false, displaced: false };
+                let copy =
+                    Registered { replica: replica.clone(), need, pinned: false, leaving: false, displaced: false };
                 self.register((model.clone(), generation), copy);
                 Ok(())
             }
@@ -268,10 +278,28 @@ impl Ledger {
             return Err(LedgerError::NoCopy(key.0, generation));
         };
         let before = std::mem::replace(&mut copy.need, need.clone());
-        let id = copy.replica.clone();
+        let (id, pinned) = (copy.replica.clone(), copy.pinned);
         self.edit(&id, |replica| {
-            replica.registered.remove(&before);
-            replica.registered.add(&need);
+            replica.load.remove(&before, pinned);
+            replica.load.add(&need, pinned);
+        });
+        Ok(())
+    }
+
+    /// Notes that a copy is never evicted from now on, or that it may be again. It is so whether or not it may.
+    ///
+    /// # Errors
+    /// When it is not registered.
+    pub fn set_pinned(&mut self, model: &ModelName, generation: Generation, pinned: bool) -> Result<(), LedgerError> {
+        let key = (model.clone(), generation);
+        let Some(copy) = self.copies.get_mut(&key) else {
+            return Err(LedgerError::NoCopy(key.0, generation));
+        };
+        let before = std::mem::replace(&mut copy.pinned, pinned);
+        let (id, need) = (copy.replica.clone(), copy.need.clone());
+        self.edit(&id, |replica| {
+            replica.load.remove(&need, before);
+            replica.load.add(&need, pinned);
         });
         Ok(())
     }
@@ -364,25 +392,21 @@ impl Ledger {
     pub fn consistency_check(&self) -> Result<(), Vec<String>> {
         let mut wrong = Vec::new();
         /// What the copies of one replica add up to, and which they are.
-        type Sum = (Tally, BTreeSet<(ModelName, Generation)>);
+        type Sum = (Load, BTreeSet<(ModelName, Generation)>);
         let mut sums: BTreeMap<&ReplicaId, Sum> = BTreeMap::new();
         for (key, copy) in &self.copies {
             if !self.replicas.contains_key(&copy.replica) {
                 wrong.push(format!("copy {} of {} is on {}, which is not known", key.1, key.0, copy.replica));
             }
             let (sum, copies) = sums.entry(&copy.replica).or_default();
-            sum.add(&copy.need);
+            sum.add(&copy.need, copy.pinned);
             copies.insert(key.clone());
         }
         let mut index = Index::default();
         for (id, replica) in &self.replicas {
             let (sum, copies) = sums.remove(id).unwrap_or_default();
-            if sum != replica.registered {
-                wrong.push(format!(
-                    "{id} has {:?} registered, its copies add up to {:?}",
-                    replica.registered.shown(),
-                    sum.shown()
-                ));
+            if sum != replica.load {
+                wrong.push(format!("{id} has {:?} registered, its copies add up to {:?}", replica.load, sum));
             }
             if copies != replica.copies {
                 wrong.push(format!(
@@ -427,7 +451,7 @@ impl Ledger {
 
     fn register(&mut self, key: (ModelName, Generation), copy: Registered) {
         self.edit(&copy.replica, |replica| {
-            replica.registered.add(&copy.need);
+            replica.load.add(&copy.need, copy.pinned);
             replica.copies.insert(key.clone());
         });
         self.copies.insert(key, copy);

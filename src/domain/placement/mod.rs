@@ -8,13 +8,14 @@
 //!
 //! A small copy may be placed while a large one of higher priority waits: memory is never kept free for somebody who
 //! does not fit yet, and nobody is moved to make room. Only a replica that has become too small, or can do less than
-//! before, has copies moved off it (`relief`).
+//! before, or whose pinned copies leave too little to others, has copies moved off it (`relief`).
 
 mod desk;
 mod explain;
 mod filter;
 mod index;
 mod ledger;
+mod load;
 mod problem;
 mod relief;
 mod replica;

@@ -62,6 +62,8 @@ pub struct PlacementRequest {
     pub spread: Spread,
     /// Who goes first when not everything fits: the higher.
     pub priority: i32,
+    /// Whether it is never to be evicted.
+    pub pinned: bool,
     /// Copies of this version that look for a replica, this one included. A version that has to stay on one server
     /// goes to one that can take them all, if there is any.
     pub together: u32,
@@ -83,6 +85,7 @@ impl PlacementRequest {
             need,
             spread: Spread::default(),
             priority: 0,
+            pinned: false,
             together: 1,
             avoid: BTreeMap::new(),
             prefer: Prefer::default(),

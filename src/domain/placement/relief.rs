@@ -1,7 +1,8 @@
 //! Which copies are to move off a replica that they do not fit any more.
 //!
-//! The rules of this module: what the replica can't serve, or could never hold, is to move; of the rest as few copies
-//! as bring the replica back within its limit. Copies that find a place elsewhere go before those that find none, and
+//! The rules of this module: what the replica can't serve, or could never hold, is to move; of the pinned copies as few as
+//! let the rest of them fit its memory together, and of the others those that could not come in beside these; of what is
+//! left as few as bring the replica back within its limit. Copies that find a place elsewhere go before those that find none, and
 //! the newest of a size before the oldest. One that is on its way stays on its way while it is needed, so that no
 //! two looks move more than one does. Nothing is given up here: a copy stays until another one answers in its place.
 
@@ -40,6 +41,7 @@ pub struct Relief {
 }
 
 /// A copy that may have to move.
+#[derive(Clone)]
 struct Tenant<'a> {
     key: &'a Key,
     need: &'a Resources,
@@ -71,31 +73,39 @@ impl Placement {
             return Relief { stuck: self.stuck(&before, now), moves: before, kept: BTreeSet::new() };
         }
         let mut moves = BTreeSet::new();
-        let mut registered = Tally::default();
-        let mut rest = Vec::new();
+        let (mut pinned, mut rest) = (Vec::new(), Vec::new());
         for key in replica.copies() {
             let Some(copy) = ledger.copy(&key.0, key.1).filter(|copy| !copy.leaving) else { continue };
             if requests.get(key).is_some_and(|request| is_unfit(replica, request)) {
                 moves.insert(key.clone());
             } else {
-                registered.add(&copy.need);
                 let standing = match (copy.displaced, self.waits_for_another(key)) {
                     (false, _) => Standing::Settled,
                     (true, false) => Standing::Moving,
                     (true, true) => Standing::Waiting,
                 };
-                rest.push(Tenant { key, need: &copy.need, frees: 0, standing });
+                let tenants = if copy.pinned { &mut pinned } else { &mut rest };
+                tenants.push(Tenant { key, need: &copy.need, frees: 0, standing });
             }
         }
-        let short = registered.shown().saturating_sub(replica.limit());
+        let mut searches = 0;
+        let mut finds = |key: &Key| {
+            searches += 1;
+            let request = requests.get(key).filter(|_| searches <= SEARCHES);
+            request.is_some_and(|request| ledger.decide(request, now).outcome.is_ok())
+        };
+        let short = sum(&pinned).shown().saturating_sub(replica.capacity());
         if !short.is_zero() {
-            let mut searches = 0;
-            let finds = |key: &Key| {
-                searches += 1;
-                let request = requests.get(key).filter(|_| searches <= SEARCHES);
-                request.is_some_and(|request| ledger.decide(request, now).outcome.is_ok())
-            };
-            moves.extend(choose(rest, short, finds));
+            moves.extend(choose(pinned.clone(), short, &mut finds));
+            pinned.retain(|tenant| !moves.contains(tenant.key));
+        }
+        let beside = replica.capacity().saturating_sub(&sum(&pinned).shown());
+        moves.extend(rest.iter().filter(|tenant| !beside.covers(tenant.need)).map(|tenant| tenant.key.clone()));
+        rest.retain(|tenant| beside.covers(tenant.need));
+        rest.append(&mut pinned);
+        let short = sum(&rest).shown().saturating_sub(replica.limit());
+        if !short.is_zero() {
+            moves.extend(choose(rest, short, &mut finds));
         }
         let kept: BTreeSet<Key> = before.difference(&moves).cloned().collect();
         let marks: Vec<(Key, bool)> = kept
@@ -159,6 +169,12 @@ fn is_judged(replica: &Replica) -> bool {
         ReplicaState::Available => !replica.draining() && replica.is_known(),
         ReplicaState::Draining | ReplicaState::Pending | ReplicaState::Unknown { .. } | ReplicaState::Lost => false,
     }
+}
+
+fn sum(tenants: &[Tenant<'_>]) -> Tally {
+    let mut sum = Tally::default();
+    tenants.iter().for_each(|tenant| sum.add(tenant.need));
+    sum
 }
 
 /// Whether the replica can't serve the copy, or could not hold it with nothing else in its memory.
@@ -348,6 +364,40 @@ mod tests {
         assert_eq!(uids(&placement.relieve(&on("a"), &requests, T0).moves), [1, 2], "it can't be served");
     }
 
+    /// Has a copy pinned where it is, as its user asks for.
+    fn pin(placement: &mut Placement, requests: &mut BTreeMap<Key, PlacementRequest>, uid: u64) {
+        let request = requests.values_mut().find(|request| request.generation.uid.0 == uid).expect("there");
+        request.pinned = true;
+        placement.set_pinned(&request.model, request.generation, true).expect("registered");
+    }
+
+    #[test]
+    fn who_can_not_come_in_beside_pinned_copies_moves_and_of_too_many_pinned_ones_the_fewest() {
+        let (mut placement, mut requests) = holding(&[3, 3, 4, 6]);
+        placement.upsert_replica(&on("b"), facts(100));
+        placement.upsert_replica(&on("a"), ReplicaFacts { overcommit_percent: 100, ..facts(10) });
+        assert_eq!(placement.relieve(&on("a"), &requests, T0), Relief::default());
+        pin(&mut placement, &mut requests, 3);
+        assert_eq!(placement.relieve(&on("a"), &requests, T0), Relief::default(), "6 and 4 are no more than 10");
+        pin(&mut placement, &mut requests, 1);
+        assert_eq!(uids(&placement.relieve(&on("a"), &requests, T0).moves), [4]);
+        let crowded = placement.ledger().replica(&on("a")).and_then(Replica::crowded).expect("7 and 6");
+        assert_eq!(
+            crowded.to_string(),
+            "crowded by pinned copies: 7 B of 10 B pinned, and the largest of the others needs 6 B"
+        );
+        let (mut placement, mut requests) = holding(&[3, 3, 4, 6]);
+        placement.upsert_replica(&on("b"), facts(100));
+        placement.upsert_replica(&on("a"), ReplicaFacts { overcommit_percent: 100, ..facts(10) });
+        [1, 3, 4].into_iter().for_each(|uid| pin(&mut placement, &mut requests, uid));
+        let moves = placement.relieve(&on("a"), &requests, T0).moves;
+        assert_eq!(
+            uids(&moves),
+            [1, 2],
+            "the smallest that will do, and the one that could not come in beside the rest"
+        );
+    }
+
     #[test]
     fn nothing_is_decided_about_a_replica_that_is_not_heard() {
         let (mut placement, requests) = holding(&[2, 2]);
@@ -404,6 +454,31 @@ mod tests {
             other.upsert_replica(&on("b"), facts(1_000));
             other.upsert_replica(&on("a"), facts(left));
             prop_assert_eq!(&other.relieve(&on("a"), &requests, T0).moves, &first.moves);
+        }
+
+        /// Whoever is pinned where: with room elsewhere one look and the moves that it asks for bring the replica to where
+        /// its pinned copies fit together, with room for each of the others.
+        #[test]
+        fn what_stays_fits_beside_what_is_pinned(
+            sizes in prop::collection::vec((1_u64..9, any::<bool>()), 1..9), left in 9_u64..40, overcommit_percent in 0_u32..200,
+        ) {
+            let (mut placement, mut requests) = holding(&sizes.iter().map(|(size, _)| *size).collect::<Vec<_>>());
+            placement.upsert_replica(&on("b"), facts(1_000));
+            placement.upsert_replica(&on("a"), ReplicaFacts { overcommit_percent, ..facts(left) });
+            for (uid, (_, pinned)) in (1..).zip(&sizes) {
+                if *pinned {
+                    pin(&mut placement, &mut requests, uid);
+                }
+            }
+            let moves = placement.relieve(&on("a"), &requests, T0).moves;
+            for key in &moves {
+                prop_assert_eq!(replace(&mut placement, &requests[key]), Some(on("b")));
+                placement.release(&key.0, key.1);
+            }
+            prop_assert!(placement.consistency_check().is_ok());
+            let replica = placement.ledger().replica(&on("a")).expect("known");
+            prop_assert_eq!((replica.over_limit(), replica.crowded()), (None, None));
+            prop_assert_eq!(placement.relieve(&on("a"), &requests, T0), Relief::default());
         }
 
         /// Whatever room there is elsewhere: looks, places found and copies that leave go on until the replica is

@@ -6,11 +6,13 @@ use serde::Serialize;
 
 use super::{
     filter::{self, Filter},
+    ledger::Registered,
+    load::Load,
     problem::Capabilities,
     score::{Rank, Share},
 };
 use crate::domain::{
-    memory::{Bytes, Resources, Tally},
+    memory::{Bytes, Resources},
     names::{ModelName, ReplicaId},
     replica::ReplicaState,
     version::Generation,
@@ -51,7 +53,7 @@ pub struct Replica {
     pub(super) declared: Option<Resources>,
     pub(super) cordoned: bool,
     pub(super) draining: bool,
-    pub(super) registered: Tally,
+    pub(super) load: Load,
     pub(super) copies: BTreeSet<(ModelName, Generation)>,
     /// Of what is declared and reported, the smaller; follows from the fields above.
     capacity: Resources,
@@ -81,6 +83,17 @@ pub enum Condition {
         /// The most that may be.
         limit: Bytes,
     },
+    /// Its pinned copies do not fit its memory together, or leave too little there for one of the others.
+    Crowded {
+        /// The device; absent for the primary one.
+        device: Option<String>,
+        /// Bytes of the pinned copies.
+        pinned: Bytes,
+        /// What the largest of the others needs.
+        largest: Bytes,
+        /// All of its memory.
+        capacity: Bytes,
+    },
 }
 
 impl std::fmt::Display for Condition {
@@ -96,6 +109,11 @@ impl std::fmt::Display for Condition {
                 "over its limit{}: {registered} registered, {limit} allowed; nothing new is placed here",
                 on_device(device.as_deref())
             ),
+            Self::Crowded { device, pinned, largest, capacity } => write!(
+                f,
+                "crowded by pinned copies{}: {pinned} of {capacity} pinned, and the largest of the others needs {largest}",
+                on_device(device.as_deref())
+            ),
         }
     }
 }
@@ -103,6 +121,11 @@ impl std::fmt::Display for Condition {
 /// ` on gpu0`, or nothing for the primary device.
 pub(super) fn on_device(device: Option<&str>) -> String {
     device.map(|device| format!(" on {device}")).unwrap_or_default()
+}
+
+/// What is said of memory that only pinned copies keep a copy from.
+pub(super) const fn beside(pinned: bool) -> &'static str {
+    if pinned { " beside pinned copies" } else { "" }
 }
 
 impl Replica {
@@ -113,7 +136,7 @@ impl Replica {
             declared,
             cordoned: false,
             draining: false,
-            registered: Tally::default(),
+            load: Load::default(),
             copies: BTreeSet::new(),
             capacity: Resources::default(),
             limit: Resources::default(),
@@ -183,7 +206,19 @@ impl Replica {
     /// The sum of what is registered.
     #[must_use]
     pub fn registered(&self) -> Resources {
-        self.registered.shown()
+        self.load.all().shown()
+    }
+
+    /// The sum of what is pinned.
+    #[must_use]
+    pub fn pinned(&self) -> Resources {
+        self.load.pinned().shown()
+    }
+
+    /// What the largest of its copies needs that is not pinned; on each device it may be another one.
+    #[must_use]
+    pub fn largest_unpinned(&self) -> Resources {
+        self.load.largest()
     }
 
     /// The copies registered on it, by model and generation.
@@ -206,11 +241,33 @@ impl Replica {
         if let Some((device, _)) = self.over_limit() {
             conditions.push(Condition::OverLimit {
                 device: device.map(str::to_owned),
-                registered: self.registered.shown().on(device),
+                registered: self.registered().on(device),
                 limit: self.limit.on(device),
             });
         }
+        conditions.extend(self.crowded());
         conditions
+    }
+
+    /// Whether its pinned copies do not fit its memory together, or leave too little there for one of the others: no
+    /// decision makes it so, but a user who pins what is placed may, and a size that turns out larger, and a memory
+    /// that turns out smaller.
+    #[must_use]
+    pub fn crowded(&self) -> Option<Condition> {
+        let (pinned, largest) = (self.pinned(), self.load.largest());
+        if !self.is_known() || pinned.is_zero() {
+            return None;
+        }
+        let device = pinned.devices().map(|(device, _)| device).find(|device| {
+            let together = u128::from(pinned.on(*device).0) + u128::from(largest.on(*device).0);
+            pinned.on(*device) > Bytes::ZERO && together > u128::from(self.capacity.on(*device).0)
+        })?;
+        Some(Condition::Crowded {
+            device: device.map(str::to_owned),
+            pinned: pinned.on(device),
+            largest: largest.on(device),
+            capacity: self.capacity.on(device),
+        })
     }
 
     /// The first device with more registered than may be, and by how much. Nothing is known to be over a
@@ -220,7 +277,7 @@ impl Replica {
         if !self.is_known() {
             return None;
         }
-        self.registered.devices().find_map(|(device, used)| {
+        self.load.all().devices().find_map(|(device, used)| {
             let over = used.checked_sub(u128::from(self.limit.on(device).0))?;
             (over > 0).then(|| (device, Bytes(u64::try_from(over).unwrap_or(u64::MAX))))
         })
@@ -235,20 +292,36 @@ impl Replica {
     /// Bytes left within its memory, before anything is to be evicted.
     #[must_use]
     pub fn free(&self) -> Resources {
-        self.capacity.saturating_sub(&self.registered.shown())
+        self.capacity.saturating_sub(&self.registered())
     }
 
     /// Bytes left within its limit.
     #[must_use]
     pub fn headroom(&self) -> Resources {
-        self.limit.saturating_sub(&self.registered.shown())
+        self.limit.saturating_sub(&self.registered())
     }
 
-    /// The largest copy that it could take, by device: within its limit, and never more than its memory, since such a
-    /// copy could not be resident.
+    /// The largest copy that it could take, by device: within its limit, and never more than its pinned copies leave of
+    /// its memory, since such a copy could not be resident.
     #[must_use]
     pub fn room(&self) -> Resources {
-        self.headroom().min(&self.capacity)
+        self.headroom().min(&self.capacity.saturating_sub(&self.pinned()))
+    }
+
+    /// The largest pinned copy that it could take: of what its pinned copies leave, the largest of the others keeps its
+    /// share.
+    #[must_use]
+    pub fn room_to_pin(&self) -> Resources {
+        self.room().min(&self.capacity.saturating_sub(&self.pinned()).saturating_sub(&self.load.largest()))
+    }
+
+    /// Where most of `need` is missing from what a copy, pinned or not, could have here.
+    pub(super) fn lacks(&self, need: &Resources, pinned: bool) -> Option<Lack> {
+        let room = if pinned { self.room_to_pin() } else { self.room() };
+        let (device, missing) = filter::worst(&room, need)?;
+        let on = device.as_deref();
+        let otherwise = need.on(on).saturating_sub(self.headroom().min(&self.capacity).on(on));
+        Some(Lack { beside_pinned: otherwise < missing, device, missing })
     }
 
     /// Whether copies on it are there to stay.
@@ -261,7 +334,7 @@ impl Replica {
 
     pub(super) fn rank(&self) -> Rank {
         Rank {
-            used: Share::of(&self.registered, &self.capacity),
+            used: Share::of(self.load.all(), &self.capacity),
             copies: u32::try_from(self.copies.len()).unwrap_or(u32::MAX),
             replica: self.id.clone(),
         }
@@ -276,6 +349,7 @@ impl Replica {
                     rank: self.rank(),
                     free: self.free(),
                     room: self.room(),
+                    room_to_pin: self.room_to_pin(),
                     capacity: self.capacity.clone(),
                 })),
             },
@@ -283,13 +357,22 @@ impl Replica {
     }
 
     /// The replica as it would be without one of its copies.
-    pub(super) fn without(&self, model: &ModelName, generation: Generation, need: &Resources) -> Self {
+    pub(super) fn without(&self, model: &ModelName, generation: Generation, copy: &Registered) -> Self {
         let mut replica = self.clone();
         if replica.copies.remove(&(model.clone(), generation)) {
-            replica.registered.remove(need);
+            replica.load.remove(&copy.need, copy.pinned);
         }
         replica
     }
+}
+
+/// What a replica lacks for a copy, on the device where it lacks most.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Lack {
+    pub(super) device: Option<String>,
+    pub(super) missing: Bytes,
+    /// Whether less would be missing if nothing had to stay in memory.
+    pub(super) beside_pinned: bool,
 }
 
 /// All that the indexes know of a replica.
@@ -314,6 +397,7 @@ pub(super) struct Open {
     pub(super) rank: Rank,
     pub(super) free: Resources,
     pub(super) room: Resources,
+    pub(super) room_to_pin: Resources,
     pub(super) capacity: Resources,
 }
 
@@ -334,6 +418,7 @@ impl Seat {
         if self.capabilities != now.capabilities || !before.capacity.covers(&after.capacity) {
             return Some(Growth::Opened);
         }
-        (!before.room.covers(&after.room)).then_some(Growth::Freed)
+        let grown = !before.room.covers(&after.room) || !before.room_to_pin.covers(&after.room_to_pin);
+        grown.then_some(Growth::Freed)
     }
 }

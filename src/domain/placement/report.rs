@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     filter::{Filter, Rejection},
     problem::Capabilities,
-    replica::on_device,
+    replica::{beside, on_device},
     score::{Score, Warmth},
 };
 use crate::domain::{
@@ -51,6 +51,8 @@ pub struct NearestMiss {
     pub device: Option<String>,
     /// Bytes missing on it.
     pub missing: Bytes,
+    /// Whether fewer would be missing if no copy were pinned.
+    pub beside_pinned: bool,
 }
 
 /// Requirements that no server in question meets.
@@ -181,7 +183,8 @@ impl Unplaced {
                 match &self.0.nearest {
                     // The nearest may be one of those that are too small; then this says less, and no less than true.
                     Some(nearest) => {
-                        format!("{lacks} at least {}{}", nearest.missing, on_device(nearest.device.as_deref()))
+                        let (on, beside) = (on_device(nearest.device.as_deref()), beside(nearest.beside_pinned));
+                        format!("{lacks} at least {}{on}{beside}", nearest.missing)
                     }
                     None => format!("{lacks} memory"),
                 }
@@ -397,6 +400,7 @@ mod tests {
             replica: ReplicaId::new(server("mlserver"), 3),
             device: None,
             missing: Bytes(200 << 20),
+            beside_pinned: false,
         });
     }
 
@@ -444,6 +448,13 @@ mod tests {
                 "12 replicas match, each lacks at least 200 MiB; the nearest is mlserver-3",
             ),
             (unplaced(&[(Filter::Memory, 1)], near), "1 replica matches, and it lacks at least 200 MiB"),
+            (
+                unplaced(&[(Filter::Memory, 1)], |found| {
+                    near(found);
+                    found.nearest.as_mut().expect("near").beside_pinned = true;
+                }),
+                "1 replica matches, and it lacks at least 200 MiB beside pinned copies",
+            ),
             (
                 unplaced(
                     &[(Filter::Memory, 9), (Filter::Cordoned, 2), (Filter::Held, 1), (Filter::Capabilities, 4)],

@@ -13,8 +13,8 @@ use super::{
     filter::{self, Filter},
     index::{Group, Most, Pool},
     ledger::Ledger,
-    problem::{Problem, Scope},
-    replica::Replica,
+    problem::{PlacementRequest, Problem, Scope},
+    replica::{Lack, Replica},
     report::{CapabilityGap, Findings, NearestMiss, Unplaced},
     score::{self, Common, Rank, Score},
 };
@@ -93,7 +93,7 @@ impl Search<'_> {
     }
 
     fn promise(&self, most: &Most, low: &Rank, common: Common) -> Option<Score> {
-        most.room.covers(&self.problem.request.need).then(|| score::promise(self.problem, low, &most.free, common))
+        most.takes(self.problem.request).then(|| score::promise(self.problem, low, &most.free, common))
     }
 
     /// What the filters say that are not in the indexes.
@@ -105,7 +105,7 @@ impl Search<'_> {
         let stranded = self.problem.together().map_or(0, |together| {
             let fits = |most: &Most| {
                 self.count_one();
-                most.room.covers(&self.problem.request.need)
+                most.takes(self.problem.request)
             };
             together - group.open.count(together, &fits, &mut |rank, _| self.takes(&rank.replica))
         });
@@ -196,10 +196,11 @@ fn nearest(ledger: &Ledger, problem: &Problem<'_>) -> Option<NearestMiss> {
     let search = Search { problem, examined: Cell::new(0) };
     let need = &problem.request.need;
     let mut best: Option<Miss> = None;
-    let bound = |most: &Most, low: &Rank| Some(Miss { missing: missing(&most.room, need), rank: low.clone() });
+    let lacks = |most: &Most| missing(most.room_for(problem.request), need);
+    let bound = |most: &Most, low: &Rank| Some(Miss { missing: lacks(most), rank: low.clone() });
     let mut leaf = |rank: &Rank, most: &Most, best: &mut Option<Miss>| {
         if search.takes(&rank.replica) {
-            offer(best, Miss { missing: missing(&most.room, need), rank: rank.clone() });
+            offer(best, Miss { missing: lacks(most), rank: rank.clone() });
         }
     };
     for pool in ledger.index().capable(&problem.request.requirements) {
@@ -217,13 +218,13 @@ fn nearest(ledger: &Ledger, problem: &Problem<'_>) -> Option<NearestMiss> {
             }),
         }
     }
-    miss(ledger.replica(&best?.rank.replica)?, need)
+    miss(ledger.replica(&best?.rank.replica)?, problem.request)
 }
 
 /// What `replica` lacks, on the device where it lacks most.
-pub(super) fn miss(replica: &Replica, need: &Resources) -> Option<NearestMiss> {
-    let (device, bytes) = filter::worst(&replica.room(), need)?;
-    Some(NearestMiss { replica: replica.id.clone(), device, missing: bytes })
+pub(super) fn miss(replica: &Replica, request: &PlacementRequest) -> Option<NearestMiss> {
+    let Lack { device, missing, beside_pinned } = replica.lacks(&request.need, request.pinned)?;
+    Some(NearestMiss { replica: replica.id.clone(), device, missing, beside_pinned })
 }
 
 /// What no server in question is capable of, when that alone rules all of them out.

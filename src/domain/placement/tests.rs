@@ -61,6 +61,7 @@ enum Op {
     Restore(ModelName, Generation, ReplicaId, Resources),
     Resize(ModelName, Generation, Resources),
     Leave(ModelName, Generation),
+    Pin(ModelName, Generation, bool),
     Pass(Duration),
     Retry(usize),
 }
@@ -128,16 +129,24 @@ fn requests() -> impl Strategy<Value = PlacementRequest> {
         required(),
         prop::option::weighted(0.2, servers()),
         resources(),
-        (any::<bool>(), -1_i32..2, 0_u32..5),
+        (any::<bool>(), -1_i32..2, 0_u32..5, prop::bool::weighted(0.3)),
         (avoid, prefer),
     )
         .prop_map(
-            |((model, generation), requirements, server, need, (spread, priority, together), (avoid, prefer))| {
+            |(
+                (model, generation),
+                requirements,
+                server,
+                need,
+                (spread, priority, together, pinned),
+                (avoid, prefer),
+            )| {
                 PlacementRequest {
                     requirements,
                     server,
                     spread: if spread { Spread::Servers } else { Spread::OneServer },
                     priority,
+                    pinned,
                     together,
                     avoid,
                     prefer,
@@ -163,6 +172,7 @@ fn ops() -> impl Strategy<Value = Op> {
         2 => (generations(), replicas(), resources()).prop_map(|((m, g), id, need)| Op::Restore(m, g, id, need)),
         1 => (generations(), resources()).prop_map(|((m, g), need)| Op::Resize(m, g, need)),
         1 => generations().prop_map(|(m, g)| Op::Leave(m, g)),
+        1 => (generations(), any::<bool>()).prop_map(|((m, g), to)| Op::Pin(m, g, to)),
         1 => (0_u64..20).prop_map(|s| Op::Pass(Duration::from_secs(s))),
         2 => (0_usize..6).prop_map(Op::Retry),
     ]
@@ -225,6 +235,7 @@ fn apply(placement: &mut Placement, op: Op, now: &mut Instant) -> Result<(), Tes
         Op::Restore(model, generation, id, need) => drop(placement.restore(&model, generation, &id, need)),
         Op::Resize(model, generation, need) => drop(placement.resize(&model, generation, need)),
         Op::Leave(model, generation) => drop(placement.mark_leaving(&model, generation)),
+        Op::Pin(model, generation, to) => drop(placement.set_pinned(&model, generation, to)),
         Op::Pass(time) => *now = *now + time,
         Op::Retry(limit) => drop(placement.retry(*now, limit)),
     }
@@ -240,6 +251,7 @@ fn rebuilt(ledger: &Ledger) -> Ledger {
         for (model, generation) in replica.copies() {
             let copy = ledger.copy(model, *generation).expect("it is registered");
             fresh.restore(model, *generation, replica.id(), copy.need.clone()).expect("once");
+            fresh.set_pinned(model, *generation, copy.pinned).expect("it is registered");
             if copy.leaving {
                 fresh.mark_leaving(model, *generation).expect("it is registered");
             }
@@ -465,6 +477,41 @@ fn a_copy_larger_than_all_the_memory_never_goes_there() {
     assert!(placement.place(&copy(1, 0, 100), T0).outcome.is_ok());
     assert!(placement.place(&copy(2, 0, 100), T0).outcome.is_ok());
     assert!(placement.place(&copy(3, 0, 50), T0).outcome.is_ok(), "overcommit is for several together");
+}
+
+#[test]
+fn pinned_copies_fit_together_and_leave_room_for_each_of_the_others() {
+    let mut placement = fleet(1, 1, 100, 100);
+    let id = on("s0000", 0);
+    let pinned = |name, need| PlacementRequest { pinned: true, ..copy(name, 0, need) };
+    assert!(placement.place(&copy(0, 0, 60), T0).outcome.is_ok());
+    assert!(placement.place(&pinned(1, 40), T0).outcome.is_ok());
+    let why = |placement: &mut Placement, request: &PlacementRequest| {
+        placement.place(request, T0).outcome.expect_err("there is no room").summary()
+    };
+    assert_eq!(
+        why(&mut placement, &pinned(2, 1)),
+        "1 replica matches, and it lacks at least 1 B beside pinned copies",
+        "60 have to be left to the one that is not pinned"
+    );
+    assert_eq!(
+        why(&mut placement, &copy(3, 0, 70)),
+        "1 replica matches, and it lacks at least 10 B beside pinned copies",
+        "it could never come in"
+    );
+    let explained = placement.explain(&copy(3, 0, 70), T0).to_string();
+    assert!(explained.contains("s0000-0: lacks 10 B beside pinned copies\n"), "{explained}");
+    assert!(placement.place(&copy(4, 0, 60), T0).outcome.is_ok(), "one at a time");
+    // Another one that is pinned where it is, which no decision would have done.
+    placement.set_pinned(&model(4), generation(1, 0), true).expect("registered");
+    let replica = placement.ledger().replica(&id).expect("known");
+    assert!(matches!(replica.conditions().as_slice(), [Condition::Crowded { .. }]), "{:?}", replica.conditions());
+    // Room comes with what is pinned no more, and is offered to who waits for it.
+    placement.set_pinned(&model(4), generation(1, 0), false).expect("registered");
+    placement.set_pinned(&model(1), generation(1, 0), false).expect("registered");
+    while placement.retry(T0, 10).more {}
+    assert!(placement.waits(&model(2), generation(1, 0)).is_none(), "it is pinned now");
+    assert_eq!(placement.ledger().replica(&id).map(Replica::pinned), Some(memory(1)));
 }
 
 #[test]
