@@ -120,7 +120,7 @@ fn rollouts_of_many_copies_through_two_gateways_fail_no_request() {
 
 #[test]
 fn a_gateway_that_is_cut_off_from_the_scheduler_holds_unloads_back_for_its_lease() {
-    for seed in seeds(3, 30) {
+    for seed in seeds(3, 20) {
         let shape = Shape { gateways: 2, ..Shape::new(seed) };
         simulate(shape, move |world| async move {
             let mut api = Api::new();
@@ -158,7 +158,7 @@ fn a_gateway_that_is_cut_off_from_the_scheduler_holds_unloads_back_for_its_lease
 
 #[test]
 fn with_the_scheduler_down_no_request_fails() {
-    for seed in seeds(3, 50) {
+    for seed in seeds(3, 20) {
         let shape = Shape { replicas: vec![1000; 3], overcommit: 50, gateways: 2, ..Shape::new(seed) };
         simulate(shape, move |world| async move {
             let mut api = Api::new();
@@ -268,7 +268,7 @@ fn a_seed_decides_everything() {
 
 #[test]
 fn whatever_happens_what_was_acknowledged_comes_true() {
-    for seed in seeds(2, 300) {
+    for seed in seeds(2, 100) {
         let mut random = Random::new(seed);
         let shape = Shape {
             replicas: (0..random.between(3, 4)).map(|_| random.between(800, 1200)).collect(),
@@ -283,7 +283,7 @@ fn whatever_happens_what_was_acknowledged_comes_true() {
 
 #[test]
 fn a_scheduler_that_lost_its_journal_adopts_what_agents_hold_and_unloads_none_of_it() {
-    for seed in seeds(1, 50) {
+    for seed in seeds(1, 20) {
         let shape = Shape { replicas: vec![1000; 3], gateways: 2, ..Shape::new(seed) };
         simulate(shape, move |world| async move {
             let mut api = Api::new();
@@ -342,7 +342,7 @@ fn a_scheduler_that_lost_its_journal_adopts_what_agents_hold_and_unloads_none_of
 
 #[test]
 fn a_restored_backup_commands_nobody_until_it_is_adopted_and_then_keeps_what_agents_hold() {
-    for seed in seeds(1, 50) {
+    for seed in seeds(1, 20) {
         let shape = Shape { replicas: vec![1000; 3], gateways: 2, ..Shape::new(seed) };
         simulate(shape, move |world| async move {
             let mut api = Api::new();

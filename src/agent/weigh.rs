@@ -58,7 +58,9 @@ pub(crate) struct Scale {
     moves: AtomicU64,
     /// Something was loaded or evicted since the process was looked at.
     moved: Notify,
-    /// Whether the load that is alone was disturbed, so that nobody has to wait for it any more.
+    /// Whether a load is alone, to be measured.
+    measuring: AtomicBool,
+    /// Whether it was disturbed, so that nobody has to wait for it any more.
     spoiled: AtomicBool,
     /// Loads and unloads under way that went ahead without a turn.
     loose: AtomicU32,
@@ -106,7 +108,7 @@ pub(crate) struct Alone<'a> {
 
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
-        self.scale.spoiled.store(false, SeqCst);
+        self.scale.measuring.store(false, SeqCst);
     }
 }
 
@@ -166,9 +168,17 @@ impl Scale {
         self.begun.store(true, SeqCst);
     }
 
-    /// Waits until nothing is loaded or unloaded, and keeps it so. The caller sets the deadline.
+    /// Waits until nothing is loaded or unloaded, and keeps it so for as long as [`PATIENCE`] at least; what went ahead
+    /// without a turn has its seat in the ledger. The caller sets the deadline.
     pub(crate) async fn alone(&self) -> RwLockWriteGuard<'_, ()> {
         self.turns.write().await
+    }
+
+    /// How long to wait for a turn.
+    fn patience(&self) -> Duration {
+        // Who has the server to itself for anything but a measurement is always waited for.
+        let in_vain = self.measuring.load(SeqCst) && self.spoiled.load(SeqCst);
+        if in_vain { Duration::ZERO } else { PATIENCE }
     }
 
     /// Copies that were evicted.
@@ -229,7 +239,10 @@ impl Core {
             self.scale.spoiled.store(false, SeqCst);
             let (others, since) = (self.scale.loose.load(SeqCst), self.clock.now());
             return match self.footprint().await {
-                Some(before) if others == 0 => Turn::Alone(Alone { scale: &self.scale, _turn: turn, since, before }),
+                Some(before) if others == 0 => {
+                    self.scale.measuring.store(true, SeqCst);
+                    Turn::Alone(Alone { scale: &self.scale, _turn: turn, since, before })
+                }
                 Some(_) | None => Turn::Shared(turn.downgrade()),
             };
         }
@@ -238,8 +251,7 @@ impl Core {
 
     /// The turn of what is not measured.
     pub(crate) async fn turn(&self) -> Turn<'_> {
-        let patience = if self.scale.spoiled.load(SeqCst) { Duration::ZERO } else { PATIENCE };
-        let turn = timeout(patience, self.scale.turns.read()).await;
+        let turn = timeout(self.scale.patience(), self.scale.turns.read()).await;
         self.scale.moves.fetch_add(1, SeqCst);
         match turn {
             Ok(shared) => Turn::Shared(shared),
@@ -361,6 +373,18 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_measurement_that_was_disturbed_is_not_waited_for() {
+        let scale = Scale::default();
+        drop(Loose::begin(&scale));
+        assert_eq!(scale.patience(), PATIENCE, "nothing is measured");
+        scale.spoiled.store(false, SeqCst);
+        scale.measuring.store(true, SeqCst);
+        assert_eq!(scale.patience(), PATIENCE);
+        let _loose = Loose::begin(&scale);
+        assert_eq!(scale.patience(), Duration::ZERO);
+    }
 
     #[test]
     fn a_configuration_is_told_from_another_by_instances_and_parameters() {

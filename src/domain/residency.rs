@@ -311,7 +311,11 @@ mod tests {
             let shed = |size| excess(&[pinned.clone(), other.clone()], &bytes(size, 0), rules);
             assert_eq!(shed(9), Some(vec![copy(2)]));
             assert_eq!(shed(5), Some(vec![copy(2)]));
-            assert_eq!(excess(std::slice::from_ref(&pinned), &bytes(5, 0), rules), None, "there is nothing to wait for");
+            assert_eq!(
+                excess(std::slice::from_ref(&pinned), &bytes(5, 0), rules),
+                None,
+                "there is nothing to wait for"
+            );
         }
     }
 
