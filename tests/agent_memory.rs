@@ -43,12 +43,14 @@ struct Process {
     /// What it has with nothing loaded.
     base: AtomicU64,
     kept: AtomicU64,
+    looks: AtomicU64,
     /// Runs before this one. It is known what each but the first had when it was empty.
     runs: AtomicU64,
 }
 
 impl ServerProcess for Process {
     fn footprint(&self) -> Option<Footprint> {
+        self.looks.fetch_add(1, SeqCst);
         let server = self.server.get()?;
         let loaded: u64 = server.0.lock().unwrap().loaded.values().sum();
         let (base, runs) = (self.base.load(SeqCst), self.runs.load(SeqCst));
@@ -389,6 +391,30 @@ async fn what_the_server_does_not_give_back_is_told_and_is_room_that_is_not_ther
         }
     };
     assert_eq!(tokio::time::timeout(agent_world::PATIENCE, told).await.unwrap(), 30);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_request_for_an_evicted_copy_waits_for_a_look_at_the_process() {
+    let (world, mut session, process) = watched(100, |_| {}).await;
+    let copies = [generation(1, 1, 1), generation(2, 1, 1)];
+    for (name, copy) in ["a", "b"].into_iter().zip(copies) {
+        session.obeyed(&[register(name, copy, 60, &world.artifact(60))]).await;
+        session.available(copy).await;
+    }
+    tokio::time::sleep(SECOND).await;
+    let looks = process.looks.load(SeqCst);
+    for _ in 0..10 {
+        for (name, copy) in ["a", "b"].into_iter().zip(copies) {
+            assert_eq!(world.infer(name, copy).await.status(), 200);
+        }
+    }
+    assert!(world.server.loads_of("a_1") >= 10, "each had to come back");
+    let while_asked = process.looks.load(SeqCst) - looks;
+    assert!(while_asked <= 3, "{while_asked} looks at the process in 20 reloads");
+    let asked = process.looks.load(SeqCst);
+    tokio::time::sleep(SECOND).await;
+    let after = process.looks.load(SeqCst) - asked;
+    assert!((1..=2).contains(&after), "{after} looks when they had paused");
 }
 
 #[tokio::test(start_paused = true)]

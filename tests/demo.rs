@@ -23,7 +23,7 @@ use tempfile::TempDir;
 /// The longest that one run may take.
 const RUN: Duration = Duration::from_secs(180);
 /// The longest that one with heavy servers may take.
-const HEAVY: Duration = Duration::from_secs(600);
+const HEAVY: Duration = Duration::from_secs(900);
 /// The longest that anything may take to be gone.
 const GONE: Duration = Duration::from_secs(20);
 

@@ -248,7 +248,7 @@ async fn a_pinned_model_stays_in_memory_while_others_take_turns_there() {
         let name = others[number as usize % 3];
         assert_eq!(clients.ask(number, name, in_turns(number)).await.unwrap().model, format!("{name}_1"));
         let view = wharf.view("kept").await.unwrap();
-        assert_eq!(view.versions[0].copies[0].residency, "Resident", "{view:?}");
+        assert_eq!(view.versions[0].copies[0].residency, "resident", "{view:?}");
     }
     let evictions = wharf.metric("seldon_cache_evict_count").await.unwrap();
     assert!(evictions >= 29.0, "{evictions} evictions: the others did not take turns");
@@ -271,19 +271,19 @@ async fn a_pinned_model_stays_in_memory_while_others_take_turns_there() {
         clients.ask(number, others[number as usize % 3], in_turns(number)).await.unwrap();
     }
     let resident = |view: &ModelView, wanted: &str| view.versions[0].copies[0].residency == wanted;
-    assert!(resident(&wharf.view("kept").await.unwrap(), "Resident"));
+    assert!(resident(&wharf.view("kept").await.unwrap(), "resident"));
     let answer = wharf.submit(&spec("kept", 2 * MIB, false)).await.unwrap();
     assert_eq!((answer.version, answer.outcome()), (1, submit_model_response::Outcome::Rescaled));
     wharf.until_serving("large", 1).await;
     wharf.until_serving("more", 1).await;
-    wharf.until("kept", "evicted", |view| resident(view, "Evicted")).await;
+    wharf.until("kept", "evicted", |view| resident(view, "evicted")).await;
 
-    // Where it is pinned again it is in the way of the large one, which says why it is not where it could be.
+    // Pinned again, and another one beside it, it is in the way of all others: they are to move, and have nowhere to.
     wharf.submit(&spec("kept", 2 * MIB, true)).await.unwrap();
     let crowded = |servers: &[ServerView]| {
         let conditions = servers[0].conditions.iter();
         conditions.clone().any(|what| what.contains("crowded by pinned copies"))
-            && conditions.clone().any(|what| what.contains("keeps 1 copy for want of another place: large:"))
+            && conditions.clone().any(|what| what.contains("keeps 4 copies for want of another place"))
     };
     wharf.until_servers("crowded replica", crowded).await;
 }

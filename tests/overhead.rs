@@ -173,10 +173,10 @@ async fn compare(kind: Kind, runs: usize) -> [Compared; 2] {
     for _ in 0..runs {
         // Room is free: what took it is gone.
         wharf.scale("filler", 1).await.unwrap();
-        until(&wharf, "filler", "Resident").await;
+        until(&wharf, "filler", "resident").await;
         wharf.scale("filler", 0).await.unwrap();
         wharf.until("filler", "gone", |view| residency(view).next().is_none()).await;
-        until(&wharf, "one", "Evicted").await;
+        until(&wharf, "one", "evicted").await;
         itself.unload("beside-a_1").await;
         roomy.itself.0.push(itself.load("beside-a_1").await);
         let before = misses().await;

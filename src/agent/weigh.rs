@@ -44,6 +44,8 @@ const REMEMBERED: usize = 4096;
 /// A load that adds less than this share of its artifact's bytes, in percent, used memory that the process had kept from
 /// before: what it added is no measure.
 const PLAUSIBLE_PERCENT: u64 = 50;
+/// What has leaked is room that is not there from this share of the memory on, in percent.
+const LEAKED_PERCENT: u32 = 10;
 /// How long a load or unload waits for one that is being measured. Then it goes ahead, and that is no measurement.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a first load waits to be alone. No request waits for it yet.
@@ -366,7 +368,9 @@ impl Core {
         let beyond = comparable.map_or(Bytes::ZERO, |baseline| size::leaked(now.bytes, baseline, taken));
         watched.leaked = if again { beyond.min(watched.beyond.max(watched.leaked)) } else { beyond };
         watched.beyond = beyond;
-        self.ledger.set_leaked(watched.leaked);
+        // Less may be libraries, and is no more than such figures differ by.
+        let counts = u128::from(watched.leaked.0) * 100 > u128::from(capacity.0) * u128::from(LEAKED_PERCENT);
+        self.ledger.set_leaked(if counts { watched.leaked } else { Bytes::ZERO });
     }
 }
 

@@ -22,12 +22,12 @@ use crate::{
     agent::{
         artifacts::Artifact,
         cache::{
-            phase::{Phase, holds_of},
+            phase::{InServer, Phase, Stage, holds_of},
             pressure::Pressure,
         },
     },
     domain::{
-        copy::{Failure, Progress, Report, Residency},
+        copy::{Failure, Report, Residency},
         memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
@@ -39,23 +39,6 @@ use crate::{
     ports::Clock,
     telemetry::durations::Durations,
 };
-
-/// How far a copy is that does not answer yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stage {
-    Scheduled,
-    Downloading(Progress),
-    Loading,
-}
-
-/// What is known of a copy in the inference server. Whoever talks to the server about the copy holds its lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum InServer {
-    No,
-    Yes,
-    /// A load was asked for and did not succeed: something of it may be there.
-    Maybe,
-}
 
 /// Why a copy leaves.
 #[derive(Clone, Debug, Default)]

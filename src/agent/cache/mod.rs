@@ -18,9 +18,9 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
-pub(crate) use entry::{Acquired, Entry, Fate, Hold, InServer, Stage};
+pub(crate) use entry::{Acquired, Entry, Fate, Hold};
 pub(crate) use ledger::{Admission, Ledger, Settled};
-pub(crate) use phase::Phase;
+pub(crate) use phase::{InServer, Phase, Stage};
 pub(crate) use pressure::Pressure;
 
 use crate::{

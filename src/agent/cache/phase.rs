@@ -1,5 +1,7 @@
 //! Where a copy stands, and how that and the number of its holds are one word.
 
+use crate::domain::copy::Progress;
+
 /// Where a copy stands, for whoever wants to hold it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -48,4 +50,21 @@ impl Phase {
 
 pub(super) const fn holds_of(word: u64) -> u32 {
     (word & 0xffff_ffff) as u32
+}
+
+/// How far a copy is that does not answer yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Scheduled,
+    Downloading(Progress),
+    Loading,
+}
+
+/// What is known of a copy in the inference server. Whoever talks to the server about the copy holds its lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum InServer {
+    No,
+    Yes,
+    /// A load was asked for and did not succeed: something of it may be there.
+    Maybe,
 }

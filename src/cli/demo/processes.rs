@@ -45,17 +45,18 @@ impl Demo {
     pub(super) async fn crash(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
         self.story.chapter("SIGKILL of an inference server, and its return");
         let asked: Vec<&str> = self.cast.models.iter().take(2).map(|(name, _)| *name).collect();
+        // Whose copy is asked has it in memory; the other one comes with its load.
+        let traffic = self.traffic().await?;
         for name in &asked {
             cluster.scale(name, REPLICAS).await?;
         }
         let resident = |views: &Views, name: &str| {
             let copies = views.get(name).into_iter().flat_map(answering);
-            u32::try_from(copies.filter(|copy| copy.residency == "Resident").count()).unwrap_or(u32::MAX)
+            u32::try_from(copies.filter(|copy| copy.residency == "resident").count()).unwrap_or(u32::MAX)
         };
         let on_both = |views: &Views| asked.iter().all(|name| resident(views, name) == REPLICAS);
         cluster.until("copies on both replicas", on_both).await?;
         let victim = self.server_of(0).ok_or_else(|| anyhow!("no process of {}-0 is found", self.cast.server))?;
-        let traffic = self.traffic().await?;
         let killed = self.story.now();
         kill_process(Pid::from_raw(victim).context("no number of a process")?, Signal::KILL)?;
         self.story.tell(&format!("{}-0, process {victim}, is killed; {IRIS} has a copy on each", self.cast.server));
