@@ -738,13 +738,16 @@ async fn told(wharf: &Wharf) -> Vec<String> {
 
 /// Waits until every replica takes copies, and none leaks so that it is told.
 async fn all_well(wharf: &Wharf) {
-    wharf
-        .until_servers("servers that are well", |servers| {
-            let replicas = servers.iter().flat_map(|server| &server.replicas);
-            let well = |replica: &ReplicaView| replica.state == "Available";
-            servers.iter().all(|server| server.conditions.is_empty()) && replicas.into_iter().all(well)
-        })
-        .await;
+    let deadline = Instant::now() + LONG;
+    loop {
+        let servers = wharf.servers().await;
+        let well = |replica: &ReplicaView| replica.state == "Available";
+        if servers.iter().all(|server| server.conditions.is_empty() && server.replicas.iter().all(well)) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "not well after {LONG:?}: {servers:#?}\n{}", wharf.tail());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 fn leaked(servers: &[ServerView]) -> Vec<u64> {
@@ -764,6 +767,7 @@ async fn a_server_that_leaks_is_recycled_under_traffic_and_no_request_fails() {
         .set("agent.memory_guess", "*=1+1Mi");
     let wharf = home.up().await;
     let _leftovers = Leftovers(&place);
+    all_well(&wharf).await;
     for name in ["a", "b"] {
         available(&wharf, &place.model(name, "")).await;
     }
@@ -874,6 +878,7 @@ async fn an_mlserver_that_leaks_is_recycled_under_traffic_and_no_request_fails()
     .set("scheduler.recycle_after", "2s")
     .set("agent.memory_guess", "*=1+1Mi");
     let wharf = home.up().await;
+    all_well(&wharf).await;
     for name in ["a", "b"] {
         let spec = Spec::at(name, &servers::trained("sklearn-iris-1"), "sklearn", 1 << 20);
         wharf.submit(&spec).await.unwrap();
