@@ -8,12 +8,12 @@
     reason = "a test stops where it fails, waits in real time, and says what it saw"
 )]
 
+#[path = "bad_input/connections.rs"]
+mod connections;
 #[path = "clients/raw.rs"]
 mod raw;
 #[path = "bad_input/sessions.rs"]
 mod sessions;
-#[path = "bad_input/transport.rs"]
-mod transport;
 #[path = "clients/up.rs"]
 mod up;
 

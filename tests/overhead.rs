@@ -209,7 +209,7 @@ async fn compare(kind: Kind, runs: usize) -> [Compared; 2] {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reload_takes_little_longer_than_the_servers_own_load() {
     let _turn = TURN.lock().await;
-    let runs = count(50, 5);
+    let runs = count(50, 3);
     let mut table = String::from(
         "| server | what has to happen | itself, median / p95 | through Wharf, median / p95 | difference | ratio |\n\
          |---|---|---|---|---|---|\n",

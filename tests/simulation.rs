@@ -120,7 +120,7 @@ fn rollouts_of_many_copies_through_two_gateways_fail_no_request() {
 
 #[test]
 fn a_gateway_that_is_cut_off_from_the_scheduler_holds_unloads_back_for_its_lease() {
-    for seed in seeds(3, 20) {
+    for seed in seeds(2, 20) {
         let shape = Shape { gateways: 2, ..Shape::new(seed) };
         simulate(shape, move |world| async move {
             let mut api = Api::new();
@@ -158,7 +158,7 @@ fn a_gateway_that_is_cut_off_from_the_scheduler_holds_unloads_back_for_its_lease
 
 #[test]
 fn with_the_scheduler_down_no_request_fails() {
-    for seed in seeds(3, 20) {
+    for seed in seeds(2, 20) {
         let shape = Shape { replicas: vec![1000; 3], overcommit: 50, gateways: 2, ..Shape::new(seed) };
         simulate(shape, move |world| async move {
             let mut api = Api::new();
