@@ -130,7 +130,7 @@ fn every_problem_is_told_at_once_with_its_place_and_the_fix() {
             "wharf.toml:11: metrics.per_model: \"yes\" came, wanted true or false",
             "environment variable WHARF_AGENT__NONSENSE: agent.nonsense: no such setting; [agent] has listen, http, \
              scheduler, server, replica, runtime, runtime_grpc, runtime_kind, runtime_workers, command, env, workdir, \
-             ports, lifetime, start_deadline, stop_deadline, onnx_runtime, capabilities, memory, memory_guess, \
+             ports, lifetime, health, start_deadline, stop_deadline, onnx_runtime, capabilities, memory, memory_guess, \
              overcommit_percent, eviction, least_residency, advertise, data_dir, artifact_cache, max_artifact, fetch_deadline, keep_downloads, parallel_downloads, \
              download_bandwidth, secrets_dir, hub, rclone, rclone_program, rclone_config, load_deadline, \
              waiting_requests, wait_deadline, drain_deadline",

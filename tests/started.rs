@@ -28,7 +28,10 @@ use std::{
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
-use process::{Home, SOON, Spec, Wharf};
+use process::{
+    Home, SOON, Spec, Wharf,
+    load::{Clients, Protocol},
+};
 use serde_json::{Value, json};
 use wharf::rpc::proto::wharf::ModelView;
 
@@ -350,15 +353,15 @@ async fn a_killed_server_fails_what_had_reached_it_and_nothing_else() {
     traffic.end(&wharf, 3, &place.noted("requests").into_iter().collect()).await;
 }
 
-/// The programs of MLServer that run below this folder.
-fn mlservers(home: &Home) -> Vec<u32> {
+/// The programs that run below this folder and have these words in their command.
+fn below(home: &Home, words: &str) -> Vec<u32> {
     let below = home.path().display().to_string();
     let all = std::fs::read_dir("/proc").unwrap().flatten();
     let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let is_one = |pid: &u32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        line.contains(&below) && line.contains("mlserver start") && !line.contains(" shim ")
+        line.contains(&below) && line.contains(words) && !line.contains(" shim ")
     };
     pids.filter(is_one).collect()
 }
@@ -381,7 +384,7 @@ async fn a_killed_mlserver_comes_back_with_its_copies_and_no_request_fails_that_
     let flower = json!([{ "name": "X", "shape": [1, 4], "datatype": "FP32", "data": [5.1, 3.5, 1.4, 0.2] }]);
     let traffic = Traffic::start(&wharf, names, &flower);
     traffic.more(50).await;
-    kill(mlservers(&home)[0], "-9");
+    kill(below(&home, "mlserver start")[0], "-9");
     for name in names {
         wharf.until_within(LONG, name, "on one replica", |view| resident(view) < 2).await;
     }
@@ -390,10 +393,79 @@ async fn a_killed_mlserver_comes_back_with_its_copies_and_no_request_fails_that_
     }
     traffic.more(20).await;
     traffic.end(&wharf, 1, &BTreeSet::new()).await;
-    let pids = mlservers(&home);
+    let pids = below(&home, "mlserver start");
     assert_eq!(pids.len(), 2);
     wharf.kill();
     until("nothing is left", || !pids.iter().any(|pid| runs(*pid))).await;
+}
+
+/// Asks a model about a flower by REST and gRPC until both have answered rightly.
+async fn answers(wharf: &Wharf, model: &str) {
+    let deadline = Instant::now() + SOON;
+    let clients = Clients::connect(&wharf.gateway).await;
+    for protocol in [Protocol::Rest, Protocol::Grpc] {
+        loop {
+            match clients.ask(0, model, protocol).await {
+                Ok(answer) => break assert_eq!((answer.model, answer.label), (format!("{model}_1"), 0)),
+                Err(refused) => assert!(Instant::now() < deadline, "{model}: {refused:?}\n{}", wharf.tail()),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn triton_is_found_started_and_brought_back_with_what_it_had() {
+    let _turn = servers::TURN.lock().await;
+    let program = servers::tritonserver();
+    let path = format!("{}:{}", program.parent().unwrap().display(), std::env::var("PATH").unwrap());
+    let registry =
+        "[[server]]\nname = \"triton\"\nruntime = \"triton\"\ncapabilities = [\"triton\"]\nmemory = \"1Gi\"\n";
+    let home = Home::new(registry).env("PATH", &path);
+    let wharf = home.up().await;
+    let spec = Spec { artifact_version: Some(1), ..Spec::at("iris", &servers::triton("triton-iris"), "triton", 1 << 20) };
+    wharf.submit(&spec).await.unwrap();
+    wharf.until_within(LONG, "iris", "in memory", |view| resident(view) == 1).await;
+    answers(&wharf, "iris").await;
+    let before = below(&home, "bin/tritonserver");
+    assert_eq!(before.len(), 1, "{before:?}");
+    kill(before[0], "-9");
+    until("another one", || below(&home, "bin/tritonserver").iter().any(|pid| !before.contains(pid))).await;
+    wharf.until_within(LONG, "iris", "back in memory", |view| resident(view) == 1).await;
+    answers(&wharf, "iris").await;
+    wharf.kill();
+    until("nothing is left", || below(&home, "tritonserver").is_empty()).await;
+}
+
+#[tokio::test]
+async fn an_agent_of_its_own_starts_its_server_and_takes_it_along() {
+    let place = Place::new();
+    let agents = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let home = Home::new(&process::onnx(1, "1Mi", 0)).set("scheduler.agents", &agents);
+    let wharf = home.up().await;
+    let settings = [
+        ("scheduler", agents),
+        ("server", "py".to_owned()),
+        ("listen", "127.0.0.1:0".to_owned()),
+        ("http", "127.0.0.1:0".to_owned()),
+        ("data_dir", home.path().join("own").display().to_string()),
+        ("capabilities", "py".to_owned()),
+        ("runtime", "start".to_owned()),
+        ("runtime_kind", "oip".to_owned()),
+        ("command", format!("python3 {} --port {{http_port}} --repository {{repository}}", program())),
+        ("env", format!("NOTES={}", place.notes().display())),
+        ("health", "/v2/health/live".to_owned()),
+    ];
+    let mut command = process::wharf();
+    command.arg("agent").args(settings.iter().flat_map(|(name, value)| ["--set".into(), format!("agent.{name}={value}")]));
+    let mut agent = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    available(&wharf, &place.model("a", "")).await;
+    let server = answered_by(&wharf, "a").await;
+    kill(server, "-9");
+    assert_ne!(answered_by(&wharf, "a").await, server);
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
 }
 
 #[tokio::test]
@@ -510,4 +582,33 @@ async fn a_model_whose_process_can_not_start_says_why() {
     wharf.submit(&place.model("a", "")).await.unwrap();
     let told = |view: &ModelView| format!("{view:?}").contains("can't run /no/such/program");
     wharf.until("a", "told what is wrong", told).await;
+}
+
+#[tokio::test]
+async fn a_process_for_each_model_answers_grpc_at_a_port_of_its_own() {
+    let _turn = servers::TURN.lock().await;
+    let home = Home::new(&format!(
+        "[[server]]\nname = \"each\"\nruntime = \"process\"\ncapabilities = [\"sklearn\"]\nmemory = \"1Gi\"\n\
+         command = [{:?}, \"start\", \"{{model_path}}\"]\n\
+         health = \"/v2/models/{{model_name}}/ready\"\n\
+         [server.env]\nMLSERVER_HTTP_PORT = \"{{port}}\"\nMLSERVER_GRPC_PORT = \"{{grpc_port}}\"\n\
+         MLSERVER_METRICS_PORT = \"{{metrics_port}}\"\nMLSERVER_HOST = \"127.0.0.1\"\nMLSERVER_PARALLEL_WORKERS = \"0\"\n",
+        servers::mlserver().display().to_string(),
+    ));
+    // Its settings name no model: MLServer then calls it as its folder is called.
+    let artifact = home.path().join("artifact");
+    std::fs::create_dir(&artifact).unwrap();
+    std::fs::copy(servers::trained("sklearn-iris-1").join("iris.joblib"), artifact.join("model.joblib")).unwrap();
+    let settings = r#"{"implementation": "mlserver_sklearn.SKLearnModel", "parameters": {"uri": "./model.joblib"}}"#;
+    std::fs::write(artifact.join("model-settings.json"), settings).unwrap();
+    let wharf = home.up().await;
+    for name in ["a", "b"] {
+        wharf.submit(&Spec::at(name, &artifact, "sklearn", 1 << 20)).await.unwrap();
+        wharf.until_within(LONG, name, "in memory", |view| resident(view) == 1).await;
+    }
+    for name in ["a", "b"] {
+        answers(&wharf, name).await;
+    }
+    wharf.kill();
+    until("nothing is left", || below(&home, "mlserver start").is_empty()).await;
 }

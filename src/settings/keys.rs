@@ -225,6 +225,8 @@ section! {
         ports: u32 = "0" in "0" to "65000";
         /// How long it lives: agent (it ends with the agent, however that ends) or independent.
         lifetime: Lifetime = "agent";
+        /// The path that answers 200 once it is ready, with blanks; /v2/health/ready, when empty.
+        health: String = "";
         /// How long it may take to start.
         start_deadline: Duration = "5m" in "1s" to "24h";
         /// How long it may take to stop before it is killed.

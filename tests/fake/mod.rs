@@ -39,6 +39,8 @@ fn copy(number: u32, replica: u32, state: &str) -> api::CopyView {
         state: state.into(),
         residency: if state == "Available" { "Resident".into() } else { String::new() },
         need: 100 * 1024,
+        declared: Some(100 * 1024),
+        measured: (state == "Available").then_some(72 * 1024),
         since: at(1_000_000_000 - 90),
         ..Default::default()
     }

@@ -176,7 +176,7 @@ impl Home {
 }
 
 /// The binary, deaf to what the environment of the tests says.
-fn wharf() -> Command {
+pub fn wharf() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_wharf"));
     for (name, _) in std::env::vars_os() {
         let named = name.to_string_lossy();

@@ -57,6 +57,11 @@ pub fn mlserver() -> PathBuf {
     installed()["mlserver"].with_file_name("mlserver")
 }
 
+/// The program `tritonserver`.
+pub fn tritonserver() -> PathBuf {
+    installed()["triton"].clone()
+}
+
 /// A model of the tests for Triton.
 pub fn triton(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/models").join(name)

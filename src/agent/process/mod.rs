@@ -356,8 +356,8 @@ impl Server {
             Ok(Arc::new(upstream.map_err(|error| error.to_string())?))
         };
         match self.launch.runtime {
-            Kind::Process => at(ports.http),
-            Kind::Builtin | Kind::MlServer | Kind::Triton | Kind::Oip => {
+            Kind::Process if !self.launch.command.tells("grpc_port") => at(ports.http),
+            Kind::Process | Kind::Builtin | Kind::MlServer | Kind::Triton | Kind::Oip => {
                 Ok(Arc::new(Split::new(at(ports.http)?, Some(at(ports.grpc)?))))
             }
         }

@@ -11,7 +11,8 @@ use crate::settings::Agent;
 /// Blanks of a server's command.
 const OF_SERVERS: [&str; 6] = ["http_port", "grpc_port", "metrics_port", "repository", "replica", "index"];
 /// Blanks of a command that serves one model.
-const OF_MODELS: [&str; 6] = ["port", "model_path", "model_name", "repository", "replica", "index"];
+const OF_MODELS: [&str; 8] =
+    ["port", "grpc_port", "metrics_port", "model_path", "model_name", "repository", "replica", "index"];
 /// What servers of the protocol answer once they are ready.
 const READY: &str = "/v2/health/ready";
 
@@ -117,6 +118,13 @@ impl Command {
         }
     }
 
+    /// Whether the program is told this: the blank is somewhere in its arguments or environment.
+    #[must_use]
+    pub fn tells(&self, blank: &str) -> bool {
+        let mut words = self.argv.iter().chain(self.env.values());
+        words.any(|word| parts(word).any(|part| part == Err(blank)))
+    }
+
     /// The command with its blanks filled.
     #[must_use]
     pub fn filled(&self, with: &BTreeMap<&'static str, String>) -> Self {
@@ -152,7 +160,8 @@ impl Agent {
             command.env.insert(name.to_owned(), value.to_owned());
         }
         let words = command.argv.iter().map(|word| ("agent.command", word));
-        for (key, word) in words.chain(command.env.values().map(|value| ("agent.env", value))) {
+        let words = words.chain(command.env.values().map(|value| ("agent.env", value)));
+        for (key, word) in words.chain([("agent.health", &self.health)]) {
             if let Some(unknown) = unknown_blank(word, runtime) {
                 let known = Command::blanks(runtime).join("}, {");
                 return Err((key, format!("nothing fills {{{unknown}}}; there are {{{known}}}")));
@@ -161,6 +170,9 @@ impl Agent {
         if runtime == Runtime::Process && (self.ports > 0 || self.lifetime == Lifetime::Independent) {
             let problem = "a process for one model has a free port and ends with the agent; remove it";
             return Err((if self.ports > 0 { "agent.ports" } else { "agent.lifetime" }, problem.to_owned()));
+        }
+        if !self.health.is_empty() {
+            command.health.clone_from(&self.health);
         }
         command.workdir = Some(PathBuf::from(&self.workdir)).filter(|workdir| !workdir.as_os_str().is_empty());
         command.ports = u16::try_from(self.ports).ok().filter(|port| *port > 0);
