@@ -9,9 +9,10 @@
 )]
 
 mod process;
+mod servers;
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -55,20 +56,11 @@ async fn submit(wharf: &Wharf, spec: &Spec, warmup: &str) {
     wharf.scheduler.clone().load_model(request).await.unwrap();
 }
 
-fn library() -> Option<PathBuf> {
-    let cache = std::env::var_os("WHARF_CACHE").map(PathBuf::from);
-    let cache = cache.unwrap_or(std::env::home_dir()?.join(".cache/wharf"));
-    Some(cache.join("servers/onnxruntime/libonnxruntime.so")).filter(|path| path.is_file())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn the_engine_that_serves_is_told_and_a_broken_library_takes_nothing_down() {
     let broken = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
-    let mut cases = vec![(broken, "onnx_tract", "builtin")];
-    match library() {
-        Some(library) => cases.push((library, "onnx_onnxruntime", "builtin (ONNX Runtime)")),
-        None => println!("without ONNX Runtime, which tests/servers/onnxruntime.sh installs"),
-    }
+    let good = servers::onnx_runtime();
+    let cases = [(broken, "onnx_tract", "builtin"), (good, "onnx_onnxruntime", "builtin (ONNX Runtime)")];
     for (library, platform, runtime) in cases {
         let home = Home::new(&onnx(1, "64Mi", 0)).set("agent.onnx_runtime", library.display());
         let wharf = home.up().await;

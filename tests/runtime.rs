@@ -2,9 +2,11 @@
 //! compared with what ONNX Runtime answers (`tests/models/expected.json`, made by `tests/models/make.py`).
 #![allow(clippy::disallowed_methods, clippy::print_stdout, missing_docs, clippy::unwrap_used)]
 
+mod servers;
+
 use std::{
     fs, io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -50,17 +52,9 @@ fn inline_by(onnx: &Onnx) -> Arc<Runtime> {
     Runtime::with(options, onnx.clone())
 }
 
-/// ONNX Runtime, from the library that `tests/servers/onnxruntime.sh` installs. Without it nothing is proved.
+/// ONNX Runtime, from its library.
 fn onnx_runtime() -> Onnx {
-    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    let library = LIBRARY.get_or_init(|| {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/onnxruntime.sh");
-        let output = Command::new("sh").arg(script).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        let library = said.trim().strip_prefix("onnxruntime=");
-        library.unwrap_or_else(|| panic!("ONNX Runtime can't be installed: {output:?}")).into()
-    });
-    let (onnx, problem) = Onnx::find(Library::At(library));
+    let (onnx, problem) = Onnx::find(Library::At(&servers::onnx_runtime()));
     assert_eq!(problem, None);
     assert!(onnx.is_onnx_runtime());
     onnx

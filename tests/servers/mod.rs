@@ -27,24 +27,32 @@ const START: Duration = Duration::from_secs(120);
 /// Held by each test with a server of its own.
 pub static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// What `setup.sh` installed, by name.
+/// What a script of this folder installs, by name.
+fn install(script: &str, what: &[&str]) -> BTreeMap<String, PathBuf> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(script);
+    let output = Command::new("sh").arg(&script).args(what).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{} can't install what tests use, and without it nothing is proved: {}\n{}",
+        script.display(),
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let text = String::from_utf8(output.stdout).unwrap();
+    let pairs = text.lines().filter_map(|line| line.split_once('='));
+    pairs.map(|(name, path)| (name.to_owned(), path.into())).collect()
+}
+
+/// The inference servers.
 fn installed() -> &'static BTreeMap<String, PathBuf> {
     static INSTALLED: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
-    INSTALLED.get_or_init(|| {
-        let setup = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/setup.sh");
-        let output = Command::new("sh").arg(&setup).args(["mlserver", "triton"]).output().unwrap();
-        assert!(
-            output.status.success(),
-            "the inference servers can't be installed, and without them nothing is proved: {}\n{}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let text = String::from_utf8(output.stdout).unwrap();
-        text.lines()
-            .filter_map(|line| line.split_once('='))
-            .map(|(name, path)| (name.to_owned(), path.into()))
-            .collect()
-    })
+    INSTALLED.get_or_init(|| install("setup.sh", &["mlserver", "triton"]))
+}
+
+/// The library of ONNX Runtime.
+pub fn onnx_runtime() -> PathBuf {
+    static INSTALLED: OnceLock<PathBuf> = OnceLock::new();
+    INSTALLED.get_or_init(|| install("onnxruntime.sh", &[])["onnxruntime"].clone()).clone()
 }
 
 /// A model that the setup trained for `MLServer`.
