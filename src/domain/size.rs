@@ -1,8 +1,8 @@
 //! What a model takes in memory: what its manifest declares, what an agent estimates from its artifact, and what was
 //! measured.
 //!
-//! The rules of this module: no size is ever nothing; what was measured is worth more than what was guessed; of what
-//! was declared and what was measured the larger counts, unless the operator decided otherwise.
+//! The rules of this module: no size is ever nothing; what was measured is worth more than what was guessed; what was
+//! declared is worth more than both, unless the operator decided otherwise.
 
 use std::fmt;
 
@@ -35,11 +35,11 @@ pub struct Size {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Trust {
     /// The larger of the two counts.
-    #[default]
     Larger,
     /// What was measured counts.
     Measured,
     /// What was declared counts, and what was measured is only shown.
+    #[default]
     Declared,
 }
 

@@ -145,9 +145,9 @@ section! {
         drain_deadline: Duration = "30s" in "0s" to "24h";
         /// Memory that a model counts for when its manifest declares none.
         default_memory: Bytes = "256Mi" in "1" to "1Ti";
-        /// What counts when a model's manifest declares memory and another amount was measured: the "larger" of the two,
-        /// what was "measured", or what was "declared".
-        declared_memory: Trust = "larger";
+        /// What counts when a model's manifest declares memory and another amount was measured: what was "declared", what
+        /// was "measured", or the "larger" of the two.
+        declared_memory: Trust = "declared";
         /// By how much declared and measured memory may differ before the model says so, in percent of the smaller.
         memory_warning_percent: u32 = "200" in "100" to "100000";
         /// From which share of a replica's memory on, in percent, `server status` tells of memory that its server does

@@ -126,7 +126,7 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             default_memory: Bytes(256 << 20),
-            trust: Trust::Larger,
+            trust: Trust::default(),
             memory_warning_percent: 200,
             leak_percent: 10,
             retry_first: Duration::from_secs(1),
