@@ -351,10 +351,7 @@ async fn what_needs_a_capability_that_was_taken_away_moves_where_there_is_one() 
     home.write_registry(&format!("{}{}", able(&onnx(1, "64Mi", 10), "\"other\""), server("spare", 1, "64Mi", 10)));
     wharf
         .until_servers("copies elsewhere", |servers| {
-            servers.len() == 2
-                && shape(servers)[1].2 == 8
-                && shape(servers)[0].2 == 0
-                && told(&servers[0]).is_empty()
+            servers.len() == 2 && shape(servers)[1].2 == 8 && shape(servers)[0].2 == 0 && told(&servers[0]).is_empty()
         })
         .await;
     load.more(100).await;

@@ -4,12 +4,7 @@
 
 mod servers;
 
-use std::{
-    fs, io,
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;

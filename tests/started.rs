@@ -423,7 +423,8 @@ async fn triton_is_found_started_and_brought_back_with_what_it_had() {
         "[[server]]\nname = \"triton\"\nruntime = \"triton\"\ncapabilities = [\"triton\"]\nmemory = \"1Gi\"\n";
     let home = Home::new(registry).env("PATH", &path);
     let wharf = home.up().await;
-    let spec = Spec { artifact_version: Some(1), ..Spec::at("iris", &servers::triton("triton-iris"), "triton", 1 << 20) };
+    let spec =
+        Spec { artifact_version: Some(1), ..Spec::at("iris", &servers::triton("triton-iris"), "triton", 1 << 20) };
     wharf.submit(&spec).await.unwrap();
     wharf.until_within(LONG, "iris", "in memory", |view| resident(view) == 1).await;
     answers(&wharf, "iris").await;
@@ -457,7 +458,9 @@ async fn an_agent_of_its_own_starts_its_server_and_takes_it_along() {
         ("health", "/v2/health/live".to_owned()),
     ];
     let mut command = process::wharf();
-    command.arg("agent").args(settings.iter().flat_map(|(name, value)| ["--set".into(), format!("agent.{name}={value}")]));
+    command
+        .arg("agent")
+        .args(settings.iter().flat_map(|(name, value)| ["--set".into(), format!("agent.{name}={value}")]));
     let mut agent = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     available(&wharf, &place.model("a", "")).await;
     let server = answered_by(&wharf, "a").await;
