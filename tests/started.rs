@@ -92,6 +92,18 @@ impl Place {
         }
         text
     }
+
+    /// The registry's entry for a process of the test's program for each model.
+    fn each(&self) -> String {
+        format!(
+            "[[server]]\nname = \"each\"\nruntime = \"process\"\ncapabilities = [\"py\"]\nmemory = \"1Gi\"\n\
+             health = \"/v2/models/{{model_name}}/ready\"\n\
+             command = [\"python3\", {:?}, \"--port\", \"{{port}}\", \"--model\", \"{{model_name}}\", \"--path\", \"{{model_path}}\"]\n\
+             [server.env]\nNOTES = {:?}\n",
+            program(),
+            self.notes().display().to_string(),
+        )
+    }
 }
 
 /// Whether a process runs: one that has ended and was not waited for does not.
@@ -141,6 +153,15 @@ async fn answered_by(wharf: &Wharf, model: &str) -> u32 {
         assert!(Instant::now() < deadline, "{model} does not answer: {status} {body}\n{}", wharf.tail());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Submits a model with a warm-up.
+async fn warmed(wharf: &Wharf, spec: &Spec) {
+    let mut model = spec.model();
+    model.model_spec.as_mut().unwrap().warmup =
+        Some(r#"[{"name":"X","datatype":"FP32","shape":[1],"data":[1]}]"#.to_owned());
+    let request = wharf::rpc::proto::scheduler::LoadModelRequest { model: Some(model) };
+    wharf.scheduler.clone().load_model(request).await.unwrap();
 }
 
 async fn available(wharf: &Wharf, spec: &Spec) {
@@ -548,15 +569,7 @@ async fn a_server_that_never_answers_is_started_again_and_what_is_wrong_is_told(
 #[tokio::test]
 async fn each_model_is_a_process_that_is_started_watched_and_stopped() {
     let place = Place::new();
-    let registry = format!(
-        "[[server]]\nname = \"each\"\nruntime = \"process\"\ncapabilities = [\"py\"]\nmemory = \"1Gi\"\n\
-         health = \"/v2/models/{{model_name}}/ready\"\n\
-         command = [\"python3\", {:?}, \"--port\", \"{{port}}\", \"--model\", \"{{model_name}}\", \"--path\", \"{{model_path}}\"]\n\
-         [server.env]\nNOTES = {:?}\n",
-        program(),
-        place.notes().display().to_string(),
-    );
-    let home = Home::new(&registry);
+    let home = Home::new(&place.each());
     let wharf = home.up().await;
     for name in ["a", "b"] {
         available(&wharf, &place.model(name, "")).await;
@@ -573,6 +586,16 @@ async fn each_model_is_a_process_that_is_started_watched_and_stopped() {
     until("its process is gone", || !runs(again)).await;
     wharf.kill();
     until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
+}
+
+#[tokio::test]
+async fn a_warm_up_reaches_the_process_of_its_model() {
+    let place = Place::new();
+    let wharf = Home::new(&place.each());
+    let wharf = wharf.up().await;
+    warmed(&wharf, &place.model("a", "")).await;
+    wharf.until_serving("a", 1).await;
+    assert_eq!(place.noted("requests").len(), 1, "the warm-up was asked");
 }
 
 #[tokio::test]
