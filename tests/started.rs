@@ -554,6 +554,27 @@ async fn an_independent_server_outlives_the_agent_and_is_taken_up_without_a_relo
 }
 
 #[tokio::test]
+async fn an_independent_server_that_does_not_answer_yet_is_not_forgotten() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "lifetime = \"independent\"", &[]));
+    let wharf = home.up().await;
+    available(&wharf, &place.model("a", "")).await;
+    let server = answered_by(&wharf, "a").await;
+    wharf.kill();
+    let hang = place.notes().join("hang");
+    std::fs::write(&hang, "").unwrap();
+    home.up().await.stop().await;
+    assert!(runs(server), "it lives on");
+    std::fs::remove_file(hang).unwrap();
+    let wharf = home.up().await;
+    assert_eq!(answered_by(&wharf, "a").await, server);
+    assert_eq!(place.pids(), [server], "no other was started");
+    home.write_registry("");
+    wharf.unload("a").await.unwrap();
+    until("it is stopped", || !runs(server)).await;
+}
+
+#[tokio::test]
 async fn a_server_that_never_answers_is_started_again_and_what_is_wrong_is_told() {
     let place = Place::new();
     let home = Home::new(&place.registry(1, "", &["HANG"])).set("agent.start_deadline", "1s");
