@@ -554,6 +554,28 @@ async fn an_independent_server_outlives_the_agent_and_is_taken_up_without_a_relo
 }
 
 #[tokio::test]
+async fn an_independent_server_whose_replica_went_while_wharf_was_down_is_stopped_at_the_start() {
+    let place = Place::new();
+    let independent = |replicas| place.registry(replicas, "lifetime = \"independent\"", &[]);
+    let home = Home::new(&independent(2));
+    let wharf = home.up().await;
+    until("both run", || place.pids().len() == 2).await;
+    until("both are kept", || (0..2).all(|index| home.path().join(format!("agent/py-{index}/server.pid")).exists())).await;
+    wharf.kill();
+    home.write_registry(&independent(1));
+    let wharf = home.up().await;
+    let left = place.pids().into_iter().filter(|pid| runs(*pid)).collect::<Vec<_>>();
+    assert_eq!(left.len(), 1, "one replica is one server");
+    available(&wharf, &place.model("a", "")).await;
+    assert_eq!(answered_by(&wharf, "a").await, left[0], "and it was taken up");
+    wharf.kill();
+    assert!(runs(left[0]));
+    home.write_registry(&process::onnx(1, "1Mi", 0).replace("\"onnx\"\nruntime", "\"py\"\nruntime"));
+    drop(home.up().await);
+    assert!(!runs(left[0]), "a builtin runtime is no server");
+}
+
+#[tokio::test]
 async fn an_independent_server_that_does_not_answer_yet_is_not_forgotten() {
     let place = Place::new();
     let home = Home::new(&place.registry(1, "lifetime = \"independent\"", &[]));

@@ -63,7 +63,16 @@ impl Identity {
 
     /// Itself and what it started: the processes of its session, unless its number is another's by now.
     fn session(self) -> Vec<i32> {
-        if started(self.pid).is_some_and(|started| started != self.started) { Vec::new() } else { session(self.pid) }
+        let now = started(self.pid);
+        if now.is_some_and(|started| started != self.started) {
+            return Vec::new();
+        }
+        let mut all = session(self.pid);
+        // A program that was started just now has no session of its own yet.
+        if now.is_some() && !all.contains(&self.pid) {
+            all.push(self.pid);
+        }
+        all
     }
 
     fn signal(self, signal: Signal) {
@@ -322,5 +331,24 @@ fn remove(path: &Path) {
         && error.kind() != io::ErrorKind::NotFound
     {
         tracing::warn!(path = %path.display(), %error, "a file of an inference server can't be removed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_has_no_session_of_its_own_yet_is_stopped_all_the_same() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(number_at(folder.path()), "1 1").expect("written");
+        let child = Command::new("sleep").arg("1000").kill_on_drop(true).spawn().expect("started");
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).expect("it runs");
+        let who = Identity { pid, started: started(pid).expect("it runs") };
+        let kind = Kind::Alone { who, child: Some(child), folder: folder.path().to_owned() };
+        let mut alone = Child { kind, voice: Voice::new("a-0".to_owned(), None), output: JoinSet::new() };
+        alone.stop(Duration::from_secs(60)).await;
+        assert!(!who.runs(), "it was told to stop");
+        assert!(!number_at(folder.path()).exists(), "and is forgotten");
     }
 }
