@@ -222,6 +222,20 @@ async fn nothing_is_left_when_the_pipe_ends_whatever_ignores_the_signal() {
 }
 
 #[tokio::test]
+async fn what_a_program_leaves_has_no_grace_of_its_own() {
+    // The program needs most of the grace, and a child of it ignores the signal.
+    let script = "trap 'sleep 2.5; exit 5' TERM; sh -c 'trap \"\" TERM; echo $$; while :; do sleep 1; done' & \
+                  while :; do sleep 0.01; done";
+    let mut shim = shim(3000, script);
+    let pids = said(&mut shim, 1);
+    let began = Instant::now();
+    drop(shim.stdin.take());
+    assert_eq!(shim.wait().unwrap().code(), Some(5));
+    assert!(began.elapsed() < Duration::from_millis(5400), "one grace for all: {:?}", began.elapsed());
+    assert!(!runs(pids[0]));
+}
+
+#[tokio::test]
 async fn a_program_has_its_time_to_end_well() {
     let mut shim = shim(30_000, "trap 'exit 5' TERM; echo $$; while :; do sleep 0.01; done");
     let pids = said(&mut shim, 1);
