@@ -542,6 +542,28 @@ async fn a_model_whose_requests_take_the_server_down_is_kept_out() {
 }
 
 #[tokio::test]
+async fn a_model_whose_warm_up_takes_the_server_down_is_kept_out_and_one_that_is_busy_is_not() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "", &[])).set("scheduler.retry_first", "100ms");
+    let wharf = home.up().await;
+    available(&wharf, &place.model("good", "")).await;
+    let gateway = wharf.gateway.clone();
+    let busy = tokio::spawn(async move {
+        loop {
+            // Some fail with the server.
+            ask(&gateway, "good").await;
+        }
+    });
+    warmed(&wharf, &place.model("bad", "crash-on-infer")).await;
+    let told = |view: &ModelView| format!("{view:?}").contains("quarantined: the inference server ended 2 times");
+    wharf.until("bad", "quarantined", told).await;
+    busy.abort();
+    answered_by(&wharf, "good").await;
+    assert_eq!(wharf.metric("wharf_agent_server_ended_total").await, Some(2.0), "{}", wharf.tail());
+    assert_eq!(wharf.metric("wharf_agent_quarantined_total").await, Some(1.0));
+}
+
+#[tokio::test]
 async fn an_independent_server_outlives_the_agent_and_is_taken_up_without_a_reload() {
     let place = Place::new();
     let home = Home::new(&place.registry(1, "lifetime = \"independent\"", &[]));

@@ -34,6 +34,7 @@ impl Core {
         let answered = asked.unwrap_or_else(|_| Err(late("its warm-up request was not answered", within)));
         if answered.is_err() {
             self.metrics.load_failed.inc();
+            self.not_loaded(entry).await;
         }
         answered
     }
