@@ -33,7 +33,17 @@ use process::{
     load::{Clients, Protocol},
 };
 use serde_json::{Value, json};
-use wharf::rpc::proto::wharf::ModelView;
+use wharf::{
+    agent::{
+        process::{Launch, Models},
+        runtimes::{Kind, Runtime as _},
+    },
+    domain::{names::ReplicaId, upkeep::Patience},
+    forward::TcpNetwork,
+    ports::SystemClock,
+    rpc::proto::wharf::ModelView,
+    settings::registry,
+};
 
 /// How long heavy servers may take to start on a machine that is busy.
 const LONG: Duration = Duration::from_secs(180);
@@ -675,6 +685,38 @@ async fn a_warm_up_reaches_the_process_of_its_model() {
     warmed(&wharf, &place.model("a", "")).await;
     wharf.until_serving("a", 1).await;
     assert_eq!(place.noted("requests").len(), 1, "the warm-up was asked");
+}
+
+#[tokio::test]
+async fn a_model_whose_process_is_given_up_fails_and_is_not_started_again_for_it() {
+    let place = Place::new();
+    let argv = ["python3", &program(), "--port", "{port}", "--model", "{model_name}"];
+    let command = registry::Command {
+        argv: argv.map(str::to_owned).to_vec(),
+        env: [("NOTES".to_owned(), place.notes().display().to_string())].into(),
+        health: "/v2/models/{model_name}/ready".to_owned(),
+        ..registry::Command::default()
+    };
+    let replica = ReplicaId::new("each".parse().unwrap(), 0);
+    let mut launch = Launch::new(replica, Kind::Process, command, place.0.path().to_owned());
+    launch.shim = env!("CARGO_BIN_EXE_wharf").into();
+    launch.patience = Patience { restarts: 0, rest: Duration::from_secs(3600), ..Patience::default() };
+    let models = Models::new(launch, Arc::new(TcpNetwork), Arc::new(SystemClock::new()));
+    models.load("a_1").await.unwrap();
+    kill(place.pids()[0], "-9");
+    let deadline = Instant::now() + SOON;
+    while models.ready("a_1").await != Ok(false) {
+        assert!(Instant::now() < deadline, "it is not given up");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for _ in 0..2 {
+        let failure = models.load("a_1").await.unwrap_err();
+        assert!(failure.message.contains("is left alone for 3600 s"), "{failure:?}");
+    }
+    assert_eq!(place.pids().len(), 1, "it rests");
+    models.unload("a_1").await.unwrap();
+    models.load("a_1").await.unwrap();
+    models.unload("a_1").await.unwrap();
 }
 
 #[tokio::test]
