@@ -606,7 +606,8 @@ async fn an_independent_server_whose_replica_went_while_wharf_was_down_is_stoppe
     let home = Home::new(&independent(2));
     let wharf = home.up().await;
     until("both run", || place.pids().len() == 2).await;
-    until("both are kept", || (0..2).all(|index| home.path().join(format!("agent/py-{index}/server.pid")).exists())).await;
+    until("both are kept", || (0..2).all(|index| home.path().join(format!("agent/py-{index}/server.pid")).exists()))
+        .await;
     wharf.kill();
     home.write_registry(&independent(1));
     let wharf = home.up().await;
@@ -651,6 +652,36 @@ async fn a_server_that_never_answers_is_started_again_and_what_is_wrong_is_told(
     until("another start", || place.pids().len() >= 2).await;
     drop(wharf);
     until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
+}
+
+#[tokio::test]
+async fn a_server_in_whose_place_another_program_listens_is_not_taken_for_it() {
+    let place = Place::new();
+    // It listens somewhere else than it was told.
+    let elsewhere = "\"--port\", \"0\", \"--path\", \"{http_port}\"";
+    let home = Home::new(&place.registry(1, "", &[]).replace("\"--port\", \"{http_port}\"", elsewhere));
+    let wharf = home.up().await;
+    until("it runs", || place.pids().len() == 1).await;
+    let line = std::fs::read_to_string(format!("/proc/{}/cmdline", place.pids()[0])).unwrap();
+    let port: u16 = line.split('\0').skip_while(|word| *word != "--path").nth(1).unwrap().parse().unwrap();
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+    let other = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+                let mut bytes = [0; 4096];
+                while stream.read(&mut bytes).await.is_ok_and(|read| read > 0) {
+                    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+                }
+            });
+        }
+    });
+    let told = format!("process {} listens on port {port} of 127.0.0.1 in its place", std::process::id());
+    until("it is told", || home.log().contains(&told)).await;
+    assert!(!home.log().contains("the inference server is ready"));
+    other.abort();
+    drop(wharf);
 }
 
 // === a process for each model ===

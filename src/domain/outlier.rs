@@ -91,7 +91,9 @@ pub fn judge(
 #[must_use]
 pub fn claim(standing: Standing, now: Instant) -> Option<Standing> {
     match standing {
-        Standing::Aside { until, probes } if now >= until => Some(Standing::Aside { until: now + pause(probes), probes }),
+        Standing::Aside { until, probes } if now >= until => {
+            Some(Standing::Aside { until: now + pause(probes), probes })
+        }
         Standing::Unknown | Standing::Well | Standing::Failing { .. } | Standing::Aside { .. } => None,
     }
 }

@@ -95,7 +95,9 @@ pub(super) fn pick<'e>(
             };
             let untried = |place: &&Place| !tried.contains(&place.generation);
             // One whose door could not be reached just now would say nothing.
-            let claims = |place: &&Place| place.pulse.health.is_aside() && !suspect(place) && place.pulse.health.claim_probe(&now);
+            let claims = |place: &&Place| {
+                place.pulse.health.is_aside() && !suspect(place) && place.pulse.health.claim_probe(&now)
+            };
             if let Some(place) = places.iter().filter(untried).find(claims) {
                 return Some(Picked { share, place, probe: true });
             }

@@ -275,7 +275,10 @@ impl Child {
                 if gone {
                     forget(folder);
                 } else {
-                    tracing::error!(pid = who.pid, "an inference server can't be killed, and is left to the next agent");
+                    tracing::error!(
+                        pid = who.pid,
+                        "an inference server can't be killed, and is left to the next agent"
+                    );
                 }
             }
         }
@@ -300,6 +303,13 @@ pub(super) enum Root {
 }
 
 impl Root {
+    /// Its number.
+    pub(super) const fn number(self) -> i32 {
+        match self {
+            Self::Shim(pid) | Self::Program(pid) => pid,
+        }
+    }
+
     /// Bytes in memory of the program and of what it started.
     pub(super) fn memory(self) -> u64 {
         match self {

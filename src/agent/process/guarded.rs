@@ -56,13 +56,7 @@ impl Drop for Loading<'_> {
 
 impl Guarded {
     pub(crate) fn new(inner: Arc<dyn Runtime>, server: Arc<Server>) -> Self {
-        Self {
-            inner,
-            server,
-            loaded: Mutex::default(),
-            loading: Mutex::default(),
-            alone: Arc::default(),
-        }
+        Self { inner, server, loaded: Mutex::default(), loading: Mutex::default(), alone: Arc::default() }
     }
 
     /// What is being loaded.

@@ -33,7 +33,7 @@ use self::{
     child::{Child, Root},
     launch::Ports,
 };
-use super::measure::retry_after;
+use super::{measure::retry_after, procfs::Listening};
 use crate::{
     agent::runtimes::Kind,
     domain::{
@@ -341,19 +341,24 @@ impl Server {
         };
         let hop = Arc::new(Hop(self.reach(&ports)?));
         let path = launch.filled(&ports).map_err(|error| error.to_string())?.health;
+        let root = child.root();
+        let answers = async {
+            until_ready(&hop.0, &path).await;
+            usurper(root, ports.http).await
+        };
         let how = tokio::select! {
             biased;
             () = stop.cancelled() => None,
             how = child.ended() => Some(how),
-            () = until_ready(&hop.0, &path) => {
-                *self.root.lock().unwrap_or_else(PoisonError::into_inner) = child.root();
-                if adopted {
-                    tracing::info!(replica = %launch.replica, "the inference server that an earlier agent started is taken up");
-                } else {
-                    self.starts.record(self.clock.now().since(began));
+            other = answers => match other {
+                None => {
+                    self.is_ready(root, adopted, began);
+                    return Ok(Start::Up(Begun { child, hop }));
                 }
-                return Ok(Start::Up(Begun { child, hop }));
-            }
+                Some(other) => Some(format!(
+                    "can't be reached: process {other} listens on port {} of 127.0.0.1 in its place", ports.http
+                )),
+            },
             () = sleep(launch.start) => {
                 Some(format!("did not answer 200 at {path} within {} s", launch.start.as_secs_f64()))
             }
@@ -363,6 +368,16 @@ impl Server {
         }
         child.stop(launch.grace).await;
         how.map_or(Ok(Start::Stopped), Err)
+    }
+
+    /// It answers; it was begun with at `began`.
+    fn is_ready(&self, root: Option<Root>, adopted: bool, began: Instant) {
+        *self.root.lock().unwrap_or_else(PoisonError::into_inner) = root;
+        if adopted {
+            tracing::info!(replica = %self.launch.replica, "the inference server that an earlier agent started is taken up");
+        } else {
+            self.starts.record(self.clock.now().since(began));
+        }
     }
 
     fn reach(&self, ports: &Ports) -> Result<Arc<dyn Upstream>, String> {
@@ -378,6 +393,13 @@ impl Server {
             }
         }
     }
+}
+
+/// The process that listens in the place of the program that begins at `root`, if one does for certain.
+async fn usurper(root: Option<Root>, port: u16) -> Option<u32> {
+    let root = u32::try_from(root?.number()).ok()?;
+    // It reads the whole of /proc.
+    tokio::task::spawn_blocking(move || Listening::on(port).usurper(root)).await.ok().flatten()
 }
 
 async fn until_ready(hop: &Arc<dyn Upstream>, path: &str) {
