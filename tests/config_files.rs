@@ -333,6 +333,23 @@ fn started(runtime: &str, more: &str) -> String {
 }
 
 #[test]
+fn a_port_is_taken_once() {
+    let two = |first: u16, replicas: u32, second: u16| {
+        let a = started("mlserver", &format!("ports = {first}\nreplicas = {replicas}"));
+        a + &started("triton", &format!("ports = {second}")).replace("\"a\"", "\"b\"")
+    };
+    for (first, replicas, second) in [(8000, 2, 8005), (8005, 1, 8003), (8000, 1, 8000)] {
+        let told = registry_problems(&two(first, replicas, second));
+        assert_eq!(told.len(), 1, "{told:?}");
+        let names = told[0].contains("server b: ports: ") && told[0].contains("those of server a");
+        assert!(names && told[0].starts_with("servers.toml:8: "), "{told:?}");
+    }
+    for (first, replicas, second) in [(8000, 2, 8006), (8003, 1, 8000), (8000, 0, 8000)] {
+        Registry::parse(&two(first, replicas, second), "servers.toml").unwrap();
+    }
+}
+
+#[test]
 fn a_server_is_started_as_the_registry_says_or_as_its_kind_is() {
     let command = |runtime: &str, more: &str| {
         let registry = Registry::parse(&started(runtime, more), "servers.toml").unwrap();

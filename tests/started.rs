@@ -33,7 +33,17 @@ use process::{
     load::{Clients, Protocol},
 };
 use serde_json::{Value, json};
-use wharf::rpc::proto::wharf::ModelView;
+use wharf::{
+    agent::{
+        process::{Launch, Models},
+        runtimes::{Kind, Runtime as _},
+    },
+    domain::{names::ReplicaId, upkeep::Patience},
+    forward::TcpNetwork,
+    ports::SystemClock,
+    rpc::proto::wharf::ModelView,
+    settings::registry,
+};
 
 /// How long heavy servers may take to start on a machine that is busy.
 const LONG: Duration = Duration::from_secs(180);
@@ -92,6 +102,18 @@ impl Place {
         }
         text
     }
+
+    /// The registry's entry for a process of the test's program for each model.
+    fn each(&self) -> String {
+        format!(
+            "[[server]]\nname = \"each\"\nruntime = \"process\"\ncapabilities = [\"py\"]\nmemory = \"1Gi\"\n\
+             health = \"/v2/models/{{model_name}}/ready\"\n\
+             command = [\"python3\", {:?}, \"--port\", \"{{port}}\", \"--model\", \"{{model_name}}\", \"--path\", \"{{model_path}}\"]\n\
+             [server.env]\nNOTES = {:?}\n",
+            program(),
+            self.notes().display().to_string(),
+        )
+    }
 }
 
 /// Whether a process runs: one that has ended and was not waited for does not.
@@ -141,6 +163,15 @@ async fn answered_by(wharf: &Wharf, model: &str) -> u32 {
         assert!(Instant::now() < deadline, "{model} does not answer: {status} {body}\n{}", wharf.tail());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Submits a model with a warm-up.
+async fn warmed(wharf: &Wharf, spec: &Spec) {
+    let mut model = spec.model();
+    model.model_spec.as_mut().unwrap().warmup =
+        Some(r#"[{"name":"X","datatype":"FP32","shape":[1],"data":[1]}]"#.to_owned());
+    let request = wharf::rpc::proto::scheduler::LoadModelRequest { model: Some(model) };
+    wharf.scheduler.clone().load_model(request).await.unwrap();
 }
 
 async fn available(wharf: &Wharf, spec: &Spec) {
@@ -198,6 +229,20 @@ async fn nothing_is_left_when_the_pipe_ends_whatever_ignores_the_signal() {
     assert_eq!(status.code(), Some(128 + 9));
     assert!(began.elapsed() >= Duration::from_millis(300), "the program had its time");
     until("all are gone", || !pids.iter().any(|pid| runs(*pid))).await;
+}
+
+#[tokio::test]
+async fn what_a_program_leaves_has_no_grace_of_its_own() {
+    // The program needs most of the grace, and a child of it ignores the signal.
+    let script = "trap 'sleep 2.5; exit 5' TERM; sh -c 'trap \"\" TERM; echo $$; while :; do sleep 1; done' & \
+                  while :; do sleep 0.01; done";
+    let mut shim = shim(3000, script);
+    let pids = said(&mut shim, 1);
+    let began = Instant::now();
+    drop(shim.stdin.take());
+    assert_eq!(shim.wait().unwrap().code(), Some(5));
+    assert!(began.elapsed() < Duration::from_millis(5400), "one grace for all: {:?}", began.elapsed());
+    assert!(!runs(pids[0]));
 }
 
 #[tokio::test]
@@ -507,6 +552,28 @@ async fn a_model_whose_requests_take_the_server_down_is_kept_out() {
 }
 
 #[tokio::test]
+async fn a_model_whose_warm_up_takes_the_server_down_is_kept_out_and_one_that_is_busy_is_not() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "", &[])).set("scheduler.retry_first", "100ms");
+    let wharf = home.up().await;
+    available(&wharf, &place.model("good", "")).await;
+    let gateway = wharf.gateway.clone();
+    let busy = tokio::spawn(async move {
+        loop {
+            // Some fail with the server.
+            ask(&gateway, "good").await;
+        }
+    });
+    warmed(&wharf, &place.model("bad", "crash-on-infer")).await;
+    let told = |view: &ModelView| format!("{view:?}").contains("quarantined: the inference server ended 2 times");
+    wharf.until("bad", "quarantined", told).await;
+    busy.abort();
+    answered_by(&wharf, "good").await;
+    assert_eq!(wharf.metric("wharf_agent_server_ended_total").await, Some(2.0), "{}", wharf.tail());
+    assert_eq!(wharf.metric("wharf_agent_quarantined_total").await, Some(1.0));
+}
+
+#[tokio::test]
 async fn an_independent_server_outlives_the_agent_and_is_taken_up_without_a_reload() {
     let place = Place::new();
     let home = Home::new(&place.registry(1, "lifetime = \"independent\"", &[]));
@@ -533,6 +600,50 @@ async fn an_independent_server_outlives_the_agent_and_is_taken_up_without_a_relo
 }
 
 #[tokio::test]
+async fn an_independent_server_whose_replica_went_while_wharf_was_down_is_stopped_at_the_start() {
+    let place = Place::new();
+    let independent = |replicas| place.registry(replicas, "lifetime = \"independent\"", &[]);
+    let home = Home::new(&independent(2));
+    let wharf = home.up().await;
+    until("both run", || place.pids().len() == 2).await;
+    until("both are kept", || (0..2).all(|index| home.path().join(format!("agent/py-{index}/server.pid")).exists()))
+        .await;
+    wharf.kill();
+    home.write_registry(&independent(1));
+    let wharf = home.up().await;
+    let left = place.pids().into_iter().filter(|pid| runs(*pid)).collect::<Vec<_>>();
+    assert_eq!(left.len(), 1, "one replica is one server");
+    available(&wharf, &place.model("a", "")).await;
+    assert_eq!(answered_by(&wharf, "a").await, left[0], "and it was taken up");
+    wharf.kill();
+    assert!(runs(left[0]));
+    home.write_registry(&process::onnx(1, "1Mi", 0).replace("\"onnx\"\nruntime", "\"py\"\nruntime"));
+    drop(home.up().await);
+    assert!(!runs(left[0]), "a builtin runtime is no server");
+}
+
+#[tokio::test]
+async fn an_independent_server_that_does_not_answer_yet_is_not_forgotten() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "lifetime = \"independent\"", &[]));
+    let wharf = home.up().await;
+    available(&wharf, &place.model("a", "")).await;
+    let server = answered_by(&wharf, "a").await;
+    wharf.kill();
+    let hang = place.notes().join("hang");
+    std::fs::write(&hang, "").unwrap();
+    home.up().await.stop().await;
+    assert!(runs(server), "it lives on");
+    std::fs::remove_file(hang).unwrap();
+    let wharf = home.up().await;
+    assert_eq!(answered_by(&wharf, "a").await, server);
+    assert_eq!(place.pids(), [server], "no other was started");
+    home.write_registry("");
+    wharf.unload("a").await.unwrap();
+    until("it is stopped", || !runs(server)).await;
+}
+
+#[tokio::test]
 async fn a_server_that_never_answers_is_started_again_and_what_is_wrong_is_told() {
     let place = Place::new();
     let home = Home::new(&place.registry(1, "", &["HANG"])).set("agent.start_deadline", "1s");
@@ -543,20 +654,42 @@ async fn a_server_that_never_answers_is_started_again_and_what_is_wrong_is_told(
     until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
 }
 
+#[tokio::test]
+async fn a_server_in_whose_place_another_program_listens_is_not_taken_for_it() {
+    let place = Place::new();
+    // It listens somewhere else than it was told.
+    let elsewhere = "\"--port\", \"0\", \"--path\", \"{http_port}\"";
+    let home = Home::new(&place.registry(1, "", &[]).replace("\"--port\", \"{http_port}\"", elsewhere));
+    let wharf = home.up().await;
+    until("it runs", || place.pids().len() == 1).await;
+    let line = std::fs::read_to_string(format!("/proc/{}/cmdline", place.pids()[0])).unwrap();
+    let port: u16 = line.split('\0').skip_while(|word| *word != "--path").nth(1).unwrap().parse().unwrap();
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+    let other = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+                let mut bytes = [0; 4096];
+                while stream.read(&mut bytes).await.is_ok_and(|read| read > 0) {
+                    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+                }
+            });
+        }
+    });
+    let told = format!("process {} listens on port {port} of 127.0.0.1 in its place", std::process::id());
+    until("it is told", || home.log().contains(&told)).await;
+    assert!(!home.log().contains("the inference server is ready"));
+    other.abort();
+    drop(wharf);
+}
+
 // === a process for each model ===
 
 #[tokio::test]
 async fn each_model_is_a_process_that_is_started_watched_and_stopped() {
     let place = Place::new();
-    let registry = format!(
-        "[[server]]\nname = \"each\"\nruntime = \"process\"\ncapabilities = [\"py\"]\nmemory = \"1Gi\"\n\
-         health = \"/v2/models/{{model_name}}/ready\"\n\
-         command = [\"python3\", {:?}, \"--port\", \"{{port}}\", \"--model\", \"{{model_name}}\", \"--path\", \"{{model_path}}\"]\n\
-         [server.env]\nNOTES = {:?}\n",
-        program(),
-        place.notes().display().to_string(),
-    );
-    let home = Home::new(&registry);
+    let home = Home::new(&place.each());
     let wharf = home.up().await;
     for name in ["a", "b"] {
         available(&wharf, &place.model(name, "")).await;
@@ -573,6 +706,48 @@ async fn each_model_is_a_process_that_is_started_watched_and_stopped() {
     until("its process is gone", || !runs(again)).await;
     wharf.kill();
     until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
+}
+
+#[tokio::test]
+async fn a_warm_up_reaches_the_process_of_its_model() {
+    let place = Place::new();
+    let wharf = Home::new(&place.each());
+    let wharf = wharf.up().await;
+    warmed(&wharf, &place.model("a", "")).await;
+    wharf.until_serving("a", 1).await;
+    assert_eq!(place.noted("requests").len(), 1, "the warm-up was asked");
+}
+
+#[tokio::test]
+async fn a_model_whose_process_is_given_up_fails_and_is_not_started_again_for_it() {
+    let place = Place::new();
+    let argv = ["python3", &program(), "--port", "{port}", "--model", "{model_name}"];
+    let command = registry::Command {
+        argv: argv.map(str::to_owned).to_vec(),
+        env: [("NOTES".to_owned(), place.notes().display().to_string())].into(),
+        health: "/v2/models/{model_name}/ready".to_owned(),
+        ..registry::Command::default()
+    };
+    let replica = ReplicaId::new("each".parse().unwrap(), 0);
+    let mut launch = Launch::new(replica, Kind::Process, command, place.0.path().to_owned());
+    launch.shim = env!("CARGO_BIN_EXE_wharf").into();
+    launch.patience = Patience { restarts: 0, rest: Duration::from_secs(3600), ..Patience::default() };
+    let models = Models::new(launch, Arc::new(TcpNetwork), Arc::new(SystemClock::new()));
+    models.load("a_1").await.unwrap();
+    kill(place.pids()[0], "-9");
+    let deadline = Instant::now() + SOON;
+    while models.ready("a_1").await != Ok(false) {
+        assert!(Instant::now() < deadline, "it is not given up");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for _ in 0..2 {
+        let failure = models.load("a_1").await.unwrap_err();
+        assert!(failure.message.contains("is left alone for 3600 s"), "{failure:?}");
+    }
+    assert_eq!(place.pids().len(), 1, "it rests");
+    models.unload("a_1").await.unwrap();
+    models.load("a_1").await.unwrap();
+    models.unload("a_1").await.unwrap();
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 //!
 //! The rules of this module: what the server says it has is compared with what it should have, again and again, so that
 //! no word about a loss is needed; the server is asked about each copy in doubt before anything is done; the audit takes
-//! a small part of the server's time, however long its index is.
+//! a small part of the server's time, however long its index is, and comes again soon all the same.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -19,6 +19,13 @@ use crate::domain::version::Generation;
 const ASKED: usize = 64;
 /// The audit takes at most one part in so many of the time.
 const SHARE: u32 = 20;
+/// The longest pause for that: an index that took longer had to wait for something else.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// How long to wait after an index that took so long, where the settings say `every`.
+fn pause(every: Duration, took: Duration) -> Duration {
+    every.max(took.saturating_mul(SHARE).min(LONGEST))
+}
 
 impl Core {
     /// Compares for as long as the agent lives.
@@ -27,7 +34,7 @@ impl Core {
         let mut told = false;
         let mut took = Duration::ZERO;
         loop {
-            sleep(self.options.audit.max(took.saturating_mul(SHARE))).await;
+            sleep(pause(self.options.audit, took)).await;
             // Before the index: what is loaded while it is made is not missed in it.
             let resident: Vec<Arc<Entry>> =
                 self.book.all().into_iter().filter(|entry| entry.phase() == Phase::Resident).collect();
@@ -66,4 +73,18 @@ fn in_doubt<'a>(
     let missing = resident.iter().filter(|entry| !ready.contains(entry.served.as_str()));
     let (before, behind): (Vec<_>, Vec<_>) = missing.partition(|entry| Some(entry.generation) <= last);
     behind.into_iter().chain(before).take(ASKED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_index_is_asked_for_less_often_and_a_blocked_one_not_much_less() {
+        let seconds = Duration::from_secs;
+        assert_eq!(pause(seconds(1), Duration::from_millis(10)), seconds(1));
+        assert_eq!(pause(seconds(1), Duration::from_millis(500)), seconds(10));
+        assert_eq!(pause(seconds(1), seconds(600)), LONGEST, "it waited for a load");
+        assert_eq!(pause(seconds(90), seconds(600)), seconds(90));
+    }
 }

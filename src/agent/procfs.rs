@@ -16,6 +16,13 @@ use crate::{
 /// The most that is read of one of its files.
 const LARGEST: usize = 64 << 20;
 
+/// Fields of `/proc/PID/stat`, counted from behind the name.
+const PARENT: usize = 1;
+const SESSION: usize = 3;
+const START: usize = 19;
+/// How the command of a shim begins, as agents run it.
+const SHIM: &str = "wharf\0shim\0";
+
 /// The server that listens on a port of this machine.
 #[derive(Clone, Debug)]
 pub struct Listening {
@@ -42,6 +49,33 @@ impl Listening {
 
     /// The first of the processes that have the listening socket: the others are its children.
     fn process(&self, parents: &BTreeMap<u32, u32>) -> Option<u32> {
+        let holders = self.holders(parents);
+        holders.iter().copied().find(|process| parents.get(process).is_none_or(|parent| !holders.contains(parent)))
+    }
+
+    /// Who listens in the place of the program whose first process is `root`, if it can be said for certain that it is
+    /// none of that program: it is not below `root` nor of its session, and it was there before `root`, or is below
+    /// another `wharf shim`. Who came later and is nobody's may be what the program had others start, as a container is.
+    #[must_use]
+    pub fn usurper(&self, root: u32) -> Option<u32> {
+        let parents = self.parents();
+        let process = self.process(&parents)?;
+        let above = |process: u32| {
+            // No deeper than there are processes.
+            std::iter::successors(Some(process), |process| parents.get(process).copied()).take(parents.len())
+        };
+        if above(process).any(|process| process == root) || self.field(process, SESSION) == Some(u64::from(root)) {
+            return None;
+        }
+        let earlier = self.field(process, START)? < self.field(root, START)?;
+        let another = above(process).any(|process| {
+            read(&self.proc.join(process.to_string()).join("cmdline")).is_ok_and(|line| line.starts_with(SHIM))
+        });
+        (earlier || another).then_some(process)
+    }
+
+    /// The processes that have the listening socket.
+    fn holders(&self, parents: &BTreeMap<u32, u32>) -> BTreeSet<u32> {
         let sockets: BTreeSet<String> = ["net/tcp", "net/tcp6"]
             .into_iter()
             .filter_map(|file| read(&self.proc.join(file)).ok())
@@ -49,7 +83,7 @@ impl Listening {
             .map(|inode| format!("socket:[{inode}]"))
             .collect();
         if sockets.is_empty() {
-            return None;
+            return BTreeSet::new();
         }
         let holds = |process: &u32| {
             let Ok(files) = fs::read_dir(self.proc.join(process.to_string()).join("fd")) else { return false };
@@ -57,8 +91,7 @@ impl Listening {
                 fs::read_link(file.path()).is_ok_and(|to| to.to_str().is_some_and(|to| sockets.contains(to)))
             })
         };
-        let holders: BTreeSet<u32> = parents.keys().copied().filter(holds).collect();
-        holders.iter().copied().find(|process| parents.get(process).is_none_or(|parent| !holders.contains(parent)))
+        parents.keys().copied().filter(holds).collect()
     }
 
     /// Every process and its parent.
@@ -69,9 +102,14 @@ impl Listening {
     }
 
     fn parent(&self, process: u32) -> Option<u32> {
+        self.field(process, PARENT)?.try_into().ok()
+    }
+
+    /// A number of `/proc/PID/stat`.
+    fn field(&self, process: u32, field: usize) -> Option<u64> {
         let stat = read(&self.proc.join(process.to_string()).join("stat")).ok()?;
         // The name, in brackets, may hold anything.
-        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+        stat.rsplit_once(')')?.1.split_whitespace().nth(field)?.parse().ok()
     }
 
     fn anonymous(&self, process: u32) -> Option<u64> {
@@ -169,6 +207,42 @@ mod tests {
         let found = |port| Listening { port, proc: root.to_owned() }.footprint();
         assert_eq!(found(8080), Some(Footprint { process: 20, bytes: Bytes((200 + 30 + 4 + 3) * 1024) }));
         assert_eq!(found(8081), None);
+    }
+
+    #[test]
+    fn who_listens_in_the_place_of_another_is_told_where_that_is_certain() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let root = folder.path();
+        fs::create_dir(root.join("net")).expect("net");
+        let process = |id: u32, parent: u32, session: u32, start: u32, socket: Option<u32>| {
+            let folder = root.join(id.to_string());
+            fs::create_dir_all(folder.join("fd")).expect("fd");
+            let stat = format!("{id} (a) S {parent} 1 {session} {} {start} 0", "0 ".repeat(14));
+            fs::write(folder.join("stat"), stat).expect("stat");
+            if let Some(inode) = socket {
+                std::os::unix::fs::symlink(format!("socket:[{inode}]"), folder.join("fd/3")).expect("fd");
+            }
+        };
+        let mut table = "head\n".to_owned();
+        let mut port = |port: u16, inode: u32| {
+            table += &format!("0: 0100007F:{port:04X} 00000000:0000 0A 0:0 0:0 0 0 0 {inode} 1\n");
+        };
+        // The program that was started, at 100, with a child and one that left for its session's sake.
+        process(10, 1, 9, 100, None);
+        process(11, 10, 9, 110, Some(1));
+        process(12, 1, 10, 120, Some(2));
+        // One that was there before, one that came later, one of another agent that came later.
+        process(20, 1, 20, 50, Some(3));
+        process(30, 1, 30, 150, Some(4));
+        process(40, 1, 40, 150, None);
+        fs::write(root.join("40/cmdline"), "wharf\0shim\0--grace\0001\0").expect("cmdline");
+        process(41, 40, 40, 151, Some(5));
+        for number in 1..=5 {
+            port(8000 + number, u32::from(number));
+        }
+        fs::write(root.join("net/tcp"), table).expect("tcp");
+        let usurper = |port| Listening { port, proc: root.to_owned() }.usurper(10);
+        assert_eq!([8001, 8002, 8003, 8004, 8005, 8006].map(usurper), [None, None, Some(20), None, Some(41), None]);
     }
 
     #[test]

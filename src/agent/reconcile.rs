@@ -90,7 +90,7 @@ impl Core {
         }
         let suspect = (generation.uid, generation.version);
         let quarantined = self.quarantine.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(why) = quarantined.reason(suspect) {
+        if let Some(why) = quarantined.reason(suspect, self.clock.now()) {
             return refuse(FailureClass::Runtime, why.to_owned());
         }
         drop(quarantined);
@@ -168,6 +168,7 @@ impl Core {
         }
         // A load that the server has begun can't be taken back, so it is waited for even if the copy is to
         // leave: only then is its memory known.
+        let loading = self.loading(entry);
         let mut in_server = entry.in_server.lock().await;
         self.load(entry, &mut in_server).await?;
         self.warm_up(entry).await?;
@@ -180,6 +181,7 @@ impl Core {
         if entry.shift(Phase::Preparing, Phase::Resident) {
             self.report(entry);
         }
+        drop(loading);
         Ok(())
     }
 

@@ -127,6 +127,7 @@ impl Core {
 
     /// Loads a copy that has its room and is reloading. One that can't be loaded has failed.
     pub(crate) async fn load_again(&self, entry: &Arc<Entry>) {
+        let _loading = self.loading(entry);
         let mut in_server = entry.in_server.lock().await;
         match self.try_to_load(entry, &mut in_server).await {
             Ok(()) => {

@@ -180,6 +180,8 @@ impl Core {
             }
             Err(failure) => {
                 self.metrics.load_failed.inc();
+                drop(turn);
+                self.not_loaded(entry).await;
                 Err(failure)
             }
         }

@@ -14,7 +14,7 @@ use crate::{
         copy::{Failure, FailureClass},
         warmup::{Warmup, inputs_for},
     },
-    forward::Body,
+    forward::{Body, Served},
 };
 
 /// Longest answer that is read.
@@ -34,6 +34,7 @@ impl Core {
         let answered = asked.unwrap_or_else(|_| Err(late("its warm-up request was not answered", within)));
         if answered.is_err() {
             self.metrics.load_failed.inc();
+            self.not_loaded(entry).await;
         }
         answered
     }
@@ -44,7 +45,7 @@ impl Core {
             Warmup::None => return Ok(()),
             Warmup::Inputs(inputs) => inputs.clone(),
             Warmup::Auto => {
-                let (status, said) = self.ask(Method::GET, model.clone(), String::new()).await?;
+                let (status, said) = self.ask(entry, Method::GET, model.clone(), String::new()).await?;
                 let metadata: Option<Value> = serde_json::from_slice(&said).ok().filter(|_| status.is_success());
                 let metadata = metadata.ok_or_else(|| {
                     failed(format!("it tells nothing of itself to warm it up with ({status}): {}", words(&said)))
@@ -53,15 +54,23 @@ impl Core {
             }
         };
         let body = format!("{{\"inputs\":{inputs}}}");
-        let (status, said) = self.ask(Method::POST, format!("{model}/infer"), body).await?;
+        let (status, said) = self.ask(entry, Method::POST, format!("{model}/infer"), body).await?;
         if status.is_success() {
             return Ok(());
         }
         Err(failed(format!("its warm-up request failed ({status}): {}", words(&said))))
     }
 
-    async fn ask(&self, method: Method, path: String, body: String) -> Result<(StatusCode, Vec<u8>), Failure> {
+    async fn ask(
+        &self,
+        entry: &Entry,
+        method: Method,
+        path: String,
+        body: String,
+    ) -> Result<(StatusCode, Vec<u8>), Failure> {
         let request = http::Request::builder().method(method).uri(path).header(CONTENT_TYPE, "application/json");
+        // It does not come through the door, which says this of all others.
+        let request = request.extension(Served(entry.served.as_str().into()));
         let request =
             request.body(Body::from(body)).map_err(|error| failed(format!("its warm-up can't be sent: {error}")))?;
         let response = self.server.call(request).await;

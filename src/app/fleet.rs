@@ -234,6 +234,26 @@ impl Fleet {
         }
     }
 
+    /// Stops the inference servers that outlived an earlier life of this process and are not to be started by `registry`
+    /// in their place: no agent looks for them any more.
+    pub(super) async fn stop_left(&self, registry: &Registry) {
+        if self.scheduler.is_none() {
+            return;
+        }
+        let started = |server: &ServerDecl| {
+            matches!(server.location, Location::Command(_)) && server.runtime != settings::registry::Runtime::Process
+        };
+        let servers = registry.servers.iter().filter(|server| started(server));
+        let looked_for: BTreeSet<String> = servers
+            .flat_map(|server| (0..server.replicas).map(|index| ReplicaId::new(server.name.clone(), index).to_string()))
+            .collect();
+        let folders = std::fs::read_dir(&self.settings.data_dir).into_iter().flatten().flatten();
+        let left = folders.filter(|folder| folder.file_name().to_str().is_none_or(|name| !looked_for.contains(name)));
+        let grace = self.settings.stop_deadline;
+        let stops = left.map(|folder| async move { agent::process::stop_left(&folder.path(), grace).await });
+        futures::future::join_all(stops).await;
+    }
+
     /// Takes away the servers that the file had in an earlier life of this process, and has no more.
     pub(super) fn take_away_undeclared(&mut self) {
         let declared: BTreeSet<&ServerName> = self.registry.servers.iter().map(|server| &server.name).collect();

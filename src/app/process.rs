@@ -202,6 +202,8 @@ impl Process {
             Arc::clone(&self.metrics),
             here,
         );
+        // First, as they may have the ports of those that are to be started.
+        fleet.stop_left(&first).await;
         fleet.become_as(first).await?;
         fleet.take_away_undeclared();
         self.tasks.spawn(fleet.follow(path, watch, self.shutdown.clone()));
@@ -255,6 +257,10 @@ impl Process {
         options.overcommit_percent = settings.overcommit_percent;
         options.door_address = settings.advertise.clone();
         options.workers = settings.runtime_workers;
+        if settings.runtime != STARTED || settings.runtime_kind.0 == Some(Kind::Process) {
+            // One that an earlier agent started here.
+            agent::process::stop_left(&settings.data_dir, settings.stop_deadline).await;
+        }
         let server: Arc<dyn Upstream> = if settings.runtime == "builtin" {
             options.runtime = Some(Kind::Builtin);
             builtin(&mut options, &settings)

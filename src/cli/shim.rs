@@ -11,6 +11,7 @@ use std::{
     io::{self, Read as _},
     os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
+    pin::pin,
     process::{Command, ExitCode, ExitStatus, Stdio},
     time::Duration,
 };
@@ -24,9 +25,10 @@ use rustix::{
     },
 };
 use tokio::{
+    select,
     signal::unix::{SignalKind, signal},
     sync::mpsc::{UnboundedSender, unbounded_channel},
-    time::{sleep, timeout},
+    time::sleep,
 };
 
 use super::{Output, failure::Failure};
@@ -132,10 +134,15 @@ async fn watch(grace: Duration, command: &[OsString]) -> io::Result<ExitStatus> 
 
     let mut ended = matches!(events.recv().await, Some(Event::Ended));
     let asked = !ended;
+    // One grace for all of it: the agent waits no longer.
+    let mut over = pin!(sleep(grace));
     if asked {
         signal_group(group, Signal::TERM);
-        ended =
-            timeout(grace, async { while !matches!(events.recv().await, Some(Event::Ended) | None) {} }).await.is_ok();
+        let end = async { while !matches!(events.recv().await, Some(Event::Ended) | None) {} };
+        ended = select! {
+            () = over.as_mut() => false,
+            () = end => true,
+        };
     }
     // Until it is waited for, its number is nobody else's.
     if !asked || !ended {
@@ -143,13 +150,17 @@ async fn watch(grace: Duration, command: &[OsString]) -> io::Result<ExitStatus> 
     }
     let status = child.wait()?;
     // What it started and left: workers that were asked too, and whoever left the group.
-    let mut left = if asked && ended { grace } else { Duration::ZERO };
+    let mut patient = asked && ended;
     while !childless() {
-        if left.is_zero() {
+        if !patient {
             kill_children();
+            sleep(LOOK).await;
+            continue;
         }
-        sleep(LOOK).await;
-        left = left.saturating_sub(LOOK);
+        select! {
+            () = over.as_mut() => patient = false,
+            () = sleep(LOOK) => {}
+        }
     }
     Ok(status)
 }

@@ -1,7 +1,8 @@
 //! When a copy is set aside: it answers with errors while others of its version answer well.
 //!
 //! The rules of this module: errors alone set nothing aside, for a version that fails everywhere has no better copy; what
-//! is set aside comes back by one good answer to one request, never by time alone.
+//! is set aside comes back by one good answer to one request, never by time alone; in each wait there is one such request,
+//! whatever becomes of it.
 
 use std::time::Duration;
 
@@ -85,6 +86,18 @@ pub fn judge(
     }
 }
 
+/// Claims the request that finds out about a copy: how that stands from then on. Nothing when it is not aside, or not
+/// for long enough. The next wait begins with the claim, for there may never be a verdict.
+#[must_use]
+pub fn claim(standing: Standing, now: Instant) -> Option<Standing> {
+    match standing {
+        Standing::Aside { until, probes } if now >= until => {
+            Some(Standing::Aside { until: now + pause(probes), probes })
+        }
+        Standing::Unknown | Standing::Well | Standing::Failing { .. } | Standing::Aside { .. } => None,
+    }
+}
+
 /// How long a copy stays aside after so many probes have failed.
 fn pause(probes: u32) -> Duration {
     FIRST.saturating_mul(1 << probes.min(16)).min(LONGEST)
@@ -134,6 +147,18 @@ mod tests {
             assert_eq!(change, None);
         }
         assert_eq!(judge(aside, Verdict::Good, true, false, at(9)), (Standing::Well, Some(Change::Back)));
+    }
+
+    #[test]
+    fn there_is_one_probe_in_each_wait_whether_it_has_a_verdict_or_not() {
+        let aside = Standing::Aside { until: at(10), probes: 1 };
+        assert_eq!(claim(aside, at(9)), None);
+        let claimed = claim(aside, at(12)).expect("it is time");
+        assert_eq!(claimed, Standing::Aside { until: at(32), probes: 1 });
+        assert_eq!((claim(claimed, at(31)), claim(claimed, at(32)).is_some()), (None, true));
+        for standing in [Standing::Unknown, Standing::Well, Standing::Failing { in_row: ERRORS }] {
+            assert_eq!(claim(standing, at(99)), None);
+        }
     }
 
     proptest! {

@@ -1,9 +1,9 @@
 //! Which model takes its inference server down with it.
 //!
-//! The rules of this module: under suspicion is what the server was loading when it ended, and what it was asked then.
-//! Whoever was under suspicion at two ends within a while, and more often than anyone else who was at the last one, is
-//! quarantined; a load weighs more than a request. Where two are as suspicious as each other nobody is: an innocent model
-//! is never taken out with a guilty one.
+//! The rules of this module: under suspicion is what the server was loading when it ended, or, when it was loading nothing,
+//! what it was asked then. Whoever was under suspicion at two ends within a while, and more often than anyone else who
+//! was at the last one, is quarantined. Where two are as suspicious as each other nobody is: an innocent model is never
+//! taken out with a guilty one. A quarantine ends by time, for it may have met an innocent one that is asked much.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -16,6 +16,8 @@ use super::{
 const ENOUGH: usize = 2;
 /// The time over which ends count.
 pub const WINDOW: Duration = Duration::from_secs(600);
+/// How long a quarantine lasts.
+pub const OUT: Duration = Duration::from_secs(1800);
 /// Versions that are remembered at most, of each kind.
 const MOST: usize = 1024;
 
@@ -50,14 +52,15 @@ struct Sighting {
 #[derive(Clone, Debug, Default)]
 pub struct Quarantine {
     seen: BTreeMap<Suspect, Vec<Sighting>>,
-    out: BTreeMap<Suspect, String>,
+    /// Who is kept out, until when, and why.
+    out: BTreeMap<Suspect, (Instant, String)>,
 }
 
 impl Quarantine {
     /// Why a model is kept out, if it is.
     #[must_use]
-    pub fn reason(&self, who: Suspect) -> Option<&str> {
-        self.out.get(&who).map(String::as_str)
+    pub fn reason(&self, who: Suspect, now: Instant) -> Option<&str> {
+        self.out.get(&who).filter(|(until, _)| now < *until).map(|(_, why)| why.as_str())
     }
 
     /// Whether anyone is under suspicion: then models are to be loaded one by one, so that the next end has one cause.
@@ -72,9 +75,10 @@ impl Quarantine {
             sightings.retain(|sighting| now.since(sighting.at) <= WINDOW);
         }
         self.seen.retain(|_, sightings| !sightings.is_empty());
-        let loading = scene.loading.iter().map(|who| (*who, true));
-        let asked = scene.asked.iter().filter(|who| !scene.loading.contains(who)).map(|who| (*who, false));
-        let mut here: BTreeMap<Suspect, bool> = loading.chain(asked).collect();
+        // What is asked all the time is asked at every end: a load tells more.
+        let loading = !scene.loading.is_empty();
+        let there = if loading { &scene.loading } else { &scene.asked };
+        let mut here: BTreeMap<Suspect, bool> = there.iter().map(|who| (*who, loading)).collect();
         here.retain(|who, _| self.seen.len() < MOST || self.seen.contains_key(who));
         for (who, loading) in &here {
             self.seen.entry(*who).or_default().push(Sighting { at: now, loading: *loading });
@@ -93,13 +97,16 @@ impl Quarantine {
             _ => "it loaded this model or answered requests for it",
         };
         let why = format!(
-            "quarantined: the inference server ended {times} times while {doing}; resubmit the model to try again"
+            "quarantined: the inference server ended {times} times while {doing}; it is tried again after {} minutes, or \
+             resubmit the model",
+            OUT.as_secs() / 60
         );
         self.seen.remove(&who);
+        self.out.retain(|_, (until, _)| now < *until);
         while self.out.len() >= MOST {
             self.out.pop_first();
         }
-        self.out.insert(who, why.clone());
+        self.out.insert(who, (now + OUT, why.clone()));
         Some(Verdict { who, why })
     }
 }
@@ -131,8 +138,11 @@ mod tests {
         let verdict = quarantine.ended(&scene(&[1], &[]), at(9)).expect("enough");
         assert_eq!(verdict.who, model(1));
         assert!(verdict.why.contains("ended 2 times while it loaded this model"), "{}", verdict.why);
-        assert_eq!(quarantine.reason(model(1)), Some(verdict.why.as_str()));
-        assert_eq!(quarantine.reason((Uid(1), Version(2))), None, "another version may try");
+        assert_eq!(quarantine.reason(model(1), at(9)), Some(verdict.why.as_str()));
+        assert_eq!(quarantine.reason((Uid(1), Version(2)), at(9)), None, "another version may try");
+        assert!(quarantine.reason(model(1), at(8 + OUT.as_secs())).is_some());
+        assert_eq!(quarantine.reason(model(1), at(9 + OUT.as_secs())), None, "it may try again");
+        assert_eq!(quarantine.ended(&scene(&[1], &[]), at(9 + OUT.as_secs())), None, "and begins anew");
     }
 
     #[test]
@@ -147,14 +157,12 @@ mod tests {
     }
 
     #[test]
-    fn whoever_is_always_there_is_told_from_those_that_were_loading_by_chance() {
+    fn what_is_asked_all_the_time_is_not_to_blame_for_what_is_loaded() {
         let mut quarantine = Quarantine::default();
         assert_eq!(quarantine.ended(&scene(&[2], &[1]), at(0)), None);
-        assert_eq!(quarantine.ended(&scene(&[3], &[1]), at(1)).map(|verdict| verdict.who), Some(model(1)));
-        // Under steady requests for others a load is what counts.
-        let mut quarantine = Quarantine::default();
-        assert_eq!(quarantine.ended(&scene(&[2], &[1]), at(0)), None);
-        assert_eq!(quarantine.ended(&scene(&[2], &[1]), at(1)).map(|verdict| verdict.who), Some(model(2)));
+        assert_eq!(quarantine.ended(&scene(&[3], &[1]), at(1)), None, "it may have been either load");
+        assert_eq!(quarantine.ended(&scene(&[], &[1]), at(2)), None, "and this is the first end without one");
+        assert_eq!(quarantine.ended(&scene(&[2], &[1]), at(3)).map(|verdict| verdict.who), Some(model(2)));
     }
 
     #[test]

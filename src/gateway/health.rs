@@ -1,11 +1,12 @@
 //! What the answers of a copy say of it, and a request's place in its counts.
 //!
 //! The rules of this module: the domain judges; a good answer of a copy that is well costs one look at one word; only
-//! what the inference server answered counts, not what a door refused before.
+//! what the inference server answered counts, not what a door refused before. That it did not answer in this gateway's own
+//! time counts as a failure; a deadline that a client set says nothing.
 
 use std::sync::{
     Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+    atomic::{AtomicU8, AtomicU64, Ordering},
 };
 
 use super::{
@@ -31,8 +32,6 @@ pub(super) struct Health {
     word: AtomicU8,
     /// When a copy that is set aside may be probed, in microseconds since the epoch.
     until: AtomicU64,
-    /// Whether a request is under way that finds out about it.
-    probing: AtomicBool,
 }
 
 impl Health {
@@ -46,14 +45,28 @@ impl Health {
 
     /// Claims the probe of a copy that was set aside long enough.
     pub(super) fn claim_probe(&self, now: impl FnOnce() -> Instant) -> bool {
-        self.is_aside()
-            && now().as_micros() >= self.until.load(Ordering::Relaxed)
-            && !self.probing.swap(true, Ordering::Relaxed)
+        if !self.is_aside() {
+            return false;
+        }
+        let now = now();
+        if now.as_micros() < self.until.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(next) = outlier::claim(*standing, now) else { return false };
+        self.stands(&mut standing, next);
+        true
     }
 
     fn judge(&self, verdict: Verdict, probe: bool, others_well: bool, now: Instant) -> Option<Change> {
         let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
         let (next, change) = outlier::judge(*standing, verdict, probe, others_well, now);
+        self.stands(&mut standing, next);
+        change
+    }
+
+    /// Keeps how it stands, also for those who only look.
+    fn stands(&self, standing: &mut Standing, next: Standing) {
         *standing = next;
         let word = match next {
             Standing::Unknown | Standing::Failing { .. } => 0,
@@ -64,7 +77,6 @@ impl Health {
             }
         };
         self.word.store(word, Ordering::Relaxed);
-        change
     }
 }
 
@@ -143,8 +155,5 @@ impl Flight {
 impl Drop for Flight {
     fn drop(&mut self) {
         self.pulse.in_flight.fetch_sub(1, Ordering::Relaxed);
-        if self.probe {
-            self.pulse.health.probing.store(false, Ordering::Relaxed);
-        }
     }
 }

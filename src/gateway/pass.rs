@@ -5,7 +5,7 @@
 //! answer now.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -83,6 +83,20 @@ struct Answer {
     flight: Flight,
 }
 
+/// The request's place in the counts of the copy that it is with: kept where it is found when the wait is over.
+#[derive(Default)]
+struct Aboard(Mutex<Option<Flight>>);
+
+impl Aboard {
+    fn board(&self, flight: Flight) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(flight);
+    }
+
+    fn leave(&self) -> Option<Flight> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
 impl Gateway {
     /// Passes a request to a copy of the model that `call` names in `head`.
     pub(super) async fn pass(&self, head: Parts, call: Call<'_>, body: Body, mut admitted: Admitted) -> Response {
@@ -106,7 +120,8 @@ impl Gateway {
         let mut kept = Kept { head, body };
         let id = self.prepare(&mut kept.head.headers);
         let streaming = call.streaming;
-        let outcome = timeout(deadline, self.attempts(&kept, call)).await;
+        let aboard = Aboard::default();
+        let outcome = timeout(deadline, self.attempts(&kept, call, &aboard)).await;
         let outcome = match outcome {
             // Also when the inference server has words of its own for a body that was cut off.
             Ok(_) if kept.body.as_ref().is_some_and(Replay::over_limit) => {
@@ -116,6 +131,9 @@ impl Gateway {
             Ok(outcome) => outcome,
             Err(_) => {
                 self.metrics.deadline_exceeded.fetch_add(1, Ordering::Relaxed);
+                if let Some(mut flight) = aboard.leave().filter(|_| asked.is_none()) {
+                    flight.judged(Verdict::Error, &self.metrics, || self.clock.now());
+                }
                 Err(Refused::new(Code::DeadlineExceeded, format!("no answer came within {deadline:?}")))
             }
         };
@@ -162,7 +180,7 @@ impl Gateway {
         id
     }
 
-    async fn attempts(&self, kept: &Kept, call: Call<'_>) -> Result<Answer, Refused> {
+    async fn attempts(&self, kept: &Kept, call: Call<'_>, aboard: &Aboard) -> Result<Answer, Refused> {
         let peeked;
         let (name, version) = match (call.model, &kept.body) {
             (Some(name), _) => (name, call.version),
@@ -207,14 +225,18 @@ impl Gateway {
             if !tried.is_empty() {
                 self.metrics.retries.fetch_add(1, Ordering::Relaxed);
             }
-            let mut flight = Flight::board(&entry, &picked);
+            aboard.board(Flight::board(&entry, &picked));
             let (share, place) = (picked.share, picked.place);
             let Some(request) = attempt(kept, share, place, here) else {
                 let message = "no copy could take the request, and too much of its body has been read to send it to \
                                another";
                 return Err(Refused::new(Code::Unavailable, message).retry_after(SOON));
             };
-            match place.door.call(request).await {
+            let answered = place.door.call(request).await;
+            let Some(mut flight) = aboard.leave() else {
+                return Err(Refused::new(Code::Unavailable, "the wait for the answer is over"));
+            };
+            match answered {
                 Ok(response) => match self.refusal(&response) {
                     None => {
                         if response.headers().contains_key(RESIDENCY) {

@@ -144,6 +144,9 @@ impl http_body::Body for Passage {
                 if this.limit.poll_over(cx).is_pending() {
                     return Poll::Pending;
                 }
+                if matches!(this.limit, Limit::Silence { .. }) {
+                    this.admitted.judge(&mut this.flight, Some(Verdict::Error));
+                }
                 let message = match this.limit {
                     Limit::Deadline(_) => "the deadline that the client set was over before the answer was".to_owned(),
                     Limit::Silence { most, .. } => format!("nothing came from the inference server for {most:?}"),

@@ -89,8 +89,16 @@ pub(super) fn pick<'e>(
     let place = match share.places.as_ref() {
         [only] => only,
         places => {
+            let suspect = |place: &Place| {
+                let until = place.pulse.suspect_until.load(Ordering::Relaxed);
+                until != 0 && now().as_micros() < until
+            };
             let untried = |place: &&Place| !tried.contains(&place.generation);
-            if let Some(place) = places.iter().filter(untried).find(|place| place.pulse.health.claim_probe(&now)) {
+            // One whose door could not be reached just now would say nothing.
+            let claims = |place: &&Place| {
+                place.pulse.health.is_aside() && !suspect(place) && place.pulse.health.claim_probe(&now)
+            };
+            if let Some(place) = places.iter().filter(untried).find(claims) {
                 return Some(Picked { share, place, probe: true });
             }
             let load = |index: usize| {
@@ -98,8 +106,7 @@ pub(super) fn pick<'e>(
                 if tried.contains(&place.generation) {
                     return None;
                 }
-                let suspect_until = place.pulse.suspect_until.load(Ordering::Relaxed);
-                let suspect = suspect_until != 0 && now().as_micros() < suspect_until;
+                let suspect = suspect(place);
                 let evicted = !place.pulse.resident.load(Ordering::Relaxed);
                 let in_flight = place.pulse.in_flight.load(Ordering::Relaxed);
                 let aside = place.pulse.health.is_aside();

@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU16, Ordering},
     },
     time::Duration,
 };
@@ -14,7 +14,10 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt as _, StreamBody};
-use wharf::forward::{Body, Request, Response};
+use wharf::{
+    forward::{Body, Request, Response, Upstream as _},
+    gateway::Options,
+};
 
 use crate::harness::{Door, World, grpc_message, grpc_post, model, post, text, version};
 
@@ -129,4 +132,86 @@ async fn what_a_client_did_wrong_and_what_a_door_refused_sets_nothing_aside() {
     let answers = ask(&world, false, 300).await;
     assert!(answers["wrong"] > 50 && answers["well"] > 50, "{answers:?}");
     assert_eq!(world.metric(|metrics| &metrics.set_aside), 0);
+}
+
+/// What a door does whose mood this is: it answers with this HTTP status, or not at all.
+const SILENT: u16 = 0;
+
+fn moody(name: &'static str, mood: &Arc<AtomicU16>) -> Arc<Door> {
+    let mood = Arc::clone(mood);
+    Door::new(move |_| {
+        let mood = mood.load(Ordering::SeqCst);
+        async move {
+            if mood == SILENT {
+                std::future::pending::<()>().await;
+            }
+            Ok(text(StatusCode::from_u16(mood).expect("a status"), name))
+        }
+    })
+}
+
+/// Two copies, of which the first has moods.
+fn with_moods() -> (World, Arc<AtomicU16>) {
+    let world = World::with(Options { request_deadline: Duration::from_secs(1), ..Options::default() });
+    let mood = Arc::new(AtomicU16::new(200));
+    let places = [world.local("one", moody("one", &mood)), world.local("two", door("two", &Arc::default()))];
+    world.routes(vec![model("iris", vec![version(1, 1, &[&places[0], &places[1]])])]);
+    (world, mood)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_says_nothing_is_one_in_its_wait_all_the_same() {
+    let (world, mood) = with_moods();
+    ask(&world, false, 60).await;
+    mood.store(500, Ordering::SeqCst);
+    assert_eq!(ask(&world, false, 200).await.get("one"), Some(&5));
+    // No capacity, and a client's mistake: no verdict on the copy.
+    for status in [503, 404] {
+        mood.store(status, Ordering::SeqCst);
+        tokio::time::advance(Duration::from_secs(11)).await;
+        assert_eq!(ask(&world, false, 50).await.get("one"), Some(&1), "{status}");
+    }
+    mood.store(200, Ordering::SeqCst);
+    tokio::time::advance(Duration::from_secs(11)).await;
+    assert!(ask(&world, false, 60).await["one"] > 5, "it is back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_does_not_answer_in_time_is_set_aside() {
+    let (world, mood) = with_moods();
+    ask(&world, false, 60).await;
+    mood.store(SILENT, Ordering::SeqCst);
+    let answers = ask(&world, false, 100).await;
+    assert_eq!(answers["two"], 95, "{answers:?}");
+    assert_eq!(world.metric(|metrics| &metrics.set_aside), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_goes_on_and_on_is_not_the_only_probe() {
+    let world = World::new();
+    let sick = Arc::new(AtomicBool::new(false));
+    let endless = Arc::new(AtomicBool::new(false));
+    let (failing, streaming) = (Arc::clone(&sick), Arc::clone(&endless));
+    let one = Door::new(move |_| {
+        let mut answer = grpc_answer("one", failing.load(Ordering::SeqCst));
+        if streaming.load(Ordering::SeqCst) {
+            *answer.body_mut() = Body::new(StreamBody::new(futures::stream::pending::<
+                Result<Frame<Bytes>, std::convert::Infallible>,
+            >()));
+        }
+        std::future::ready(Ok(answer))
+    });
+    let places = [world.local("one", one), world.local("two", door("two", &Arc::default()))];
+    world.routes(vec![model("iris", vec![version(1, 1, &[&places[0], &places[1]])])]);
+    ask(&world, true, 60).await;
+    sick.store(true, Ordering::SeqCst);
+    assert_eq!(ask(&world, true, 200).await.get("one"), Some(&5));
+    endless.store(true, Ordering::SeqCst);
+    tokio::time::advance(Duration::from_secs(11)).await;
+    let open = world.gateway.call(grpc_post("ModelInfer", grpc_message("iris", "", 10))).await.expect("a head");
+    sick.store(false, Ordering::SeqCst);
+    endless.store(false, Ordering::SeqCst);
+    tokio::time::advance(Duration::from_secs(11)).await;
+    assert!(ask(&world, true, 60).await.get("one").is_some_and(|answers| *answers > 5), "it is back");
+    drop(open);
 }

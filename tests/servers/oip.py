@@ -5,7 +5,7 @@
 
 A model's folder may hold a file `behave` with words: crash-on-load, crash-on-infer, slow-load. Environment: DEAF=1 ignores the
 signal to stop; CHILD=1 starts a grandchild in a session of its own; HANG=1 never becomes ready; NOTES=FOLDER is where it
-notes what it began: `loads`, `requests`, `pids`, a line each.
+notes what it began: `loads`, `requests`, `pids`, a line each. While there is a file `hang` in that folder it is not ready.
 """
 
 import argparse
@@ -70,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         parts = self.path.strip("/").split("/")
         if self.path == "/v2/health/ready" and os.environ.get("HANG"):
             time.sleep(3600)
+        elif self.path == "/v2/health/ready" and notes and os.path.exists(os.path.join(notes, "hang")):
+            self.answer(503)
         elif parts[:2] == ["v2", "health"]:
             self.answer(200)
         elif parts[:2] == ["v2", "models"] and parts[-1] == "ready":

@@ -45,8 +45,8 @@ pub(super) struct Child {
 enum Kind {
     /// It ends with the agent.
     Bound { shim: Process, pipe: Option<ChildStdin> },
-    /// It outlives the agent.
-    Alone { who: Identity, child: Option<Process> },
+    /// It outlives the agent. Who it is is kept in this folder.
+    Alone { who: Identity, child: Option<Process>, folder: PathBuf },
 }
 
 /// A process, and no later one of its number.
@@ -63,7 +63,16 @@ impl Identity {
 
     /// Itself and what it started: the processes of its session, unless its number is another's by now.
     fn session(self) -> Vec<i32> {
-        if started(self.pid).is_some_and(|started| started != self.started) { Vec::new() } else { session(self.pid) }
+        let now = started(self.pid);
+        if now.is_some_and(|started| started != self.started) {
+            return Vec::new();
+        }
+        let mut all = session(self.pid);
+        // A program that was started just now has no session of its own yet.
+        if now.is_some() && !all.contains(&self.pid) {
+            all.push(self.pid);
+        }
+        all
     }
 
     fn signal(self, signal: Signal) {
@@ -95,16 +104,16 @@ struct Kept {
     workdir: Option<PathBuf>,
 }
 
-fn kept_at(launch: &Launch) -> PathBuf {
-    launch.data_dir.join("server.json")
+fn kept_at(folder: &Path) -> PathBuf {
+    folder.join("server.json")
 }
 
-fn number_at(launch: &Launch) -> PathBuf {
-    launch.data_dir.join("server.pid")
+fn number_at(folder: &Path) -> PathBuf {
+    folder.join("server.pid")
 }
 
-fn said_at(launch: &Launch) -> PathBuf {
-    launch.data_dir.join("server.log")
+fn said_at(folder: &Path) -> PathBuf {
+    folder.join("server.log")
 }
 
 fn kept(ports: &Ports, command: &registry::Command) -> Kept {
@@ -117,8 +126,8 @@ fn kept(ports: &Ports, command: &registry::Command) -> Kept {
 }
 
 /// The program that an earlier agent left running, if there is one.
-fn left_running(launch: &Launch) -> Option<Identity> {
-    let text = std::fs::read_to_string(number_at(launch)).ok()?;
+fn left_running(folder: &Path) -> Option<Identity> {
+    let text = std::fs::read_to_string(number_at(folder)).ok()?;
     let (pid, started) = text.trim().split_once(' ')?;
     let who = Identity { pid: pid.parse().ok()?, started: started.parse().ok()? };
     who.runs().then_some(who)
@@ -131,12 +140,15 @@ fn voice(launch: &Launch) -> Voice {
 impl Child {
     /// Takes up what an earlier agent left running, if it is what is wanted now; stops it if it is not.
     pub(super) async fn adopt(launch: &Launch) -> Option<(Self, Ports)> {
-        let who = left_running(launch)?;
+        let folder = launch.data_dir.clone();
+        let who = left_running(&folder)?;
         let before: Option<Kept> =
-            std::fs::read(kept_at(launch)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            std::fs::read(kept_at(&folder)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let voice = voice(launch);
-        let length = std::fs::metadata(said_at(launch)).map_or(0, |metadata| metadata.len());
-        let mut child = Self { kind: Kind::Alone { who, child: None }, voice: voice.clone(), output: JoinSet::new() };
+        let said = said_at(&folder);
+        let length = std::fs::metadata(&said).map_or(0, |metadata| metadata.len());
+        let kind = Kind::Alone { who, child: None, folder };
+        let mut child = Self { kind, voice: voice.clone(), output: JoinSet::new() };
         let same = before.filter(|before| {
             launch.command.lifetime == Lifetime::Independent
                 && launch.filled(&before.ports).is_ok_and(|command| kept(&before.ports, &command) == *before)
@@ -146,7 +158,7 @@ impl Child {
             child.stop(launch.grace).await;
             return None;
         };
-        child.output.spawn(follow(said_at(launch), length, voice));
+        child.output.spawn(follow(said, length, voice));
         Some((child, before.ports))
     }
 
@@ -169,7 +181,7 @@ impl Child {
             Lifetime::Agent => Self::bound(launch, command, &wanted.argv),
             Lifetime::Independent => {
                 let text = serde_json::to_vec(&kept(ports, &wanted))?;
-                std::fs::write(kept_at(launch), text)?;
+                std::fs::write(kept_at(&launch.data_dir), text)?;
                 Self::alone(launch, command, &wanted.argv)
             }
         }
@@ -191,10 +203,11 @@ impl Child {
     }
 
     fn alone(launch: &Launch, mut command: Command, argv: &[String]) -> io::Result<Self> {
-        let path = said_at(launch);
+        let folder = launch.data_dir.clone();
+        let path = said_at(&folder);
         let said = std::fs::File::options().create(true).append(true).open(&path)?;
         let length = said.metadata()?.len();
-        let number = std::path::absolute(number_at(launch))?;
+        let number = std::path::absolute(number_at(&folder))?;
         command.arg("--detached").arg(number).arg("--").args(argv);
         command.stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said);
         let child = command.spawn()?;
@@ -202,7 +215,7 @@ impl Child {
         let who = Identity { pid, started: started(pid).unwrap_or_default() };
         let (voice, mut output) = (voice(launch), JoinSet::new());
         output.spawn(follow(path, length, voice.clone()));
-        Ok(Self { kind: Kind::Alone { who, child: Some(child) }, voice, output })
+        Ok(Self { kind: Kind::Alone { who, child: Some(child), folder }, voice, output })
     }
 
     /// Waits until it has ended, and says how. Giving the wait up loses nothing.
@@ -210,7 +223,7 @@ impl Child {
         let status = match &mut self.kind {
             Kind::Bound { shim, .. } => shim.wait().await.ok(),
             Kind::Alone { child: Some(child), .. } => child.wait().await.ok(),
-            Kind::Alone { who, child: None } => {
+            Kind::Alone { who, child: None, .. } => {
                 who.gone().await;
                 None
             }
@@ -236,7 +249,8 @@ impl Child {
         }
     }
 
-    /// Asks it to stop, waits for `grace`, and kills it. Nothing of it is left when this returns.
+    /// Asks it to stop, waits for `grace`, and kills it. Nothing of it is left when this returns, and nothing is kept of it
+    /// for the next agent.
     pub(super) async fn stop(&mut self, grace: Duration) {
         match &mut self.kind {
             Kind::Bound { shim, pipe } => {
@@ -248,14 +262,23 @@ impl Child {
                     drop(timeout(SHIM, shim.wait()).await);
                 }
             }
-            Kind::Alone { who, child } => {
+            Kind::Alone { who, child, folder } => {
                 who.signal(Signal::TERM);
-                if timeout(grace, who.all_gone()).await.is_err() {
+                let mut gone = timeout(grace, who.all_gone()).await.is_ok();
+                if !gone {
                     who.signal(Signal::KILL);
-                    drop(timeout(SHIM, who.all_gone()).await);
+                    gone = timeout(SHIM, who.all_gone()).await.is_ok();
                 }
                 if let Some(child) = child {
                     drop(timeout(SHIM, child.wait()).await);
+                }
+                if gone {
+                    forget(folder);
+                } else {
+                    tracing::error!(
+                        pid = who.pid,
+                        "an inference server can't be killed, and is left to the next agent"
+                    );
                 }
             }
         }
@@ -280,6 +303,13 @@ pub(super) enum Root {
 }
 
 impl Root {
+    /// Its number.
+    pub(super) const fn number(self) -> i32 {
+        match self {
+            Self::Shim(pid) | Self::Program(pid) => pid,
+        }
+    }
+
     /// Bytes in memory of the program and of what it started.
     pub(super) fn memory(self) -> u64 {
         match self {
@@ -289,9 +319,19 @@ impl Root {
     }
 }
 
+/// Stops the inference server that an earlier agent left running for the replica of this folder, if there is one, and
+/// forgets it. It has `grace` to stop by itself.
+pub async fn stop_left(folder: &Path, grace: Duration) {
+    let Some(who) = left_running(folder) else { return };
+    tracing::info!(folder = %folder.display(), pid = who.pid, "an inference server that an earlier agent started is not wanted any more, and is stopped");
+    let kind = Kind::Alone { who, child: None, folder: folder.to_owned() };
+    let mut child = Child { kind, voice: Voice::new(String::new(), None), output: JoinSet::new() };
+    child.stop(grace).await;
+}
+
 /// Forgets the program that was kept for the next agent.
-pub(super) fn forget(launch: &Launch) {
-    for path in [number_at(launch), kept_at(launch)] {
+fn forget(folder: &Path) {
+    for path in [number_at(folder), kept_at(folder)] {
         remove(&path);
     }
 }
@@ -301,5 +341,24 @@ fn remove(path: &Path) {
         && error.kind() != io::ErrorKind::NotFound
     {
         tracing::warn!(path = %path.display(), %error, "a file of an inference server can't be removed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_has_no_session_of_its_own_yet_is_stopped_all_the_same() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(number_at(folder.path()), "1 1").expect("written");
+        let child = Command::new("sleep").arg("1000").kill_on_drop(true).spawn().expect("started");
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).expect("it runs");
+        let who = Identity { pid, started: started(pid).expect("it runs") };
+        let kind = Kind::Alone { who, child: Some(child), folder: folder.path().to_owned() };
+        let mut alone = Child { kind, voice: Voice::new("a-0".to_owned(), None), output: JoinSet::new() };
+        alone.stop(Duration::from_secs(60)).await;
+        assert!(!who.runs(), "it was told to stop");
+        assert!(!number_at(folder.path()).exists(), "and is forgotten");
     }
 }

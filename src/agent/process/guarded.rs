@@ -1,21 +1,25 @@
 //! The adapter of a server that the agent runs: the same as of any other, and it knows that the server may end.
 //!
 //! The rules of this module: what was loaded in a run that has ended takes no memory, and is unloaded as soon as someone
-//! asks; whoever loads waits until the server runs; after an end models are loaded one at a time, so that the next end
-//! has one cause.
+//! asks; whoever loads waits until the server runs; what is loaded is under suspicion until it is in memory and has
+//! answered what is asked first; after an end models are loaded one at a time, so that the next end has one cause.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use futures::{FutureExt as _, future::BoxFuture};
-use tokio::time::timeout;
+use tokio::{sync::OwnedMutexGuard, time::timeout};
 
 use super::Server;
 use crate::{
-    agent::runtimes::{Indexed, Kind, Layout, Listing, Runtime, Wanted},
+    agent::{
+        cache::Entry,
+        core::Core,
+        runtimes::{Indexed, Kind, Layout, Listing, Runtime, Wanted},
+    },
     domain::{
         copy::{Failure, FailureClass},
         memory::Resources,
@@ -32,24 +36,17 @@ pub(crate) struct Guarded {
     server: Arc<Server>,
     /// What is, or may be, in memory, and in which run.
     loaded: Mutex<BTreeMap<String, u64>>,
-    /// What is being loaded.
-    loading: Mutex<BTreeSet<String>>,
-    alone: tokio::sync::Mutex<()>,
+    /// What is being loaded; with the turn of one that is to be alone.
+    loading: Mutex<BTreeMap<String, Option<OwnedMutexGuard<()>>>>,
+    alone: Arc<tokio::sync::Mutex<()>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One that is being loaded, for as long as this lives.
-struct Loading<'a>(&'a Guarded, &'a str);
-
-impl<'a> Loading<'a> {
-    fn begin(guarded: &'a Guarded, served: &'a str) -> Self {
-        lock(&guarded.loading).insert(served.to_owned());
-        Self(guarded, served)
-    }
-}
+/// A copy on its way into memory, for as long as this lives. From its load on it is under suspicion.
+pub(crate) struct Loading<'a>(&'a Guarded, &'a str);
 
 impl Drop for Loading<'_> {
     fn drop(&mut self) {
@@ -59,18 +56,12 @@ impl Drop for Loading<'_> {
 
 impl Guarded {
     pub(crate) fn new(inner: Arc<dyn Runtime>, server: Arc<Server>) -> Self {
-        Self {
-            inner,
-            server,
-            loaded: Mutex::default(),
-            loading: Mutex::default(),
-            alone: tokio::sync::Mutex::default(),
-        }
+        Self { inner, server, loaded: Mutex::default(), loading: Mutex::default(), alone: Arc::default() }
     }
 
     /// What is being loaded.
     pub(super) fn loading(&self) -> Vec<String> {
-        lock(&self.loading).iter().cloned().collect()
+        lock(&self.loading).keys().cloned().collect()
     }
 
     /// Whether it may be in the memory of the server that runs.
@@ -79,27 +70,53 @@ impl Guarded {
         loaded.is_some() && loaded == self.server.life()
     }
 
-    async fn load_in_turn(&self, served: &str) -> Result<(), Failure> {
-        let mut turn = None;
-        if self.server.is_careful() {
-            turn = Some(self.alone.lock().await);
-        }
-        let life = self.server.up().await;
-        let _turn = match turn {
-            // It ended while this waited.
-            None if self.server.is_careful() => Some(self.alone.lock().await),
-            turn => turn,
-        };
-        lock(&self.loaded).insert(served.to_owned(), life);
-        let _loading = Loading::begin(self, served);
-        let Err(failure) = self.inner.load(served).await else { return Ok(()) };
-        // An end breaks the connection first and is known a moment later; until then this is what was being loaded.
-        if self.inner.ready(served).await.is_err() {
+    /// An end breaks the connection first and is known a moment later; until then this is what was being loaded.
+    async fn end_is_known(&self, served: &str) {
+        let life = lock(&self.loaded).get(served).copied();
+        if let Some(life) = life
+            && !matches!(timeout(NOTICED, self.inner.ready(served)).await, Ok(Ok(_)))
+        {
             drop(timeout(NOTICED, self.server.no_longer(life)).await);
         }
+    }
+
+    async fn load_in_turn(&self, served: &str) -> Result<(), Failure> {
+        let turn = || Arc::clone(&self.alone).lock_owned();
+        let mut alone = None;
+        if self.server.is_careful() {
+            alone = Some(turn().await);
+        }
+        let life = self.server.up().await;
+        let alone = match alone {
+            // It ended while this waited.
+            None if self.server.is_careful() => Some(turn().await),
+            alone => alone,
+        };
+        lock(&self.loaded).insert(served.to_owned(), life);
+        lock(&self.loading).insert(served.to_owned(), alone);
+        let Err(failure) = self.inner.load(served).await else { return Ok(()) };
+        self.end_is_known(served).await;
+        lock(&self.loading).remove(served);
         match self.server.life() {
             Some(now) if now == life => Err(failure),
             Some(_) | None => Err(gone("ended while it loaded the model")),
+        }
+    }
+}
+
+impl Core {
+    /// Has a copy count as being loaded, from its load on and for as long as this lives.
+    pub(in crate::agent) fn loading<'a>(&'a self, entry: &'a Entry) -> Option<Loading<'a>> {
+        self.guarded.as_ref().map(|guarded| Loading(guarded, &entry.served))
+    }
+
+    /// A load, or what is asked first, has failed: the server's end is known if that was why, and the next one may load.
+    pub(in crate::agent) async fn not_loaded(&self, entry: &Entry) {
+        if let Some(guarded) = &self.guarded
+            && guarded.loading().contains(&entry.served)
+        {
+            guarded.end_is_known(&entry.served).await;
+            lock(&guarded.loading).remove(&entry.served);
         }
     }
 }

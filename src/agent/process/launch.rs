@@ -14,11 +14,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     agent::runtimes::Kind,
     domain::{names::ReplicaId, upkeep::Patience},
-    settings::registry::Command,
+    settings::registry::{Command, PORTS},
 };
-
-/// Ports of one replica.
-const EACH: u16 = 3;
 
 /// Ports that were given out lately by this process: who got one may not listen there yet, and must not be taken for
 /// another.
@@ -115,8 +112,8 @@ impl Ports {
             None => 0,
             Some(first) => u16::try_from(launch.replica.index)
                 .ok()
-                .and_then(|index| first.checked_add(index.checked_mul(EACH)?))
-                .filter(|first| first.checked_add(EACH - 1).is_some())
+                .and_then(|index| first.checked_add(index.checked_mul(PORTS)?))
+                .filter(|first| first.checked_add(PORTS - 1).is_some())
                 .ok_or_else(|| {
                     io::Error::other(format!(
                         "there are no ports left for replica {} above {first}; give a lower first port",
@@ -144,7 +141,7 @@ impl Ports {
         // Held until all are found, so that no two are the same.
         let mut held = Vec::new();
         let mut ports = Vec::new();
-        while ports.len() < usize::from(EACH) {
+        while ports.len() < usize::from(PORTS) {
             if held.len() > KEPT * 2 {
                 return Err(io::Error::other("there are no free ports on 127.0.0.1"));
             }

@@ -30,10 +30,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    child::{Child, Root, forget},
+    child::{Child, Root},
     launch::Ports,
 };
-use super::measure::retry_after;
+use super::{measure::retry_after, procfs::Listening};
 use crate::{
     agent::runtimes::Kind,
     domain::{
@@ -47,6 +47,7 @@ use crate::{
     telemetry::durations::Durations,
 };
 
+pub use child::stop_left;
 pub(super) use crash::Tended;
 pub(super) use guarded::Guarded;
 pub use launch::Launch;
@@ -122,6 +123,16 @@ impl fmt::Debug for Server {
 struct Begun {
     child: Child,
     hop: Arc<Hop>,
+}
+
+/// What came of a start.
+enum Start {
+    /// It answers.
+    Up(Begun),
+    /// It was to stop before that, and nothing of it is left.
+    Stopped,
+    /// It was to stop before that; what an earlier agent started lives on, for the next one.
+    LivesOn,
 }
 
 impl Server {
@@ -227,7 +238,7 @@ impl Server {
         while !stop.is_cancelled() {
             let event = match upkeep.state {
                 State::Starting => match self.begin(std::mem::take(&mut adopts), &stop).await {
-                    Ok(Some(begun)) => {
+                    Ok(Start::Up(begun)) => {
                         running = Some(begun.child);
                         let life = self.life.fetch_add(1, SeqCst) + 1;
                         self.hop.store(Some(begun.hop));
@@ -236,7 +247,11 @@ impl Server {
                         tracing::info!(replica = %self.launch.replica, name, life, "the inference server is ready");
                         Event::Answered
                     }
-                    Ok(None) => break,
+                    Ok(Start::Stopped) => break,
+                    Ok(Start::LivesOn) => {
+                        tracing::info!(replica = %self.launch.replica, "the inference server lives on");
+                        return;
+                    }
                     Err(problem) => {
                         how = problem;
                         Event::Ended
@@ -271,16 +286,17 @@ impl Server {
             }
         }
         self.hop.store(None);
-        if let Some(mut child) = running {
-            if self.launch.command.lifetime == Lifetime::Agent || self.retired.load(SeqCst) {
-                child.stop(self.launch.grace).await;
-            } else {
-                tracing::info!(replica = %self.launch.replica, "the inference server lives on");
-                return;
+        let Some(mut child) = running else {
+            // It may have been told so before it had taken up what runs.
+            if self.retired.load(SeqCst) && self.launch.model.is_none() {
+                stop_left(&self.launch.data_dir, self.launch.grace).await;
             }
-        }
-        if self.launch.model.is_none() {
-            forget(&self.launch);
+            return;
+        };
+        if self.launch.command.lifetime == Lifetime::Agent || self.retired.load(SeqCst) {
+            child.stop(self.launch.grace).await;
+        } else {
+            tracing::info!(replica = %self.launch.replica, "the inference server lives on");
         }
     }
 
@@ -308,8 +324,8 @@ impl Server {
         }
     }
 
-    /// Starts it, or takes it up, and waits until it is ready; nothing when it is to stop before that.
-    async fn begin(&self, adopts: bool, stop: &CancellationToken) -> Result<Option<Begun>, String> {
+    /// Starts it, or takes it up, and waits until it is ready.
+    async fn begin(&self, adopts: bool, stop: &CancellationToken) -> Result<Start, String> {
         let began = self.clock.now();
         self.started.store(began.as_micros(), SeqCst);
         let launch = &self.launch;
@@ -325,28 +341,43 @@ impl Server {
         };
         let hop = Arc::new(Hop(self.reach(&ports)?));
         let path = launch.filled(&ports).map_err(|error| error.to_string())?.health;
+        let root = child.root();
+        let answers = async {
+            until_ready(&hop.0, &path).await;
+            usurper(root, ports.http).await
+        };
         let how = tokio::select! {
             biased;
             () = stop.cancelled() => None,
             how = child.ended() => Some(how),
-            () = until_ready(&hop.0, &path) => {
-                *self.root.lock().unwrap_or_else(PoisonError::into_inner) = child.root();
-                if adopted {
-                    tracing::info!(replica = %launch.replica, "the inference server that an earlier agent started is taken up");
-                } else {
-                    self.starts.record(self.clock.now().since(began));
+            other = answers => match other {
+                None => {
+                    self.is_ready(root, adopted, began);
+                    return Ok(Start::Up(Begun { child, hop }));
                 }
-                return Ok(Some(Begun { child, hop }));
-            }
+                Some(other) => Some(format!(
+                    "can't be reached: process {other} listens on port {} of 127.0.0.1 in its place", ports.http
+                )),
+            },
             () = sleep(launch.start) => {
                 Some(format!("did not answer 200 at {path} within {} s", launch.start.as_secs_f64()))
             }
         };
         if how.is_none() && adopted && !self.retired.load(SeqCst) {
-            return Ok(None);
+            return Ok(Start::LivesOn);
         }
         child.stop(launch.grace).await;
-        how.map_or(Ok(None), Err)
+        how.map_or(Ok(Start::Stopped), Err)
+    }
+
+    /// It answers; it was begun with at `began`.
+    fn is_ready(&self, root: Option<Root>, adopted: bool, began: Instant) {
+        *self.root.lock().unwrap_or_else(PoisonError::into_inner) = root;
+        if adopted {
+            tracing::info!(replica = %self.launch.replica, "the inference server that an earlier agent started is taken up");
+        } else {
+            self.starts.record(self.clock.now().since(began));
+        }
     }
 
     fn reach(&self, ports: &Ports) -> Result<Arc<dyn Upstream>, String> {
@@ -362,6 +393,13 @@ impl Server {
             }
         }
     }
+}
+
+/// The process that listens in the place of the program that begins at `root`, if one does for certain.
+async fn usurper(root: Option<Root>, port: u16) -> Option<u32> {
+    let root = u32::try_from(root?.number()).ok()?;
+    // It reads the whole of /proc.
+    tokio::task::spawn_blocking(move || Listening::on(port).usurper(root)).await.ok().flatten()
 }
 
 async fn until_ready(hop: &Arc<dyn Upstream>, path: &str) {

@@ -1,7 +1,7 @@
 //! A process for each model, for programs that can't load and unload: a load starts one, an unload stops it.
 //!
 //! The rules of this module: a copy's process is supervised as a server is; one that could not be started is not left
-//! behind; a request goes to the process of the copy that it is for, and to none when that does not run.
+//! behind, and one that is given up fails its copy; a request goes to the process of the copy that it is for, and to none when that does not run.
 
 use std::{
     collections::BTreeMap,
@@ -136,10 +136,12 @@ impl Runtime for Models {
     fn load<'a>(&'a self, served: &'a str) -> BoxFuture<'a, Result<(), Failure>> {
         async move {
             if let Some(one) = self.find(served) {
-                if one.server.life().is_some() {
-                    return Ok(());
+                match one.server.health() {
+                    Health::Up(_) => return Ok(()),
+                    // Another process would have all its ends before it again. The copy fails, and may be placed elsewhere.
+                    Health::GivenUp(why) => return Err(failed(why)),
+                    Health::Starting | Health::Down(_) => self.stop(served).await?,
                 }
-                self.stop(served).await?;
             }
             let one = self.start(served);
             match one.server.settled().await {
@@ -164,7 +166,7 @@ impl Runtime for Models {
             let Some(one) = self.find(served) else { return Ok(false) };
             match one.server.health() {
                 Health::Up(_) => Ok(true),
-                // It is to be started anew, or to fail.
+                // Its load says why.
                 Health::GivenUp(_) => Ok(false),
                 Health::Starting | Health::Down(_) => Err(failed("the model's process is being started".to_owned())),
             }

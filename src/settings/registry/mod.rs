@@ -24,6 +24,8 @@ pub const MAX_OVERCOMMIT_PERCENT: u32 = 1_000;
 pub const DEFAULT_OVERCOMMIT_PERCENT: u32 = 10;
 /// The most worker processes that an inference server may have.
 pub const MAX_WORKERS: u32 = 1_000;
+/// Ports of one replica that an agent starts.
+pub const PORTS: u16 = 3;
 /// What the built-in runtime serves.
 pub const BUILTIN_CAPABILITY: &str = "onnx";
 
@@ -244,6 +246,18 @@ impl ServerDecl {
             Location::Command(command) => {
                 Some(Place::Started { command: command.clone(), runtime: self.runtime, workers: self.workers })
             }
+        }
+    }
+
+    /// The ports that its replicas take, where it says which.
+    #[must_use]
+    pub fn ports(&self) -> Option<std::ops::RangeInclusive<u32>> {
+        match &self.location {
+            Location::Command(Command { ports: Some(first), .. }) if self.replicas > 0 => {
+                let first = u32::from(*first);
+                Some(first..=first.saturating_add(self.replicas.saturating_mul(u32::from(PORTS)) - 1))
+            }
+            Location::Builtin | Location::Addresses(_) | Location::Command(_) => None,
         }
     }
 

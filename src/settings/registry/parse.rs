@@ -102,6 +102,25 @@ pub(super) fn registry(text: &str, file: &str) -> Result<Registry, RegistryError
             }
         }
     }
+    for (at, (server, offset)) in servers.iter().enumerate() {
+        let Some(ports) = server.ports() else { continue };
+        let other = servers[..at].iter().find_map(|(other, _)| {
+            let theirs =
+                other.ports().filter(|theirs| theirs.start() <= ports.end() && ports.start() <= theirs.end())?;
+            Some((&other.name, theirs))
+        });
+        if let Some((other, theirs)) = other {
+            let problem = format!(
+                "its replicas take ports {} to {}, and those of server {other} {} to {}; choose others, or leave ports out to \
+                 have free ones found",
+                ports.start(),
+                ports.end(),
+                theirs.start(),
+                theirs.end()
+            );
+            found.add(*offset, &format!("server {}: ports", server.name), problem);
+        }
+    }
     if found.problems.is_empty() {
         let mut servers: Vec<ServerDecl> = servers.into_iter().map(|(server, _)| server).collect();
         servers.sort_by(|a, b| a.name.cmp(&b.name));
