@@ -133,6 +133,34 @@ async fn first_loads_that_are_measured_are_alone_and_what_is_known_survives_a_re
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_measured_load_that_takes_long_keeps_no_other_copy_waiting_for_long() {
+    let (world, mut session, _process) = watched(100, |_| {}).await;
+    let copies = [generation(1, 1, 1), generation(2, 1, 1), generation(3, 1, 1)];
+    session.obeyed(&[register("first", copies[0], 60, &world.artifact(60))]).await;
+    assert_eq!(measured(&mut session, copies[0]).await, Some(60));
+    world.server.edit(|state| state.load_time = 200 * SECOND);
+    session.obeyed(&[register("slow", copies[1], 30, &world.artifact(30))]).await;
+    world.until(|world| world.server.is_loaded("slow_1")).await;
+    world.server.edit(|state| state.load_time = Duration::ZERO);
+    // The third is as large as the scheduler says, so the first is to leave for it.
+    let began = tokio::time::Instant::now();
+    let mut order = register("third", copies[2], 60, &world.artifact(61));
+    let wharf::domain::order::Order::Register { measured: known, .. } = &mut order else { panic!("a registration") };
+    *known = true;
+    session.obeyed(&[order]).await;
+    session.available(copies[2]).await;
+    assert!(began.elapsed() <= 10 * SECOND, "{:?}", began.elapsed());
+    // Nobody waits again for what is no measurement any more.
+    let began = tokio::time::Instant::now();
+    assert_eq!(world.infer("first", copies[0]).await.status().as_u16(), 200);
+    assert!(began.elapsed() < SECOND, "{:?}", began.elapsed());
+    let slow = session.until(copies[1], |report| matches!(report, Report::Available { .. }));
+    let Ok(Report::Available { measured: None, .. }) = tokio::time::timeout(300 * SECOND, slow).await else {
+        panic!("it was disturbed")
+    };
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_load_that_used_what_the_process_had_left_is_no_measure() {
     let (world, mut session, process) = watched(1000, |_| {}).await;
     let copy = generation(1, 1, 1);

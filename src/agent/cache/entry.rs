@@ -128,6 +128,8 @@ pub(crate) struct Entry {
     ordered_measured: bool,
     /// What it was found to take.
     weight: ArcSwapOption<Weight>,
+    /// How often it was to be measured while nothing else was loaded.
+    weighings: AtomicU32,
     /// How often the inference server holds it in memory, once that is known.
     instances: AtomicU32,
     pub(crate) attempt: u32,
@@ -215,6 +217,7 @@ impl Entry {
             ordered: need,
             ordered_measured,
             weight: ArcSwapOption::empty(),
+            weighings: AtomicU32::new(0),
             instances: AtomicU32::new(1),
             attempt,
             word: AtomicU64::new(Phase::Preparing.with(0)),
@@ -277,6 +280,13 @@ impl Entry {
     /// Whether neither this agent nor the scheduler knows what it takes.
     pub(crate) fn is_unweighed(&self) -> bool {
         !self.ordered_measured && self.unweighed().is_some()
+    }
+
+    /// Counts one more try to measure it while nothing else is loaded. False when there were enough: where loads show
+    /// nothing that counts, others are not to wait at each of them.
+    pub(crate) fn tries_to_be_weighed(&self) -> bool {
+        const TRIES: u32 = 2;
+        self.weighings.fetch_update(SeqCst, SeqCst, |tries| (tries < TRIES).then(|| tries + 1)).is_ok()
     }
 
     /// How often the inference server holds it in memory. To be told before it has room in the ledger.
@@ -512,6 +522,13 @@ pub(crate) mod tests {
         let entry = entry(1, 1, &Arc::default());
         assert!(entry.shift(Phase::Preparing, Phase::Resident));
         entry
+    }
+
+    #[test]
+    fn a_copy_that_shows_nothing_that_counts_is_measured_alone_twice_at_most() {
+        let entry = resident();
+        let tries: Vec<bool> = (0..4).map(|_| entry.tries_to_be_weighed()).collect();
+        assert_eq!(tries, [true, true, false, false]);
     }
 
     #[test]
