@@ -26,7 +26,7 @@ use wharf::{
         copy::Report,
         memory::{Bytes, Resources},
         residency::Eviction,
-        size::Guesses,
+        size::{Guesses, Trust},
         version::Generation,
     },
     ports::{Footprint, ServerProcess},
@@ -184,6 +184,61 @@ async fn what_is_declared_counts_in_memory_while_it_is_more_than_what_was_measur
     session.obeyed(&[order]).await;
     assert_eq!(measured(&mut session, generation(1, 1, 1)).await, Some(40));
     assert_eq!(resident(&world), 70);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_what_is_declared_is_to_count_a_measurement_keeps_no_copy_out_of_memory() {
+    let (world, mut session, _process) = watched(100, |_| {}).await;
+    // It takes more than it declares, and two of them more than there is.
+    for uid in 1..=2 {
+        let copy = generation(uid, 1, 1);
+        let mut order = register(&format!("m{uid}"), copy, 50, &world.artifact(80));
+        let wharf::domain::order::Order::Register { spec, trust, .. } = &mut order else { panic!("a registration") };
+        Arc::make_mut(spec).memory = Some(Bytes(50));
+        *trust = Trust::Declared;
+        session.obeyed(&[order]).await;
+        assert_eq!(measured(&mut session, copy).await, Some(80));
+    }
+    assert_eq!(resident(&world), 100);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_measurement_that_requests_may_be_part_of_is_not_taken() {
+    let (world, mut session, process) = watched(1000, |_| {}).await;
+    let copies = [generation(1, 1, 1), generation(2, 1, 1), generation(3, 1, 1)];
+    session.obeyed(&[register("busy", copies[0], 300, &world.artifact(40))]).await;
+    assert_eq!(measured(&mut session, copies[0]).await, Some(40));
+    world.server.edit(|state| state.load_time = SECOND);
+    session.obeyed(&[register("second", copies[1], 300, &world.artifact(50))]).await;
+    world.until(|world| world.server.is_loaded("second_1")).await;
+    // It is over before the load is, and what it took is still there.
+    assert_eq!(world.infer("busy", copies[0]).await.status().as_u16(), 200);
+    process.kept.store(700, SeqCst);
+    assert_eq!(measured(&mut session, copies[1]).await, None);
+    // Without any it is taken; and is never more than the memory.
+    process.kept.store(0, SeqCst);
+    session.obeyed(&[register("third", copies[2], 300, &world.artifact(60))]).await;
+    world.until(|world| world.server.is_loaded("third_1")).await;
+    process.kept.store(5000, SeqCst);
+    assert_eq!(measured(&mut session, copies[2]).await, Some(1000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_measured_is_forgotten_with_the_last_copy_that_it_holds_for() {
+    let (world, mut session, process) = watched(1000, |_| {}).await;
+    world.server.edit(|state| state.load_time = SECOND);
+    let copies = [generation(1, 1, 1), generation(2, 1, 1), generation(3, 1, 1)];
+    session.obeyed(&[register("first", copies[0], 300, &world.artifact(40))]).await;
+    world.until(|world| world.server.is_loaded("first_1")).await;
+    // Something that is not the model's own.
+    process.kept.store(60, SeqCst);
+    assert_eq!(measured(&mut session, copies[0]).await, Some(100));
+    session.obeyed(&[register("second", copies[1], 300, &world.artifact(40))]).await;
+    assert_eq!(measured(&mut session, copies[1]).await, Some(100));
+    session.obeyed(&[unregister("first", copies[0], SECOND), unregister("second", copies[1], SECOND)]).await;
+    session.unloaded(copies[1]).await;
+    session.obeyed(&[register("third", copies[2], 300, &world.artifact(40))]).await;
+    assert_eq!(measured(&mut session, copies[2]).await, Some(40));
 }
 
 #[tokio::test(start_paused = true)]

@@ -17,7 +17,7 @@ use crate::domain::{
     memory::Resources,
     names::ModelName,
     order::Order,
-    size::Size,
+    size::{Size, Trust},
     spec::ModelSpec,
     version::Generation,
 };
@@ -110,6 +110,9 @@ pub(crate) struct Kept {
     /// Whether the need was measured.
     #[serde(default)]
     measured: bool,
+    /// What counts where another amount is declared.
+    #[serde(default)]
+    trust: Trust,
     /// The artifact that its folder was made from, once it answered.
     pub(crate) artifact: Option<String>,
     /// How often the inference server holds it in memory.
@@ -133,6 +136,7 @@ impl Kept {
             need: self.need.clone(),
             attempt: self.attempt,
             measured: self.measured,
+            trust: self.trust,
         }
     }
 
@@ -141,8 +145,8 @@ impl Kept {
     pub(crate) fn of(order: Order, loaded: Option<(String, u32)>) -> Option<Self> {
         let (artifact, instances) = loaded.map_or((None, 1), |(artifact, instances)| (Some(artifact), instances));
         match order {
-            Order::Register { model, generation, spec, need, attempt, measured } => {
-                Some(Self { model, generation, spec, need, attempt, measured, artifact, instances, size: None })
+            Order::Register { model, generation, spec, need, attempt, measured, trust } => {
+                Some(Self { model, generation, spec, need, attempt, measured, trust, artifact, instances, size: None })
             }
             Order::Unregister { .. } => None,
         }

@@ -240,6 +240,7 @@ impl Core {
             _ => Report::Unloaded,
         };
         self.book.remove(entry, last_word.clone());
+        self.forget_size(entry);
         self.say(entry, last_word);
     }
 

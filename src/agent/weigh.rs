@@ -1,8 +1,9 @@
 //! What copies take in memory: guessed from the artifact, then measured.
 //!
 //! The rules of this module: the server's own figure is worth most; without one, the server's process is looked at
-//! before and after a load that is alone there, and a measurement that anything disturbed is not taken; nobody waits
-//! long for the sake of a measurement; a guess never makes a copy too large for the replica.
+//! before and after a load that is alone there, and a measurement that anything disturbed is not taken, a request for
+//! another copy no less than a load; nobody waits long for the sake of a measurement; neither a guess nor a measurement of
+//! the process makes a copy too large for the replica.
 
 use std::{
     collections::BTreeMap,
@@ -36,7 +37,7 @@ use crate::{
     ports::Footprint,
 };
 
-/// Sizes that the agent remembers beyond its copies.
+/// Sizes that the agent remembers of its copies.
 const REMEMBERED: usize = 4096;
 /// A load that adds less than this share of its artifact's bytes, in percent, used memory that the process had kept from
 /// before: what it added is no measure.
@@ -144,6 +145,10 @@ impl Scale {
         known.insert(size.key.clone(), size.bytes.clone());
     }
 
+    fn forget(&self, key: &SizeKey) {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+    }
+
     /// Copies that were evicted.
     pub(crate) fn ghosts(&self) -> MutexGuard<'_, Ghosts> {
         self.ghosts.lock().unwrap_or_else(PoisonError::into_inner)
@@ -155,6 +160,16 @@ impl Core {
     pub(crate) fn strain(&self) -> Strain {
         let leaked = self.scale.process.lock().unwrap_or_else(PoisonError::into_inner).leaked;
         Strain { leaked, advice: self.scale.ghosts().advice(self.clock.now()) }
+    }
+
+    /// Forgets what was measured of a copy that is gone, unless it holds for another one that is here: who deletes a model
+    /// and loads it again has it measured anew.
+    pub(crate) fn forget_size(&self, entry: &Entry) {
+        if let Some(Size { key, .. }) = entry.size()
+            && !self.book.all().iter().any(|other| other.size().is_some_and(|size| size.key == key))
+        {
+            self.scale.forget(&key);
+        }
     }
 
     /// Says what a copy is taken for, now that its artifact is on disk.
@@ -228,13 +243,27 @@ impl Core {
     async fn gained(&self, entry: &Entry, turn: &Turn<'_>) -> Option<Resources> {
         let Turn::Alone(Alone { since, before, .. }) = turn else { return None };
         let after = self.footprint().await?;
-        if after.process != before.process || self.scale.spoiled.load(SeqCst) {
+        if after.process != before.process || self.scale.spoiled.load(SeqCst) || self.is_used_since(*since, entry) {
             return None;
         }
         let gained = after.bytes.saturating_sub(before.bytes);
         let artifact = entry.artifact.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Artifact::bytes);
         let least = artifact.map_or(0, |bytes| bytes.0 / 100 * PLAUSIBLE_PERCENT).max(1);
-        (gained.0 >= least).then(|| Resources::primary(gained))
+        // It was loaded in the memory that there is: what goes beyond that is not its own.
+        (gained.0 >= least).then(|| Resources::primary(gained.min(self.ledger.capacity().primary)))
+    }
+
+    /// Whether the server may have answered a request for another copy since then: what that took is not told from what
+    /// a load took.
+    fn is_used_since(&self, since: Instant, entry: &Entry) -> bool {
+        self.book.all().iter().filter(|other| other.generation != entry.generation).any(|other| {
+            let (phase, holds) = other.snapshot();
+            match phase {
+                Phase::Resident | Phase::Evicting | Phase::Draining => holds > 0 || other.last_used() >= since,
+                // Who holds it waits.
+                Phase::Preparing | Phase::Evicted | Phase::Reloading | Phase::Gone => false,
+            }
+        })
     }
 
     async fn footprint(&self) -> Option<Footprint> {

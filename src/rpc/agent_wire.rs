@@ -9,7 +9,7 @@ use crate::{
         memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
-        size::{Size, SizeKey},
+        size::{Size, SizeKey, Trust},
         version::{Generation, Uid, Version},
     },
     rpc::{
@@ -77,13 +77,14 @@ pub fn order_to_wire(order: &Order) -> wire::Order {
     use wire::order::Order as Wire;
     wire::Order {
         order: Some(match order {
-            Order::Register { model, generation, spec, need, attempt, measured } => Wire::Register(wire::Register {
+            Order::Register { model, generation, spec, need, attempt, measured, trust } => Wire::Register(wire::Register {
                 model: model.to_string(),
                 generation: Some(generation_to_wire(*generation)),
                 spec: Some(model_spec_to_wire(spec)),
                 need: Some(resources_to_wire(need)),
                 attempt: *attempt,
                 measured: *measured,
+                trust: trust_to_wire(*trust).into(),
             }),
             Order::Unregister { model, generation, drain } => Wire::Unregister(wire::Unregister {
                 model: model.to_string(),
@@ -122,6 +123,11 @@ pub fn order_about(wire: &wire::Order) -> Option<(ModelName, Generation)> {
 }
 
 fn register_from_wire(register: wire::Register) -> Result<Order, Refusal> {
+    let trust = match register.trust() {
+        wire::Trust::Larger => Trust::Larger,
+        wire::Trust::Measured => Trust::Measured,
+        wire::Trust::Declared => Trust::Declared,
+    };
     Ok(Order::Register {
         model: ModelName::try_from(register.model)?,
         generation: generation_from_wire(register.generation)?,
@@ -129,6 +135,7 @@ fn register_from_wire(register: wire::Register) -> Result<Order, Refusal> {
         need: resources_from_wire(register.need.ok_or_else(|| absent("need"))?),
         attempt: register.attempt,
         measured: register.measured,
+        trust,
     })
 }
 
@@ -228,6 +235,14 @@ fn size_from_wire(wire: Option<wire::Size>) -> Option<Box<Size>> {
     known.then(|| Box::new(Size { key: SizeKey { artifact, runtime, configuration }, bytes }))
 }
 
+const fn trust_to_wire(trust: Trust) -> wire::Trust {
+    match trust {
+        Trust::Larger => wire::Trust::Larger,
+        Trust::Measured => wire::Trust::Measured,
+        Trust::Declared => wire::Trust::Declared,
+    }
+}
+
 const fn residency_to_wire(residency: Residency) -> wire::available::Residency {
     match residency {
         Residency::Resident => wire::available::Residency::Resident,
@@ -268,6 +283,7 @@ mod tests {
             need,
             attempt: 5,
             measured: true,
+            trust: Trust::Declared,
         }
     }
 

@@ -318,7 +318,10 @@ const fn is_met(order: &Order, reported: Option<&Report>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::version::{Uid, Version};
+    use crate::domain::{
+        size::Trust,
+        version::{Uid, Version},
+    };
 
     fn numbered(number: u32) -> Generation {
         Generation { uid: Uid(1), version: Version(1), number }
@@ -370,6 +373,7 @@ mod tests {
             need: Resources::default(),
             attempt: 0,
             measured: false,
+            trust: Trust::Larger,
         }
     }
 

@@ -25,7 +25,7 @@ use crate::{
         memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
-        size::{Size, SizeKey},
+        size::{Size, SizeKey, Trust},
         spec::ModelSpec,
         time::Instant,
         version::{Generation, served_name},
@@ -126,6 +126,8 @@ pub(crate) struct Entry {
     ordered: Resources,
     /// Whether that was measured, so that it is of all instances together.
     ordered_measured: bool,
+    /// What counts where another amount is declared.
+    trust: Trust,
     /// What it was found to take.
     weight: ArcSwapOption<Weight>,
     /// How often it was to be measured while nothing else was loaded.
@@ -205,7 +207,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Entry {
     pub(crate) fn new(
         (model, generation): (ModelName, Generation),
-        (spec, need, attempt, ordered_measured): (Arc<ModelSpec>, Resources, u32, bool),
+        (spec, need, attempt, ordered_measured, trust): (Arc<ModelSpec>, Resources, u32, bool, Trust),
         pressure: Arc<Pressure>,
         clock: Arc<dyn Clock>,
     ) -> Self {
@@ -216,6 +218,7 @@ impl Entry {
             spec,
             ordered: need,
             ordered_measured,
+            trust,
             weight: ArcSwapOption::empty(),
             weighings: AtomicU32::new(0),
             instances: AtomicU32::new(1),
@@ -240,13 +243,17 @@ impl Entry {
         }
     }
 
-    /// Memory that it takes. What was measured of it, or what is declared if that is more. Until there is a measurement,
-    /// a guess where nothing is declared; else what the scheduler counts it for, as often as the inference server holds
+    /// Memory that it takes. What was measured of it; where memory is declared, whichever is to count. Until there is a
+    /// measurement, a guess where nothing is declared; else what the scheduler counts it for, as often as the inference server holds
     /// it, unless the scheduler knew of that.
     pub(crate) fn need(&self) -> Resources {
         let declared = self.spec.memory.is_some_and(|bytes| bytes != Bytes::ZERO);
         match self.weight.load().as_deref() {
-            Some(Weight { size, measured: true }) if declared => self.expected().max(&size.bytes),
+            Some(Weight { size, measured: true }) if declared => match self.trust {
+                Trust::Declared => self.expected(),
+                Trust::Measured => size.bytes.clone(),
+                Trust::Larger => self.expected().max(&size.bytes),
+            },
             Some(Weight { size, measured: true }) => size.bytes.clone(),
             Some(Weight { size, measured: false }) if !declared && !self.ordered_measured => size.bytes.clone(),
             Some(Weight { measured: false, .. }) | None => self.expected(),
@@ -494,6 +501,7 @@ impl Entry {
             need: self.ordered.clone(),
             attempt: self.attempt,
             measured: self.ordered_measured,
+            trust: self.trust,
         }
     }
 }
@@ -512,7 +520,7 @@ pub(crate) mod tests {
                 ModelName::new(&format!("m{uid}")).expect("valid"),
                 Generation { uid: Uid(uid), version: Version(1), number: 1 },
             ),
-            (Arc::new(ModelSpec::default()), Resources::primary(Bytes(size)), 0, false),
+            (Arc::new(ModelSpec::default()), Resources::primary(Bytes(size)), 0, false, Trust::Larger),
             Arc::clone(pressure),
             Arc::new(SystemClock::starting_at(Instant::from_micros(1))),
         ))
