@@ -25,6 +25,7 @@ use wharf::{
     domain::{
         copy::Report,
         memory::{Bytes, Resources},
+        order::Order,
         residency::Eviction,
         size::{Guesses, Trust},
         version::Generation,
@@ -68,6 +69,13 @@ async fn measured(session: &mut Session, copy: Generation) -> Option<u64> {
     let report = session.until(copy, |report| matches!(report, Report::Available { .. })).await;
     let Report::Available { measured, .. } = report else { panic!("{report:?}") };
     measured.map(|size| size.bytes.primary.0)
+}
+
+/// The order, from a scheduler to which the copy's size is known.
+fn known(mut order: Order) -> Order {
+    let Order::Register { measured, .. } = &mut order else { panic!("a registration") };
+    *measured = true;
+    order
 }
 
 fn resident(world: &World) -> u64 {
@@ -144,10 +152,7 @@ async fn a_measured_load_that_takes_long_keeps_no_other_copy_waiting_for_long() 
     world.server.edit(|state| state.load_time = Duration::ZERO);
     // The third is as large as the scheduler says, so the first is to leave for it.
     let began = tokio::time::Instant::now();
-    let mut order = register("third", copies[2], 60, &world.artifact(61));
-    let wharf::domain::order::Order::Register { measured: known, .. } = &mut order else { panic!("a registration") };
-    *known = true;
-    session.obeyed(&[order]).await;
+    session.obeyed(&[known(register("third", copies[2], 60, &world.artifact(61)))]).await;
     session.available(copies[2]).await;
     assert!(began.elapsed() <= 10 * SECOND, "{:?}", began.elapsed());
     // Nobody waits again for what is no measurement any more.
@@ -162,7 +167,7 @@ async fn a_measured_load_that_takes_long_keeps_no_other_copy_waiting_for_long() 
 
 #[tokio::test(start_paused = true)]
 async fn a_load_that_used_what_the_process_had_left_is_no_measure() {
-    let (world, mut session, process) = watched(1000, |_| {}).await;
+    let (mut world, mut session, process) = watched(1000, |_| {}).await;
     let copy = generation(1, 1, 1);
     process.kept.store(50, SeqCst);
     world.server.edit(|state| state.load_time = SECOND);
@@ -173,17 +178,43 @@ async fn a_load_that_used_what_the_process_had_left_is_no_measure() {
     process.kept.store(10, SeqCst);
     assert_eq!(measured(&mut session, copy).await, None);
     assert_eq!(resident(&world), 11, "the guess goes on counting");
+    // Over a restart as well, and it is told whoever did not hear it before.
+    let session = world.restart_agent().await;
+    let [one] = <[_; 1]>::try_from(session.inventory()).expect("one copy");
+    let Report::Available { measured: None, estimate: Some(guess), .. } = one.report else { panic!("{one:?}") };
+    assert_eq!((guess.bytes, resident(&world)), (Resources::primary(Bytes(11)), 11));
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_is_declared_counts_in_memory_while_it_is_more_than_what_was_measured() {
     let (world, mut session, _process) = watched(1000, |_| {}).await;
     let mut order = register("iris", generation(1, 1, 1), 70, &world.artifact(40));
-    let wharf::domain::order::Order::Register { spec, .. } = &mut order else { panic!("a registration") };
+    let Order::Register { spec, .. } = &mut order else { panic!("a registration") };
     Arc::make_mut(spec).memory = Some(Bytes(70));
     session.obeyed(&[order]).await;
     assert_eq!(measured(&mut session, generation(1, 1, 1)).await, Some(40));
     assert_eq!(resident(&world), 70);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_is_measured_when_it_comes_back_is_known_after_a_restart() {
+    let (mut world, mut session, process) = watched(100, |_| {}).await;
+    let (copy, other) = (generation(1, 1, 1), generation(2, 1, 1));
+    process.kept.store(50, SeqCst);
+    world.server.edit(|state| state.load_time = SECOND);
+    session.obeyed(&[register("iris", copy, 300, &world.artifact(40))]).await;
+    world.until(|world| world.server.is_loaded("iris_1")).await;
+    process.kept.store(10, SeqCst);
+    assert_eq!(measured(&mut session, copy).await, None);
+    session.obeyed(&[known(register("other", other, 95, &world.artifact(41)))]).await;
+    session.available(other).await;
+    assert_eq!(world.infer("iris", copy).await.status().as_u16(), 200);
+    assert_eq!(resident(&world), 40);
+    let session = world.restart_agent().await;
+    let inventory = session.inventory();
+    let one = inventory.iter().find(|one| one.generation == copy).expect("it is kept");
+    let Report::Available { measured: Some(size), .. } = &one.report else { panic!("{one:?}") };
+    assert_eq!(size.bytes, Resources::primary(Bytes(40)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -193,7 +224,7 @@ async fn where_what_is_declared_is_to_count_a_measurement_keeps_no_copy_out_of_m
     for uid in 1..=2 {
         let copy = generation(uid, 1, 1);
         let mut order = register(&format!("m{uid}"), copy, 50, &world.artifact(80));
-        let wharf::domain::order::Order::Register { spec, trust, .. } = &mut order else { panic!("a registration") };
+        let Order::Register { spec, trust, .. } = &mut order else { panic!("a registration") };
         Arc::make_mut(spec).memory = Some(Bytes(50));
         *trust = Trust::Declared;
         session.obeyed(&[order]).await;

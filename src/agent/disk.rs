@@ -118,9 +118,12 @@ pub(crate) struct Kept {
     /// How often the inference server holds it in memory.
     #[serde(default = "once")]
     pub(crate) instances: u32,
-    /// What was measured of it.
+    /// What it was found to take.
     #[serde(default)]
     pub(crate) size: Option<Size>,
+    /// Whether that is a guess, and was not measured.
+    #[serde(default)]
+    pub(crate) guessed: bool,
 }
 
 const fn once() -> u32 {
@@ -146,7 +149,20 @@ impl Kept {
         let (artifact, instances) = loaded.map_or((None, 1), |(artifact, instances)| (Some(artifact), instances));
         match order {
             Order::Register { model, generation, spec, need, attempt, measured, trust } => {
-                Some(Self { model, generation, spec, need, attempt, measured, trust, artifact, instances, size: None })
+                let (size, guessed) = (None, false);
+                Some(Self {
+                    model,
+                    generation,
+                    spec,
+                    need,
+                    attempt,
+                    measured,
+                    trust,
+                    artifact,
+                    instances,
+                    size,
+                    guessed,
+                })
             }
             Order::Unregister { .. } => None,
         }

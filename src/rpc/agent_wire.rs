@@ -77,15 +77,17 @@ pub fn order_to_wire(order: &Order) -> wire::Order {
     use wire::order::Order as Wire;
     wire::Order {
         order: Some(match order {
-            Order::Register { model, generation, spec, need, attempt, measured, trust } => Wire::Register(wire::Register {
-                model: model.to_string(),
-                generation: Some(generation_to_wire(*generation)),
-                spec: Some(model_spec_to_wire(spec)),
-                need: Some(resources_to_wire(need)),
-                attempt: *attempt,
-                measured: *measured,
-                trust: trust_to_wire(*trust).into(),
-            }),
+            Order::Register { model, generation, spec, need, attempt, measured, trust } => {
+                Wire::Register(wire::Register {
+                    model: model.to_string(),
+                    generation: Some(generation_to_wire(*generation)),
+                    spec: Some(model_spec_to_wire(spec)),
+                    need: Some(resources_to_wire(need)),
+                    attempt: *attempt,
+                    measured: *measured,
+                    trust: trust_to_wire(*trust).into(),
+                })
+            }
             Order::Unregister { model, generation, drain } => Wire::Unregister(wire::Unregister {
                 model: model.to_string(),
                 generation: Some(generation_to_wire(*generation)),
@@ -162,9 +164,10 @@ pub fn report_to_wire(report: &CopyReport) -> wire::CopyReport {
             Report::Loading { estimate } => {
                 State::Loading(wire::Loading { estimate: estimate.as_deref().map(size_to_wire) })
             }
-            Report::Available { residency, measured } => State::Available(wire::Available {
+            Report::Available { residency, measured, estimate } => State::Available(wire::Available {
                 residency: residency_to_wire(*residency).into(),
                 measured: measured.as_deref().map(size_to_wire),
+                estimate: estimate.as_deref().map(size_to_wire),
             }),
             Report::Draining { holds } => State::Draining(wire::Draining { holds: *holds }),
             Report::Unloaded => State::Unloaded(wire::Unloaded {}),
@@ -197,6 +200,7 @@ pub fn report_from_wire(wire: wire::CopyReport) -> Result<CopyReport, Refusal> {
                 wire::available::Residency::Reloading => Residency::Reloading,
             },
             measured: size_from_wire(one.measured),
+            estimate: size_from_wire(one.estimate),
         },
         State::Draining(one) => Report::Draining { holds: one.holds },
         State::Unloaded(_) => Report::Unloaded,
@@ -325,6 +329,7 @@ mod tests {
         reports.extend(residencies.map(|residency| Report::Available {
             residency,
             measured: (residency == Residency::Resident).then(|| Box::new(size())),
+            estimate: (residency == Residency::Evicted).then(|| Box::new(size())),
         }));
         for report in reports {
             let order = register();

@@ -261,7 +261,7 @@ impl Entry {
     }
 
     fn expected(&self) -> Resources {
-        match (&self.spec.runtime, self.instances.load(SeqCst)) {
+        match (&self.spec.runtime, self.instances()) {
             (None, instances @ 2..) if !self.ordered_measured => self.ordered.times(instances),
             (Some(_) | None, _) => self.ordered.clone(),
         }
@@ -272,6 +272,11 @@ impl Entry {
         if measured || self.size().is_none() {
             self.weight.store(Some(Arc::new(Weight { size, measured })));
         }
+    }
+
+    /// What it was found to take, and whether that was measured.
+    pub(crate) fn weight(&self) -> Option<(Size, bool)> {
+        self.weight.load().as_deref().map(|weight| (weight.size.clone(), weight.measured))
     }
 
     /// What was measured of it.
@@ -299,6 +304,10 @@ impl Entry {
     /// How often the inference server holds it in memory. To be told before it has room in the ledger.
     pub(crate) fn set_instances(&self, instances: u32) {
         self.instances.store(instances, SeqCst);
+    }
+
+    pub(crate) fn instances(&self) -> u32 {
+        self.instances.load(SeqCst)
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -474,14 +483,14 @@ impl Entry {
 
     /// What there is to say of it now.
     pub(crate) fn report(&self) -> Report {
-        let available = |residency| Report::Available { residency, measured: self.size().map(Box::new) };
+        let weight =
+            |wanted: bool| self.weight().and_then(|(size, measured)| (measured == wanted).then(|| Box::new(size)));
+        let available = |residency| Report::Available { residency, measured: weight(true), estimate: weight(false) };
         match self.snapshot() {
             (Phase::Preparing, _) => match *lock(&self.stage) {
                 Stage::Scheduled => Report::Scheduled,
                 Stage::Downloading(progress) => Report::Downloading(progress),
-                Stage::Loading => Report::Loading {
-                    estimate: self.weight.load().as_deref().map(|weight| Box::new(weight.size.clone())),
-                },
+                Stage::Loading => Report::Loading { estimate: self.weight().map(|(size, _)| Box::new(size)) },
             },
             (Phase::Resident, _) => available(Residency::Resident),
             (Phase::Evicting, _) => available(Residency::Evicting),

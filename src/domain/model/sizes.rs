@@ -125,18 +125,18 @@ impl Model {
     /// Memory that a new copy of a version is to have.
     pub(super) fn need(&self, entry: &Entry, policy: &Policy) -> Resources {
         let (measured, guessed) = (self.measured_version(entry.version), self.guessed_version(entry.version));
-        let known =
-            Known { declared: declared(&entry.spec), measured: measured.as_ref(), estimated: guessed.as_ref() };
+        let known = Known { declared: declared(&entry.spec), measured: measured.as_ref(), estimated: guessed.as_ref() };
         known.counts(policy.trust, policy.default_memory)
     }
 
     /// Takes what an agent says of a copy's size.
     pub(super) fn weigh(&mut self, index: usize, report: &Report, policy: &Policy, decision: &mut Decision) {
         let (size, is_measured) = match report {
-            Report::Loading { estimate: Some(size) } => (size, false),
             Report::Available { measured: Some(size), .. } => (size, true),
+            Report::Loading { estimate: Some(size) }
+            | Report::Available { measured: None, estimate: Some(size), .. } => (size, false),
             Report::Loading { estimate: None }
-            | Report::Available { measured: None, .. }
+            | Report::Available { measured: None, estimate: None, .. }
             | Report::Scheduled
             | Report::Downloading(_)
             | Report::Draining { .. }
@@ -341,8 +341,12 @@ mod tests {
         }
 
         fn measured(&mut self, index: u32, generation: Generation, size: Size) {
-            let report = Report::Available { residency: Residency::Resident, measured: Some(Box::new(size)) };
-            self.report(index, generation, report);
+            let measured = Some(Box::new(size));
+            self.report(
+                index,
+                generation,
+                Report::Available { residency: Residency::Resident, measured, estimate: None },
+            );
         }
 
         fn need(&self, generation: Generation) -> u64 {
@@ -479,6 +483,17 @@ mod tests {
         world.happen(Event::Scale(2));
         let third = world.place(2);
         assert_eq!(world.need(third), 900 << 20);
+    }
+
+    #[test]
+    fn a_guess_whose_first_word_was_lost_is_heard_with_the_next() {
+        let mut world = World::new(Policy::default());
+        world.happen(definition("/a", None, 1));
+        let copy = world.place(0);
+        let estimate = Some(Box::new(size("a", 900 << 20)));
+        world.report(0, copy, Report::Available { residency: Residency::Resident, measured: None, estimate });
+        assert_eq!(world.need(copy), 900 << 20);
+        assert!(world.effects.contains(&Effect::Keep(copy)), "the ledger has to follow: {:?}", world.effects);
     }
 
     /// A model that says nothing of its memory, on replicas that others fill in part.
