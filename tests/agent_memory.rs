@@ -255,6 +255,19 @@ async fn a_measurement_that_requests_may_be_part_of_is_not_taken() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_measurement_that_is_more_than_there_is_room_for_evicts() {
+    let (world, mut session, _process) = watched(100, |_| {}).await;
+    let copies = [generation(1, 1, 1), generation(2, 1, 1)];
+    session.obeyed(&[register("first", copies[0], 300, &world.artifact(60))]).await;
+    assert_eq!(measured(&mut session, copies[0]).await, Some(60));
+    // Its guess fits beside the first one, and what it takes does not.
+    session.obeyed(&[register("second", copies[1], 300, &world.artifact(80))]).await;
+    assert_eq!(measured(&mut session, copies[1]).await, Some(80));
+    world.until(|world| world.phase(copies[0]).as_deref() == Some("Evicted")).await;
+    assert_eq!(resident(&world), 80);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_was_measured_is_forgotten_with_the_last_copy_that_it_holds_for() {
     let (world, mut session, process) = watched(1000, |_| {}).await;
     world.server.edit(|state| state.load_time = SECOND);

@@ -126,7 +126,7 @@ impl Core {
     }
 
     /// Loads a copy that has its room and is reloading. One that can't be loaded has failed.
-    pub(crate) async fn load_again(&self, entry: &Arc<Entry>) {
+    pub(crate) async fn load_again(self: &Arc<Self>, entry: &Arc<Entry>) {
         let mut in_server = entry.in_server.lock().await;
         let known = entry.size().is_some();
         match self.try_to_load(entry, &mut in_server).await {
@@ -150,7 +150,7 @@ impl Core {
         }
     }
 
-    async fn try_to_load(&self, entry: &Entry, in_server: &mut InServer) -> Result<(), Failure> {
+    async fn try_to_load(self: &Arc<Self>, entry: &Entry, in_server: &mut InServer) -> Result<(), Failure> {
         let mut tried = 0;
         let mut pause = Duration::from_millis(100);
         loop {

@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
     },
     time::Duration,
@@ -220,7 +220,7 @@ impl Core {
     }
 
     /// Measures a copy that has just been loaded, unless it was measured before.
-    pub(crate) async fn measure(&self, entry: &Entry, turn: &Turn<'_>) {
+    pub(crate) async fn measure(self: &Arc<Self>, entry: &Entry, turn: &Turn<'_>) {
         let Some(key) = entry.unweighed() else { return };
         let told = timeout(self.options.probe_deadline, self.runtime.memory(&entry.served)).await;
         let bytes = match told {
@@ -237,6 +237,10 @@ impl Core {
         entry.weighed(size, true);
         // Others may fit now, or it may be more than there is.
         self.ledger.pressure().eased();
+        if !self.ledger.capacity().covers(&self.ledger.used()) {
+            let core = Arc::clone(self);
+            self.spawn(async move { core.fit().await });
+        }
     }
 
     /// What the server's process gained by the load, if nothing else can have been the cause.
