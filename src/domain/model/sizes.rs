@@ -426,6 +426,23 @@ mod tests {
     }
 
     #[test]
+    fn an_order_says_that_its_need_was_measured_only_when_that_is_within_it() {
+        for (trust, expected) in [(Trust::Larger, true), (Trust::Measured, true), (Trust::Declared, false)] {
+            let mut world = World::new(Policy { trust, ..Policy::default() });
+            world.happen(definition("/a", Some(100), 1));
+            let first = world.place(0);
+            world.measured(0, first, size("a", 300));
+            world.happen(Event::Scale(2));
+            world.place(1);
+            let ordered = world.effects.iter().find_map(|effect| match effect {
+                Effect::Register { measured, .. } => Some(*measured),
+                _ => None,
+            });
+            assert_eq!(ordered, Some(expected), "{trust:?}");
+        }
+    }
+
+    #[test]
     fn a_size_outlives_a_restart_and_a_rollback_and_not_its_last_version() {
         let mut world = World::new(Policy { history: 2, ..Policy::default() });
         world.happen(definition("/a", None, 1));
