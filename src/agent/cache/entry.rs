@@ -244,8 +244,8 @@ impl Entry {
     }
 
     /// Memory that it takes. What was measured of it; where memory is declared, whichever is to count. Until there is a
-    /// measurement, a guess where nothing is declared; else what the scheduler counts it for, as often as the inference server holds
-    /// it, unless the scheduler knew of that.
+    /// measurement, a guess where nothing is declared; else what the scheduler counts it for, as often as the inference
+    /// server holds it, unless the scheduler knew of that.
     pub(crate) fn need(&self) -> Resources {
         let declared = self.spec.memory.is_some_and(|bytes| bytes != Bytes::ZERO);
         match self.weight.load().as_deref() {
