@@ -25,8 +25,9 @@ use wharf::{
     domain::{
         copy::Report,
         memory::{Bytes, Resources},
+        order::Order,
         residency::Eviction,
-        size::Guesses,
+        size::{Guesses, Trust},
         version::Generation,
     },
     ports::{Footprint, ServerProcess},
@@ -68,6 +69,13 @@ async fn measured(session: &mut Session, copy: Generation) -> Option<u64> {
     let report = session.until(copy, |report| matches!(report, Report::Available { .. })).await;
     let Report::Available { measured, .. } = report else { panic!("{report:?}") };
     measured.map(|size| size.bytes.primary.0)
+}
+
+/// The order, from a scheduler to which the copy's size is known.
+fn known(mut order: Order) -> Order {
+    let Order::Register { measured, .. } = &mut order else { panic!("a registration") };
+    *measured = true;
+    order
 }
 
 fn resident(world: &World) -> u64 {
@@ -133,8 +141,33 @@ async fn first_loads_that_are_measured_are_alone_and_what_is_known_survives_a_re
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_measured_load_that_takes_long_keeps_no_other_copy_waiting_for_long() {
+    let (world, mut session, _process) = watched(100, |_| {}).await;
+    let copies = [generation(1, 1, 1), generation(2, 1, 1), generation(3, 1, 1)];
+    session.obeyed(&[register("first", copies[0], 60, &world.artifact(60))]).await;
+    assert_eq!(measured(&mut session, copies[0]).await, Some(60));
+    world.server.edit(|state| state.load_time = 200 * SECOND);
+    session.obeyed(&[register("slow", copies[1], 30, &world.artifact(30))]).await;
+    world.until(|world| world.server.is_loaded("slow_1")).await;
+    world.server.edit(|state| state.load_time = Duration::ZERO);
+    // The third is as large as the scheduler says, so the first is to leave for it.
+    let began = tokio::time::Instant::now();
+    session.obeyed(&[known(register("third", copies[2], 60, &world.artifact(61)))]).await;
+    session.available(copies[2]).await;
+    assert!(began.elapsed() <= 10 * SECOND, "{:?}", began.elapsed());
+    // Nobody waits again for what is no measurement any more.
+    let began = tokio::time::Instant::now();
+    assert_eq!(world.infer("first", copies[0]).await.status().as_u16(), 200);
+    assert!(began.elapsed() < SECOND, "{:?}", began.elapsed());
+    let slow = session.until(copies[1], |report| matches!(report, Report::Available { .. }));
+    let Ok(Report::Available { measured: None, .. }) = tokio::time::timeout(300 * SECOND, slow).await else {
+        panic!("it was disturbed")
+    };
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_load_that_used_what_the_process_had_left_is_no_measure() {
-    let (world, mut session, process) = watched(1000, |_| {}).await;
+    let (mut world, mut session, process) = watched(1000, |_| {}).await;
     let copy = generation(1, 1, 1);
     process.kept.store(50, SeqCst);
     world.server.edit(|state| state.load_time = SECOND);
@@ -145,17 +178,111 @@ async fn a_load_that_used_what_the_process_had_left_is_no_measure() {
     process.kept.store(10, SeqCst);
     assert_eq!(measured(&mut session, copy).await, None);
     assert_eq!(resident(&world), 11, "the guess goes on counting");
+    // Over a restart as well, and it is told whoever did not hear it before.
+    let session = world.restart_agent().await;
+    let [one] = <[_; 1]>::try_from(session.inventory()).expect("one copy");
+    let Report::Available { measured: None, estimate: Some(guess), .. } = one.report else { panic!("{one:?}") };
+    assert_eq!((guess.bytes, resident(&world)), (Resources::primary(Bytes(11)), 11));
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_is_declared_counts_in_memory_while_it_is_more_than_what_was_measured() {
     let (world, mut session, _process) = watched(1000, |_| {}).await;
     let mut order = register("iris", generation(1, 1, 1), 70, &world.artifact(40));
-    let wharf::domain::order::Order::Register { spec, .. } = &mut order else { panic!("a registration") };
+    let Order::Register { spec, .. } = &mut order else { panic!("a registration") };
     Arc::make_mut(spec).memory = Some(Bytes(70));
     session.obeyed(&[order]).await;
     assert_eq!(measured(&mut session, generation(1, 1, 1)).await, Some(40));
     assert_eq!(resident(&world), 70);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_is_measured_when_it_comes_back_is_known_after_a_restart() {
+    let (mut world, mut session, process) = watched(100, |_| {}).await;
+    let (copy, other) = (generation(1, 1, 1), generation(2, 1, 1));
+    process.kept.store(50, SeqCst);
+    world.server.edit(|state| state.load_time = SECOND);
+    session.obeyed(&[register("iris", copy, 300, &world.artifact(40))]).await;
+    world.until(|world| world.server.is_loaded("iris_1")).await;
+    process.kept.store(10, SeqCst);
+    assert_eq!(measured(&mut session, copy).await, None);
+    session.obeyed(&[known(register("other", other, 95, &world.artifact(41)))]).await;
+    session.available(other).await;
+    assert_eq!(world.infer("iris", copy).await.status().as_u16(), 200);
+    assert_eq!(resident(&world), 40);
+    let session = world.restart_agent().await;
+    let inventory = session.inventory();
+    let one = inventory.iter().find(|one| one.generation == copy).expect("it is kept");
+    let Report::Available { measured: Some(size), .. } = &one.report else { panic!("{one:?}") };
+    assert_eq!(size.bytes, Resources::primary(Bytes(40)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_what_is_declared_is_to_count_a_measurement_keeps_no_copy_out_of_memory() {
+    let (world, mut session, _process) = watched(100, |_| {}).await;
+    // It takes more than it declares, and two of them more than there is.
+    for uid in 1..=2 {
+        let copy = generation(uid, 1, 1);
+        let mut order = register(&format!("m{uid}"), copy, 50, &world.artifact(80));
+        let Order::Register { spec, trust, .. } = &mut order else { panic!("a registration") };
+        Arc::make_mut(spec).memory = Some(Bytes(50));
+        *trust = Trust::Declared;
+        session.obeyed(&[order]).await;
+        assert_eq!(measured(&mut session, copy).await, Some(80));
+    }
+    assert_eq!(resident(&world), 100);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_measurement_that_requests_may_be_part_of_is_not_taken() {
+    let (world, mut session, process) = watched(1000, |_| {}).await;
+    let copies = [generation(1, 1, 1), generation(2, 1, 1), generation(3, 1, 1)];
+    session.obeyed(&[register("busy", copies[0], 300, &world.artifact(40))]).await;
+    assert_eq!(measured(&mut session, copies[0]).await, Some(40));
+    world.server.edit(|state| state.load_time = SECOND);
+    session.obeyed(&[register("second", copies[1], 300, &world.artifact(50))]).await;
+    world.until(|world| world.server.is_loaded("second_1")).await;
+    // It is over before the load is, and what it took is still there.
+    assert_eq!(world.infer("busy", copies[0]).await.status().as_u16(), 200);
+    process.kept.store(700, SeqCst);
+    assert_eq!(measured(&mut session, copies[1]).await, None);
+    // Without any it is taken; and is never more than the memory.
+    process.kept.store(0, SeqCst);
+    session.obeyed(&[register("third", copies[2], 300, &world.artifact(60))]).await;
+    world.until(|world| world.server.is_loaded("third_1")).await;
+    process.kept.store(5000, SeqCst);
+    assert_eq!(measured(&mut session, copies[2]).await, Some(1000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_measurement_that_is_more_than_there_is_room_for_evicts() {
+    let (world, mut session, _process) = watched(100, |_| {}).await;
+    let copies = [generation(1, 1, 1), generation(2, 1, 1)];
+    session.obeyed(&[register("first", copies[0], 300, &world.artifact(60))]).await;
+    assert_eq!(measured(&mut session, copies[0]).await, Some(60));
+    // Its guess fits beside the first one, and what it takes does not.
+    session.obeyed(&[register("second", copies[1], 300, &world.artifact(80))]).await;
+    assert_eq!(measured(&mut session, copies[1]).await, Some(80));
+    world.until(|world| world.phase(copies[0]).as_deref() == Some("Evicted")).await;
+    assert_eq!(resident(&world), 80);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_measured_is_forgotten_with_the_last_copy_that_it_holds_for() {
+    let (world, mut session, process) = watched(1000, |_| {}).await;
+    world.server.edit(|state| state.load_time = SECOND);
+    let copies = [generation(1, 1, 1), generation(2, 1, 1), generation(3, 1, 1)];
+    session.obeyed(&[register("first", copies[0], 300, &world.artifact(40))]).await;
+    world.until(|world| world.server.is_loaded("first_1")).await;
+    // Something that is not the model's own.
+    process.kept.store(60, SeqCst);
+    assert_eq!(measured(&mut session, copies[0]).await, Some(100));
+    session.obeyed(&[register("second", copies[1], 300, &world.artifact(40))]).await;
+    assert_eq!(measured(&mut session, copies[1]).await, Some(100));
+    session.obeyed(&[unregister("first", copies[0], SECOND), unregister("second", copies[1], SECOND)]).await;
+    session.unloaded(copies[1]).await;
+    session.obeyed(&[register("third", copies[2], 300, &world.artifact(40))]).await;
+    assert_eq!(measured(&mut session, copies[2]).await, Some(40));
 }
 
 #[tokio::test(start_paused = true)]

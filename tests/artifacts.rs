@@ -34,6 +34,7 @@ use wharf::{
         memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
+        size::Trust,
         spec::{ModelSpec, Storage},
         version::Generation,
     },
@@ -117,6 +118,7 @@ fn register(copy: Generation, uri: &str, storage: Option<Storage>) -> Order {
         need: Resources::primary(Bytes(3)),
         attempt: 0,
         measured: false,
+        trust: Trust::Larger,
     }
 }
 

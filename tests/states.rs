@@ -113,7 +113,10 @@ fn events() -> Vec<(&'static str, Event)> {
         ("Reported(Scheduled)", Event::Reported(Report::Scheduled)),
         ("Reported(Downloading)", Event::Reported(Report::Downloading(Progress { done: 1, total: None }))),
         ("Reported(Loading)", Event::Reported(Report::Loading { estimate: None })),
-        ("Reported(Available)", Event::Reported(Report::Available { residency: Residency::Resident, measured: None })),
+        (
+            "Reported(Available)",
+            Event::Reported(Report::Available { residency: Residency::Resident, measured: None, estimate: None }),
+        ),
         ("Reported(Draining)", Event::Reported(Report::Draining { holds: 1 })),
         ("Reported(Unloaded)", Event::Reported(Report::Unloaded)),
         ("Reported(Failed), reserved", failed(false)),

@@ -181,8 +181,8 @@ impl ModelActor {
                 links.placement.tell(Release { model: name.clone(), generation });
             }
             Effect::Register { on, generation, spec, need, attempt, measured } => {
-                let model = name.clone();
-                let order = Order::Register { model, generation, spec, need, attempt, measured };
+                let (model, trust) = (name.clone(), links.policy.trust);
+                let order = Order::Register { model, generation, spec, need, attempt, measured, trust };
                 self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
             }
             Effect::Unregister { on, generation } => {
@@ -271,8 +271,8 @@ impl ModelActor {
                     if let (Some(Effect::Register { on, generation, spec, need, attempt, measured }), false) =
                         (self.model.register(copy), matches!(copy.state, State::Failed { .. }))
                     {
-                        let model = self.model.name.clone();
-                        let order = Order::Register { model, generation, spec, need, attempt, measured };
+                        let (model, trust) = (self.model.name.clone(), self.links.policy.trust);
+                        let order = Order::Register { model, generation, spec, need, attempt, measured, trust };
                         self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
                     }
                 }

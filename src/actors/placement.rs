@@ -169,13 +169,17 @@ impl Handler<Retry> for PlacementActor {
 impl Handler<Place> for PlacementActor {
     type Result = ();
 
-    fn handle(&mut self, place: Place, _: &mut Self::Context) {
+    fn handle(&mut self, place: Place, ctx: &mut Self::Context) {
         let now = self.links.clock.now();
         let request = self.request(&place);
         let links = Arc::clone(&self.links);
         let decision = self.placement.place_at_last(request, now);
         let outcome = if decision.outcome.is_ok() { Outcome::Placed } else { Outcome::Unplaced };
         links.metrics.scheduler.placement(outcome, links.clock.now().since(now));
+        if let Some(on) = decision.replica() {
+            // One that has its place already may have become larger.
+            self.look_if_strained(on, ctx);
+        }
         self.decided(&place.model, place.wanted.generation, decision);
     }
 }

@@ -17,7 +17,7 @@ use crate::domain::{
     memory::Resources,
     names::ModelName,
     order::Order,
-    size::Size,
+    size::{Size, Trust},
     spec::ModelSpec,
     version::Generation,
 };
@@ -110,14 +110,20 @@ pub(crate) struct Kept {
     /// Whether the need was measured.
     #[serde(default)]
     measured: bool,
+    /// What counts where another amount is declared.
+    #[serde(default)]
+    trust: Trust,
     /// The artifact that its folder was made from, once it answered.
     pub(crate) artifact: Option<String>,
     /// How often the inference server holds it in memory.
     #[serde(default = "once")]
     pub(crate) instances: u32,
-    /// What was measured of it.
+    /// What it was found to take.
     #[serde(default)]
     pub(crate) size: Option<Size>,
+    /// Whether that is a guess, and was not measured.
+    #[serde(default)]
+    pub(crate) guessed: bool,
 }
 
 const fn once() -> u32 {
@@ -133,6 +139,7 @@ impl Kept {
             need: self.need.clone(),
             attempt: self.attempt,
             measured: self.measured,
+            trust: self.trust,
         }
     }
 
@@ -141,8 +148,21 @@ impl Kept {
     pub(crate) fn of(order: Order, loaded: Option<(String, u32)>) -> Option<Self> {
         let (artifact, instances) = loaded.map_or((None, 1), |(artifact, instances)| (Some(artifact), instances));
         match order {
-            Order::Register { model, generation, spec, need, attempt, measured } => {
-                Some(Self { model, generation, spec, need, attempt, measured, artifact, instances, size: None })
+            Order::Register { model, generation, spec, need, attempt, measured, trust } => {
+                let (size, guessed) = (None, false);
+                Some(Self {
+                    model,
+                    generation,
+                    spec,
+                    need,
+                    attempt,
+                    measured,
+                    trust,
+                    artifact,
+                    instances,
+                    size,
+                    guessed,
+                })
             }
             Order::Unregister { .. } => None,
         }

@@ -146,7 +146,6 @@ impl Core {
         self.guess(entry, &artifact, instances);
         entry.set_stage(Stage::Loading);
         self.report(entry);
-        let key = artifact.key().to_owned();
         *entry.artifact.lock().unwrap_or_else(PoisonError::into_inner) = Some(artifact);
 
         let permit = entry.unless_stopped(self.loads.acquire()).await.ok_or(Halt::Stopped)?;
@@ -174,15 +173,30 @@ impl Core {
         self.warm_up(entry).await?;
         drop(in_server);
         drop(permit);
-        if let Some(mut kept) = Kept::of(entry.order(), Some((key, instances))) {
-            kept.size = entry.size();
-            self.disk.keep(kept).await?;
-        }
+        self.keep(entry).await?;
         if entry.shift(Phase::Preparing, Phase::Resident) {
             self.report(entry);
         }
         drop(loading);
         Ok(())
+    }
+
+    /// Keeps an answering copy over a restart: what its folder was made from, how often it is in memory, and what it was
+    /// found to take.
+    pub(crate) async fn keep(&self, entry: &Entry) -> Result<(), Failure> {
+        let artifact = entry
+            .artifact
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(Artifact::key)
+            .map(str::to_owned);
+        let loaded = artifact.map(|artifact| (artifact, entry.instances()));
+        let Some(mut kept) = Kept::of(entry.order(), loaded) else { return Ok(()) };
+        if let Some((size, measured)) = entry.weight() {
+            (kept.size, kept.guessed) = (Some(size), !measured);
+        }
+        self.disk.keep(kept).await
     }
 
     async fn fetch(&self, entry: &Entry) -> Result<Artifact, Halt> {
@@ -242,6 +256,7 @@ impl Core {
             _ => Report::Unloaded,
         };
         self.book.remove(entry, last_word.clone());
+        self.forget_size(entry);
         self.say(entry, last_word);
     }
 

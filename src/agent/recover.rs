@@ -73,12 +73,15 @@ impl Core {
     }
 
     fn taken_up(&self, kept: Kept) -> Option<(Arc<Entry>, Option<String>)> {
-        let (artifact, instances, size) = (kept.artifact.clone(), kept.instances, kept.size.clone());
+        let (artifact, instances) = (kept.artifact.clone(), kept.instances);
+        let (size, measured) = (kept.size.clone(), !kept.guessed);
         let entry = entry_of(kept.order(), &self.ledger, Arc::clone(&self.clock))?;
         entry.set_instances(instances);
         if let Some(size) = size {
-            self.scale.remember(&size);
-            entry.weighed(size, true);
+            if measured {
+                self.scale.remember(&size);
+            }
+            entry.weighed(size, measured);
         }
         Some((entry, artifact))
     }

@@ -126,15 +126,22 @@ impl Core {
     }
 
     /// Loads a copy that has its room and is reloading. One that can't be loaded has failed.
-    pub(crate) async fn load_again(&self, entry: &Arc<Entry>) {
+    pub(crate) async fn load_again(self: &Arc<Self>, entry: &Arc<Entry>) {
         let _loading = self.loading(entry);
         let mut in_server = entry.in_server.lock().await;
+        let known = entry.size().is_some();
         match self.try_to_load(entry, &mut in_server).await {
             Ok(()) => {
-                drop(in_server);
                 // Of one that drains meanwhile, the task that takes it down unloads it.
                 if entry.shift(Phase::Reloading, Phase::Resident) {
                     self.report(entry);
+                }
+                // That task forgets the copy, and waits for the lock: this comes before.
+                if !known
+                    && entry.size().is_some()
+                    && let Err(failure) = self.keep(entry).await
+                {
+                    tracing::warn!(copy = %entry.generation, error = %failure.message, "what was measured of a copy can't be kept");
                 }
             }
             Err(failure) => {
@@ -144,7 +151,7 @@ impl Core {
         }
     }
 
-    async fn try_to_load(&self, entry: &Entry, in_server: &mut InServer) -> Result<(), Failure> {
+    async fn try_to_load(self: &Arc<Self>, entry: &Entry, in_server: &mut InServer) -> Result<(), Failure> {
         let mut tried = 0;
         let mut pause = Duration::from_millis(100);
         loop {

@@ -152,7 +152,7 @@ impl Core {
     }
 
     /// Has the inference server load a copy, and waits until it answers. The caller holds its lock.
-    pub(crate) async fn load(&self, entry: &Entry, in_server: &mut InServer) -> Result<(), Failure> {
+    pub(crate) async fn load(self: &Arc<Self>, entry: &Entry, in_server: &mut InServer) -> Result<(), Failure> {
         let turn = self.turn_to_load(entry).await;
         *in_server = InServer::Maybe;
         let began = self.clock.now();

@@ -1,15 +1,17 @@
 //! What copies take in memory: guessed from the artifact, then measured.
 //!
 //! The rules of this module: the server's own figure is worth most; without one, the server's process is looked at
-//! before and after a load that is alone there, and a measurement that anything disturbed is not taken; a guess never
-//! makes a copy too large for the replica.
+//! before and after a load that is alone there, and a measurement that anything disturbed is not taken, a request for
+//! another copy no less than a load; nobody waits long for the sake of a measurement; neither a guess nor a measurement of
+//! the process makes a copy too large for the replica.
 
 use std::{
     collections::BTreeMap,
     sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use sha2::{Digest as _, Sha256};
@@ -18,30 +20,42 @@ use tokio::{
     time::timeout,
 };
 
-use super::{artifacts::Artifact, cache::Entry, core::Core, disk};
+use super::{
+    artifacts::Artifact,
+    cache::{Entry, Phase},
+    core::Core,
+    disk,
+};
 use crate::{
     domain::{
         ghost::{Ghosts, Strain},
         memory::{Bytes, Resources},
         size::{self, Size, SizeKey},
         spec::Parameter,
+        time::Instant,
     },
     ports::Footprint,
 };
 
-/// Sizes that the agent remembers beyond its copies.
+/// Sizes that the agent remembers of its copies.
 const REMEMBERED: usize = 4096;
 /// A load that adds less than this share of its artifact's bytes, in percent, used memory that the process had kept from
 /// before: what it added is no measure.
 const PLAUSIBLE_PERCENT: u64 = 50;
+/// How long a load or unload waits for one that is being measured. Then it goes ahead, and that is no measurement.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a first load waits to be alone. No request waits for it yet.
+const FIRST: Duration = Duration::from_secs(20);
 
 /// What is known of sizes, and whose turn it is with the server.
 #[derive(Debug, Default)]
 pub(crate) struct Scale {
     /// Loads and unloads share it; a load that is measured has it alone.
     turns: RwLock<()>,
-    /// Loads and unloads that did not get their turn in time and went ahead.
-    disturbed: AtomicU64,
+    /// Whether the load that is alone was disturbed, so that nobody has to wait for it any more.
+    spoiled: AtomicBool,
+    /// Loads and unloads under way that went ahead without a turn.
+    loose: AtomicU32,
     /// Whether the server gives figures of its own.
     told: AtomicBool,
     known: Mutex<BTreeMap<SizeKey, Resources>>,
@@ -60,10 +74,47 @@ struct Watched {
 /// A load's or unload's turn with the server.
 #[derive(Debug)]
 pub(crate) enum Turn<'a> {
-    /// Nothing else is loaded or unloaded; what the process had before, and how often it was disturbed until then.
-    Alone(#[expect(dead_code, reason = "held for as long as the turn is")] RwLockWriteGuard<'a, ()>, Footprint, u64),
+    /// Nothing else is loaded or unloaded.
+    Alone(Alone<'a>),
     /// Others may be at it.
-    Shared(#[expect(dead_code, reason = "held for as long as the turn is")] Option<RwLockReadGuard<'a, ()>>),
+    Shared(#[expect(dead_code, reason = "held for as long as the turn is")] RwLockReadGuard<'a, ()>),
+    /// It did not get its turn in time, and goes ahead.
+    Loose(#[expect(dead_code, reason = "held for as long as the turn is")] Loose<'a>),
+}
+
+/// The turn of a load that is to be measured.
+#[derive(Debug)]
+pub(crate) struct Alone<'a> {
+    scale: &'a Scale,
+    _turn: RwLockWriteGuard<'a, ()>,
+    since: Instant,
+    /// What the process had then.
+    before: Footprint,
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.scale.spoiled.store(false, SeqCst);
+    }
+}
+
+/// Something that is loaded or unloaded without a turn.
+#[derive(Debug)]
+pub(crate) struct Loose<'a>(&'a Scale);
+
+impl<'a> Loose<'a> {
+    fn begin(scale: &'a Scale) -> Self {
+        // In this order: who becomes alone in between sees one of the two.
+        scale.loose.fetch_add(1, SeqCst);
+        scale.spoiled.store(true, SeqCst);
+        Self(scale)
+    }
+}
+
+impl Drop for Loose<'_> {
+    fn drop(&mut self) {
+        self.0.loose.fetch_sub(1, SeqCst);
+    }
 }
 
 /// How a copy is configured, as far as its size depends on it.
@@ -94,6 +145,10 @@ impl Scale {
         known.insert(size.key.clone(), size.bytes.clone());
     }
 
+    fn forget(&self, key: &SizeKey) {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+    }
+
     /// Copies that were evicted.
     pub(crate) fn ghosts(&self) -> MutexGuard<'_, Ghosts> {
         self.ghosts.lock().unwrap_or_else(PoisonError::into_inner)
@@ -105,6 +160,16 @@ impl Core {
     pub(crate) fn strain(&self) -> Strain {
         let leaked = self.scale.process.lock().unwrap_or_else(PoisonError::into_inner).leaked;
         Strain { leaked, advice: self.scale.ghosts().advice(self.clock.now()) }
+    }
+
+    /// Forgets what was measured of a copy that is gone, unless it holds for another one that is here: who deletes a model
+    /// and loads it again has it measured anew.
+    pub(crate) fn forget_size(&self, entry: &Entry) {
+        if let Some(Size { key, .. }) = entry.size()
+            && !self.book.all().iter().any(|other| other.size().is_some_and(|size| size.key == key))
+        {
+            self.scale.forget(&key);
+        }
     }
 
     /// Says what a copy is taken for, now that its artifact is on disk.
@@ -129,12 +194,17 @@ impl Core {
 
     /// The turn of a load; alone where it is to be measured by what the process gains.
     pub(crate) async fn turn_to_load(&self, entry: &Entry) -> Turn<'_> {
-        let wanted = entry.is_unweighed() && !self.scale.told.load(SeqCst) && self.options.process.is_some();
-        if wanted && let Ok(alone) = timeout(self.options.load_deadline, self.scale.turns.write()).await {
-            let disturbed = self.scale.disturbed.load(SeqCst);
+        let wanted = entry.is_unweighed()
+            && !self.scale.told.load(SeqCst)
+            && self.options.process.is_some()
+            && entry.tries_to_be_weighed();
+        let patience = if entry.phase() == Phase::Preparing { FIRST } else { PATIENCE };
+        if wanted && let Ok(turn) = timeout(patience, self.scale.turns.write()).await {
+            self.scale.spoiled.store(false, SeqCst);
+            let (others, since) = (self.scale.loose.load(SeqCst), self.clock.now());
             return match self.footprint().await {
-                Some(before) => Turn::Alone(alone, before, disturbed),
-                None => Turn::Shared(Some(alone.downgrade())),
+                Some(before) if others == 0 => Turn::Alone(Alone { scale: &self.scale, _turn: turn, since, before }),
+                Some(_) | None => Turn::Shared(turn.downgrade()),
             };
         }
         self.turn().await
@@ -142,17 +212,15 @@ impl Core {
 
     /// The turn of what is not measured.
     pub(crate) async fn turn(&self) -> Turn<'_> {
-        match timeout(self.options.load_deadline, self.scale.turns.read()).await {
-            Ok(shared) => Turn::Shared(Some(shared)),
-            Err(_) => {
-                self.scale.disturbed.fetch_add(1, SeqCst);
-                Turn::Shared(None)
-            }
+        let patience = if self.scale.spoiled.load(SeqCst) { Duration::ZERO } else { PATIENCE };
+        match timeout(patience, self.scale.turns.read()).await {
+            Ok(shared) => Turn::Shared(shared),
+            Err(_) => Turn::Loose(Loose::begin(&self.scale)),
         }
     }
 
     /// Measures a copy that has just been loaded, unless it was measured before.
-    pub(crate) async fn measure(&self, entry: &Entry, turn: &Turn<'_>) {
+    pub(crate) async fn measure(self: &Arc<Self>, entry: &Entry, turn: &Turn<'_>) {
         let Some(key) = entry.unweighed() else { return };
         let told = timeout(self.options.probe_deadline, self.runtime.memory(&entry.served)).await;
         let bytes = match told {
@@ -169,19 +237,37 @@ impl Core {
         entry.weighed(size, true);
         // Others may fit now, or it may be more than there is.
         self.ledger.pressure().eased();
+        if !self.ledger.capacity().covers(&self.ledger.used()) {
+            let core = Arc::clone(self);
+            self.spawn(async move { core.fit().await });
+        }
     }
 
     /// What the server's process gained by the load, if nothing else can have been the cause.
     async fn gained(&self, entry: &Entry, turn: &Turn<'_>) -> Option<Resources> {
-        let Turn::Alone(_, before, disturbed) = turn else { return None };
+        let Turn::Alone(Alone { since, before, .. }) = turn else { return None };
         let after = self.footprint().await?;
-        if after.process != before.process || self.scale.disturbed.load(SeqCst) != *disturbed {
+        if after.process != before.process || self.scale.spoiled.load(SeqCst) || self.is_used_since(*since, entry) {
             return None;
         }
         let gained = after.bytes.saturating_sub(before.bytes);
         let artifact = entry.artifact.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Artifact::bytes);
         let least = artifact.map_or(0, |bytes| bytes.0 / 100 * PLAUSIBLE_PERCENT).max(1);
-        (gained.0 >= least).then(|| Resources::primary(gained))
+        // It was loaded in the memory that there is: what goes beyond that is not its own.
+        (gained.0 >= least).then(|| Resources::primary(gained.min(self.ledger.capacity().primary)))
+    }
+
+    /// Whether the server may have answered a request for another copy since then: what that took is not told from what
+    /// a load took.
+    fn is_used_since(&self, since: Instant, entry: &Entry) -> bool {
+        self.book.all().iter().filter(|other| other.generation != entry.generation).any(|other| {
+            let (phase, holds) = other.snapshot();
+            match phase {
+                Phase::Resident | Phase::Evicting | Phase::Draining => holds > 0 || other.last_used() >= since,
+                // Who holds it waits.
+                Phase::Preparing | Phase::Evicted | Phase::Reloading | Phase::Gone => false,
+            }
+        })
     }
 
     async fn footprint(&self) -> Option<Footprint> {
@@ -194,6 +280,9 @@ impl Core {
     pub(crate) async fn look_at_process(&self) {
         // What is loaded or unloaded at this moment is in one of the two sums only.
         let Ok(_alone) = self.scale.turns.try_write() else { return };
+        if self.scale.loose.load(SeqCst) > 0 {
+            return;
+        }
         let resident = self.ledger.used().primary;
         let Some(now) = self.footprint().await else { return };
         let mut watched = self.scale.process.lock().unwrap_or_else(PoisonError::into_inner);

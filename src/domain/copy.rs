@@ -193,6 +193,8 @@ pub enum Report {
         residency: Residency,
         /// What it was seen to need, when that was measured.
         measured: Option<Box<Size>>,
+        /// What it is taken for, when it was not measured: who did not hear of its load hears it here.
+        estimate: Option<Box<Size>>,
     },
     /// It refuses new holds and waits for the last.
     Draining {

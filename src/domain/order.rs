@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{memory::Resources, names::ModelName, spec::ModelSpec, version::Generation};
+use super::{memory::Resources, names::ModelName, size::Trust, spec::ModelSpec, version::Generation};
 
 /// One order. Repeating it changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub enum Order {
         attempt: u32,
         /// Whether that memory was measured: then it is what all instances take together.
         measured: bool,
+        /// What counts where the version declares memory and the agent measures another amount.
+        trust: Trust,
     },
     /// Let requests in flight finish, then leave nothing of it behind.
     Unregister {

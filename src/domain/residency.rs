@@ -119,9 +119,10 @@ pub fn decide(occupants: &[Occupant], capacity: &Resources, need: &Resources, ru
     }
 }
 
-/// What is to leave because more is in memory than the capacity, which has become smaller: the copies without a hold that
-/// are worth least, however short they have been there, no more than it takes, and fewer where holds don't allow all. Nothing at all once what is in
-/// memory is within the capacity; an empty list means that there is something to wait for.
+/// What is to leave because more is in memory than the capacity, which has become smaller, or of which a copy takes more
+/// than was thought: the copies without a hold that are worth least, however short they have been there, no more than it
+/// takes, and fewer where holds don't allow all. Nothing at all once what is in memory is within the capacity; an empty
+/// list means that there is something to wait for.
 ///
 /// The copy that was used last stays, even if it alone is more than the capacity: its next request would bring it
 /// back as large as it is.

@@ -32,7 +32,8 @@ pub struct Size {
 }
 
 /// What is made of a declared size once another was measured.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Trust {
     /// The larger of the two counts.
     Larger,

@@ -9,7 +9,7 @@ use crate::{
         memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
-        size::{Size, SizeKey},
+        size::{Size, SizeKey, Trust},
         version::{Generation, Uid, Version},
     },
     rpc::{
@@ -77,14 +77,17 @@ pub fn order_to_wire(order: &Order) -> wire::Order {
     use wire::order::Order as Wire;
     wire::Order {
         order: Some(match order {
-            Order::Register { model, generation, spec, need, attempt, measured } => Wire::Register(wire::Register {
-                model: model.to_string(),
-                generation: Some(generation_to_wire(*generation)),
-                spec: Some(model_spec_to_wire(spec)),
-                need: Some(resources_to_wire(need)),
-                attempt: *attempt,
-                measured: *measured,
-            }),
+            Order::Register { model, generation, spec, need, attempt, measured, trust } => {
+                Wire::Register(wire::Register {
+                    model: model.to_string(),
+                    generation: Some(generation_to_wire(*generation)),
+                    spec: Some(model_spec_to_wire(spec)),
+                    need: Some(resources_to_wire(need)),
+                    attempt: *attempt,
+                    measured: *measured,
+                    trust: trust_to_wire(*trust).into(),
+                })
+            }
             Order::Unregister { model, generation, drain } => Wire::Unregister(wire::Unregister {
                 model: model.to_string(),
                 generation: Some(generation_to_wire(*generation)),
@@ -122,6 +125,11 @@ pub fn order_about(wire: &wire::Order) -> Option<(ModelName, Generation)> {
 }
 
 fn register_from_wire(register: wire::Register) -> Result<Order, Refusal> {
+    let trust = match register.trust() {
+        wire::Trust::Larger => Trust::Larger,
+        wire::Trust::Measured => Trust::Measured,
+        wire::Trust::Declared => Trust::Declared,
+    };
     Ok(Order::Register {
         model: ModelName::try_from(register.model)?,
         generation: generation_from_wire(register.generation)?,
@@ -129,6 +137,7 @@ fn register_from_wire(register: wire::Register) -> Result<Order, Refusal> {
         need: resources_from_wire(register.need.ok_or_else(|| absent("need"))?),
         attempt: register.attempt,
         measured: register.measured,
+        trust,
     })
 }
 
@@ -155,9 +164,10 @@ pub fn report_to_wire(report: &CopyReport) -> wire::CopyReport {
             Report::Loading { estimate } => {
                 State::Loading(wire::Loading { estimate: estimate.as_deref().map(size_to_wire) })
             }
-            Report::Available { residency, measured } => State::Available(wire::Available {
+            Report::Available { residency, measured, estimate } => State::Available(wire::Available {
                 residency: residency_to_wire(*residency).into(),
                 measured: measured.as_deref().map(size_to_wire),
+                estimate: estimate.as_deref().map(size_to_wire),
             }),
             Report::Draining { holds } => State::Draining(wire::Draining { holds: *holds }),
             Report::Unloaded => State::Unloaded(wire::Unloaded {}),
@@ -190,6 +200,7 @@ pub fn report_from_wire(wire: wire::CopyReport) -> Result<CopyReport, Refusal> {
                 wire::available::Residency::Reloading => Residency::Reloading,
             },
             measured: size_from_wire(one.measured),
+            estimate: size_from_wire(one.estimate),
         },
         State::Draining(one) => Report::Draining { holds: one.holds },
         State::Unloaded(_) => Report::Unloaded,
@@ -226,6 +237,14 @@ fn size_from_wire(wire: Option<wire::Size>) -> Option<Box<Size>> {
     let known =
         !artifact.is_empty() && !bytes.is_zero() && [&artifact, &runtime, &configuration].into_iter().all(sound);
     known.then(|| Box::new(Size { key: SizeKey { artifact, runtime, configuration }, bytes }))
+}
+
+const fn trust_to_wire(trust: Trust) -> wire::Trust {
+    match trust {
+        Trust::Larger => wire::Trust::Larger,
+        Trust::Measured => wire::Trust::Measured,
+        Trust::Declared => wire::Trust::Declared,
+    }
 }
 
 const fn residency_to_wire(residency: Residency) -> wire::available::Residency {
@@ -268,6 +287,7 @@ mod tests {
             need,
             attempt: 5,
             measured: true,
+            trust: Trust::Declared,
         }
     }
 
@@ -309,6 +329,7 @@ mod tests {
         reports.extend(residencies.map(|residency| Report::Available {
             residency,
             measured: (residency == Residency::Resident).then(|| Box::new(size())),
+            estimate: (residency == Residency::Evicted).then(|| Box::new(size())),
         }));
         for report in reports {
             let order = register();

@@ -21,6 +21,7 @@ use wharf::{
         memory::{Bytes, Resources},
         names::{ModelName, ReplicaId, ServerName},
         order::Order,
+        size::Trust,
         spec::ModelSpec,
         version::{Generation, Uid, Version},
     },
@@ -550,6 +551,7 @@ pub fn register(model: &str, generation: Generation, size: u64, uri: &str) -> Or
         need: Resources::primary(Bytes(size)),
         attempt: 0,
         measured: false,
+        trust: Trust::Larger,
     }
 }
 

@@ -318,7 +318,10 @@ const fn is_met(order: &Order, reported: Option<&Report>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::version::{Uid, Version};
+    use crate::domain::{
+        size::Trust,
+        version::{Uid, Version},
+    };
 
     fn numbered(number: u32) -> Generation {
         Generation { uid: Uid(1), version: Version(1), number }
@@ -333,7 +336,7 @@ mod tests {
     fn only_what_can_not_be_seen_to_be_so_is_said_again_and_what_is_in_memory_is_counted() {
         let name = ModelName::new("m").unwrap();
         let mut replica = Replica::new(ReplicaState::Available, Instant::default());
-        let resident = Report::Available { residency: Residency::Resident, measured: None };
+        let resident = Report::Available { residency: Residency::Resident, measured: None, estimate: None };
         for number in 0..3 {
             replica.reported(&name, numbered(number), &resident);
             replica.reported(&name, numbered(number), &resident);
@@ -370,6 +373,7 @@ mod tests {
             need: Resources::default(),
             attempt: 0,
             measured: false,
+            trust: Trust::Larger,
         }
     }
 
@@ -385,7 +389,7 @@ mod tests {
     }
 
     fn available() -> Report {
-        Report::Available { residency: Residency::Resident, measured: None }
+        Report::Available { residency: Residency::Resident, measured: None, estimate: None }
     }
 
     #[test]

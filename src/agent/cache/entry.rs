@@ -25,7 +25,7 @@ use crate::{
         memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
-        size::{Size, SizeKey},
+        size::{Size, SizeKey, Trust},
         spec::ModelSpec,
         time::Instant,
         version::{Generation, served_name},
@@ -126,8 +126,12 @@ pub(crate) struct Entry {
     ordered: Resources,
     /// Whether that was measured, so that it is of all instances together.
     ordered_measured: bool,
+    /// What counts where another amount is declared.
+    trust: Trust,
     /// What it was found to take.
     weight: ArcSwapOption<Weight>,
+    /// How often it was to be measured while nothing else was loaded.
+    weighings: AtomicU32,
     /// How often the inference server holds it in memory, once that is known.
     instances: AtomicU32,
     pub(crate) attempt: u32,
@@ -203,7 +207,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Entry {
     pub(crate) fn new(
         (model, generation): (ModelName, Generation),
-        (spec, need, attempt, ordered_measured): (Arc<ModelSpec>, Resources, u32, bool),
+        (spec, need, attempt, ordered_measured, trust): (Arc<ModelSpec>, Resources, u32, bool, Trust),
         pressure: Arc<Pressure>,
         clock: Arc<dyn Clock>,
     ) -> Self {
@@ -214,7 +218,9 @@ impl Entry {
             spec,
             ordered: need,
             ordered_measured,
+            trust,
             weight: ArcSwapOption::empty(),
+            weighings: AtomicU32::new(0),
             instances: AtomicU32::new(1),
             attempt,
             word: AtomicU64::new(Phase::Preparing.with(0)),
@@ -237,13 +243,17 @@ impl Entry {
         }
     }
 
-    /// Memory that it takes. What was measured of it, or what is declared if that is more. Until there is a measurement,
-    /// a guess where nothing is declared; else what the scheduler counts it for, as often as the inference server holds
-    /// it, unless the scheduler knew of that.
+    /// Memory that it takes. What was measured of it; where memory is declared, whichever is to count. Until there is a
+    /// measurement, a guess where nothing is declared; else what the scheduler counts it for, as often as the inference
+    /// server holds it, unless the scheduler knew of that.
     pub(crate) fn need(&self) -> Resources {
         let declared = self.spec.memory.is_some_and(|bytes| bytes != Bytes::ZERO);
         match self.weight.load().as_deref() {
-            Some(Weight { size, measured: true }) if declared => self.expected().max(&size.bytes),
+            Some(Weight { size, measured: true }) if declared => match self.trust {
+                Trust::Declared => self.expected(),
+                Trust::Measured => size.bytes.clone(),
+                Trust::Larger => self.expected().max(&size.bytes),
+            },
             Some(Weight { size, measured: true }) => size.bytes.clone(),
             Some(Weight { size, measured: false }) if !declared && !self.ordered_measured => size.bytes.clone(),
             Some(Weight { measured: false, .. }) | None => self.expected(),
@@ -251,7 +261,7 @@ impl Entry {
     }
 
     fn expected(&self) -> Resources {
-        match (&self.spec.runtime, self.instances.load(SeqCst)) {
+        match (&self.spec.runtime, self.instances()) {
             (None, instances @ 2..) if !self.ordered_measured => self.ordered.times(instances),
             (Some(_) | None, _) => self.ordered.clone(),
         }
@@ -262,6 +272,11 @@ impl Entry {
         if measured || self.size().is_none() {
             self.weight.store(Some(Arc::new(Weight { size, measured })));
         }
+    }
+
+    /// What it was found to take, and whether that was measured.
+    pub(crate) fn weight(&self) -> Option<(Size, bool)> {
+        self.weight.load().as_deref().map(|weight| (weight.size.clone(), weight.measured))
     }
 
     /// What was measured of it.
@@ -279,9 +294,20 @@ impl Entry {
         !self.ordered_measured && self.unweighed().is_some()
     }
 
+    /// Counts one more try to measure it while nothing else is loaded. False when there were enough: where loads show
+    /// nothing that counts, others are not to wait at each of them.
+    pub(crate) fn tries_to_be_weighed(&self) -> bool {
+        const TRIES: u32 = 2;
+        self.weighings.fetch_update(SeqCst, SeqCst, |tries| (tries < TRIES).then(|| tries + 1)).is_ok()
+    }
+
     /// How often the inference server holds it in memory. To be told before it has room in the ledger.
     pub(crate) fn set_instances(&self, instances: u32) {
         self.instances.store(instances, SeqCst);
+    }
+
+    pub(crate) fn instances(&self) -> u32 {
+        self.instances.load(SeqCst)
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -457,14 +483,14 @@ impl Entry {
 
     /// What there is to say of it now.
     pub(crate) fn report(&self) -> Report {
-        let available = |residency| Report::Available { residency, measured: self.size().map(Box::new) };
+        let weight =
+            |wanted: bool| self.weight().and_then(|(size, measured)| (measured == wanted).then(|| Box::new(size)));
+        let available = |residency| Report::Available { residency, measured: weight(true), estimate: weight(false) };
         match self.snapshot() {
             (Phase::Preparing, _) => match *lock(&self.stage) {
                 Stage::Scheduled => Report::Scheduled,
                 Stage::Downloading(progress) => Report::Downloading(progress),
-                Stage::Loading => Report::Loading {
-                    estimate: self.weight.load().as_deref().map(|weight| Box::new(weight.size.clone())),
-                },
+                Stage::Loading => Report::Loading { estimate: self.weight().map(|(size, _)| Box::new(size)) },
             },
             (Phase::Resident, _) => available(Residency::Resident),
             (Phase::Evicting, _) => available(Residency::Evicting),
@@ -484,6 +510,7 @@ impl Entry {
             need: self.ordered.clone(),
             attempt: self.attempt,
             measured: self.ordered_measured,
+            trust: self.trust,
         }
     }
 }
@@ -502,7 +529,7 @@ pub(crate) mod tests {
                 ModelName::new(&format!("m{uid}")).expect("valid"),
                 Generation { uid: Uid(uid), version: Version(1), number: 1 },
             ),
-            (Arc::new(ModelSpec::default()), Resources::primary(Bytes(size)), 0, false),
+            (Arc::new(ModelSpec::default()), Resources::primary(Bytes(size)), 0, false, Trust::Larger),
             Arc::clone(pressure),
             Arc::new(SystemClock::starting_at(Instant::from_micros(1))),
         ))
@@ -512,6 +539,13 @@ pub(crate) mod tests {
         let entry = entry(1, 1, &Arc::default());
         assert!(entry.shift(Phase::Preparing, Phase::Resident));
         entry
+    }
+
+    #[test]
+    fn a_copy_that_shows_nothing_that_counts_is_measured_alone_twice_at_most() {
+        let entry = resident();
+        let tries: Vec<bool> = (0..4).map(|_| entry.tries_to_be_weighed()).collect();
+        assert_eq!(tries, [true, true, false, false]);
     }
 
     #[test]

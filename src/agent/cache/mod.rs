@@ -246,9 +246,10 @@ impl<K: Clone + Eq + Hash> Shards<K> {
 /// The parts of a [`Order::Register`] that make an entry.
 pub(crate) fn entry_of(order: Order, ledger: &Ledger, clock: Arc<dyn crate::ports::Clock>) -> Option<Arc<Entry>> {
     match order {
-        Order::Register { model, generation, spec, need, attempt, measured } => {
+        Order::Register { model, generation, spec, need, attempt, measured, trust } => {
             let pressure = Arc::clone(ledger.pressure());
-            Some(Arc::new(Entry::new((model, generation), (spec, need, attempt, measured), pressure, clock)))
+            let ordered = (spec, need, attempt, measured, trust);
+            Some(Arc::new(Entry::new((model, generation), ordered, pressure, clock)))
         }
         Order::Unregister { .. } => None,
     }

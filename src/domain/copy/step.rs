@@ -320,7 +320,9 @@ mod tests {
             "Reported(Scheduled)" => reported(Report::Scheduled),
             "Reported(Downloading)" => reported(Report::Downloading(Progress { done: 1, total: None })),
             "Reported(Loading)" => reported(Report::Loading { estimate: None }),
-            "Reported(Available)" => reported(Report::Available { residency: Residency::Evicted, measured: None }),
+            "Reported(Available)" => {
+                reported(Report::Available { residency: Residency::Evicted, measured: None, estimate: None })
+            }
             "Reported(Draining)" => reported(Report::Draining { holds: 1 }),
             "Reported(Unloaded)" => reported(Report::Unloaded),
             "Reported(Failed), reserved" => reported(Report::Failed { failure: failure(), freed: false }),

@@ -423,13 +423,15 @@ impl Model {
     /// The order to hold `copy`.
     #[must_use]
     pub fn register(&self, copy: &Copy) -> Option<Effect> {
+        let measured = self.measured_version(copy.generation.version);
         Some(Effect::Register {
             on: copy.state.replica()?.clone(),
             generation: copy.generation,
             spec: Arc::clone(&self.entry(copy.generation.version)?.spec),
             need: copy.need.clone(),
             attempt: copy.attempts,
-            measured: self.measured_version(copy.generation.version).is_some(),
+            // That there is a measurement does not say that it is what counts.
+            measured: measured.is_some_and(|measured| copy.need.covers(&measured)),
         })
     }
 }

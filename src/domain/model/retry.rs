@@ -120,7 +120,7 @@ mod tests {
         }
     }
 
-    const AVAILABLE: Report = Report::Available { residency: Residency::Resident, measured: None };
+    const AVAILABLE: Report = Report::Available { residency: Residency::Resident, measured: None, estimate: None };
 
     #[test]
     fn a_copy_under_way_should_answer_as_long_after_its_order_as_copies_take() {

@@ -1,7 +1,8 @@
 //! What the model's versions were found to take in memory.
 //!
 //! The rules of this module: of several measurements of the same thing the largest counts, so that two replicas that
-//! differ a little do not take turns; what no version is known to be of any more is forgotten.
+//! differ a little do not take turns, and so does the largest guess of a version; a guess outlives the copy that it was made
+//! for, or the next one would be placed for as little as that; what no version is known to be of any more is forgotten.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,6 +28,8 @@ const MOST: usize = 64;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sizes {
     measured: BTreeMap<SizeKey, Measured>,
+    /// The largest guess that agents made of each version. In no journal: agents say it again.
+    guessed: BTreeMap<Version, Resources>,
     /// What each copy is of.
     of: BTreeMap<Generation, SizeKey>,
     misdeclared: BTreeMap<Version, Misdeclared>,
@@ -77,12 +80,20 @@ impl Model {
     /// the same artifact.
     #[must_use]
     pub fn measured_version(&self, version: Version) -> Option<Resources> {
-        let spec = &self.entry(version)?.spec;
-        let alike = |other: &Version| {
-            *other == version || self.entry(*other).is_some_and(|entry| entry.spec.same_version(spec))
-        };
+        let alike = |other: &Version| self.is_alike(version, *other);
         let sizes = self.sizes.measured.values().filter(|measured| measured.versions.iter().any(alike));
         sizes.map(|measured| measured.bytes.clone()).reduce(|a, b| a.max(&b))
+    }
+
+    /// What agents guessed of a version, as [`measured_version`](Self::measured_version).
+    fn guessed_version(&self, version: Version) -> Option<Resources> {
+        let alike = self.sizes.guessed.iter().filter(|(other, _)| self.is_alike(version, **other));
+        alike.map(|(_, bytes)| bytes.clone()).reduce(|a, b| a.max(&b))
+    }
+
+    fn is_alike(&self, version: Version, other: Version) -> bool {
+        let specs = self.entry(version).zip(self.entry(other));
+        specs.is_some_and(|(one, other)| one.version == other.version || one.spec.same_version(&other.spec))
     }
 
     /// What a version declares, times the instances that the runtime is known to make.
@@ -113,18 +124,19 @@ impl Model {
 
     /// Memory that a new copy of a version is to have.
     pub(super) fn need(&self, entry: &Entry, policy: &Policy) -> Resources {
-        let measured = self.measured_version(entry.version);
-        let known = Known { declared: declared(&entry.spec), measured: measured.as_ref(), estimated: None };
+        let (measured, guessed) = (self.measured_version(entry.version), self.guessed_version(entry.version));
+        let known = Known { declared: declared(&entry.spec), measured: measured.as_ref(), estimated: guessed.as_ref() };
         known.counts(policy.trust, policy.default_memory)
     }
 
     /// Takes what an agent says of a copy's size.
     pub(super) fn weigh(&mut self, index: usize, report: &Report, policy: &Policy, decision: &mut Decision) {
         let (size, is_measured) = match report {
-            Report::Loading { estimate: Some(size) } => (size, false),
             Report::Available { measured: Some(size), .. } => (size, true),
+            Report::Loading { estimate: Some(size) }
+            | Report::Available { measured: None, estimate: Some(size), .. } => (size, false),
             Report::Loading { estimate: None }
-            | Report::Available { measured: None, .. }
+            | Report::Available { measured: None, estimate: None, .. }
             | Report::Scheduled
             | Report::Downloading(_)
             | Report::Draining { .. }
@@ -138,11 +150,15 @@ impl Model {
         self.sizes.of.insert(generation, size.key.clone());
         if is_measured {
             self.learn(generation.version, size, policy, decision);
-        } else if let Some(known) = self.sizes.measured.get_mut(&size.key)
-            && known.versions.insert(generation.version)
-        {
-            // Another version of the same artifact.
-            decision.writes.extend(self.size_row(&size.key));
+        } else {
+            let guessed = self.sizes.guessed.entry(generation.version).or_default();
+            *guessed = guessed.max(&size.bytes);
+            if let Some(known) = self.sizes.measured.get_mut(&size.key)
+                && known.versions.insert(generation.version)
+            {
+                // Another version of the same artifact.
+                decision.writes.extend(self.size_row(&size.key));
+            }
         }
         let estimated = (!is_measured).then_some(&size.bytes);
         for index in 0..self.copies.len() {
@@ -229,6 +245,7 @@ impl Model {
 
     /// Forgets that sizes are of versions that are not to be kept.
     pub(super) fn keep_sizes(&mut self, keep: impl Fn(&Version) -> bool, decision: &mut Decision) {
+        self.sizes.guessed.retain(|version, _| keep(version));
         let stale = |measured: &Measured| !measured.versions.iter().all(&keep);
         let changed: Vec<SizeKey> =
             self.sizes.measured.iter().filter(|(_, size)| stale(size)).map(|(key, _)| key.clone()).collect();
@@ -262,11 +279,17 @@ fn instances(spec: &ModelSpec) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
+    use proptest::prelude::*;
+
     use super::*;
     use crate::domain::{
         copy::{self, Residency},
-        model::{Event, restore},
+        model::{Event, Wanted, restore},
         names::{ModelName, ReplicaId, ServerName},
+        placement::{Placed, Placement, PlacementRequest, ReplicaFacts, report::Unplaced},
+        replica::ReplicaState,
         size::Trust,
         spec::{Definition, DeploymentPatch, Passthrough, Replicas},
         time::Instant,
@@ -274,6 +297,8 @@ mod tests {
     };
 
     const NOW: Instant = Instant::from_micros(1_000_000);
+    /// Of a model that says nothing, in tests with small numbers.
+    const DEFAULT: Bytes = Bytes(256);
 
     fn definition(uri: &str, memory: Option<u64>, replicas: u32) -> Event {
         let spec = ModelSpec { uri: uri.to_owned(), memory: memory.map(Bytes), ..ModelSpec::default() };
@@ -316,8 +341,12 @@ mod tests {
         }
 
         fn measured(&mut self, index: u32, generation: Generation, size: Size) {
-            let report = Report::Available { residency: Residency::Resident, measured: Some(Box::new(size)) };
-            self.report(index, generation, report);
+            let measured = Some(Box::new(size));
+            self.report(
+                index,
+                generation,
+                Report::Available { residency: Residency::Resident, measured, estimate: None },
+            );
         }
 
         fn need(&self, generation: Generation) -> u64 {
@@ -397,6 +426,23 @@ mod tests {
     }
 
     #[test]
+    fn an_order_says_that_its_need_was_measured_only_when_that_is_within_it() {
+        for (trust, expected) in [(Trust::Larger, true), (Trust::Measured, true), (Trust::Declared, false)] {
+            let mut world = World::new(Policy { trust, ..Policy::default() });
+            world.happen(definition("/a", Some(100), 1));
+            let first = world.place(0);
+            world.measured(0, first, size("a", 300));
+            world.happen(Event::Scale(2));
+            world.place(1);
+            let ordered = world.effects.iter().find_map(|effect| match effect {
+                Effect::Register { measured, .. } => Some(*measured),
+                _ => None,
+            });
+            assert_eq!(ordered, Some(expected), "{trust:?}");
+        }
+    }
+
+    #[test]
     fn a_size_outlives_a_restart_and_a_rollback_and_not_its_last_version() {
         let mut world = World::new(Policy { history: 2, ..Policy::default() });
         world.happen(definition("/a", None, 1));
@@ -435,5 +481,180 @@ mod tests {
         }
         world.happen(definition("/f", None, 0));
         assert!(world.model.sizes.measured.is_empty(), "{:?}", world.model.sizes);
+    }
+
+    #[test]
+    fn a_guess_outlives_its_copy_and_the_largest_counts_for_the_next() {
+        let mut world = World::new(Policy::default());
+        world.happen(definition("/a", None, 1));
+        let first = world.place(0);
+        world.report(0, first, Report::Loading { estimate: Some(Box::new(size("a", 900 << 20))) });
+        world.happen(Event::Displaced(BTreeSet::from([first])));
+        world.report(0, first, Report::Unloaded);
+        let waits = world.model.copies.iter().find(|copy| copy.state.replica().is_none()).expect("another one waits");
+        assert_eq!(waits.need, Resources::primary(Bytes(900 << 20)));
+        // A smaller replica guesses less, since a guess is never more than it has.
+        let second = world.place(1);
+        world.report(1, second, Report::Loading { estimate: Some(Box::new(size("a", 500 << 20))) });
+        assert_eq!(world.need(second), 500 << 20);
+        world.happen(Event::Scale(2));
+        let third = world.place(2);
+        assert_eq!(world.need(third), 900 << 20);
+    }
+
+    #[test]
+    fn a_guess_whose_first_word_was_lost_is_heard_with_the_next() {
+        let mut world = World::new(Policy::default());
+        world.happen(definition("/a", None, 1));
+        let copy = world.place(0);
+        let estimate = Some(Box::new(size("a", 900 << 20)));
+        world.report(0, copy, Report::Available { residency: Residency::Resident, measured: None, estimate });
+        assert_eq!(world.need(copy), 900 << 20);
+        assert!(world.effects.contains(&Effect::Keep(copy)), "the ledger has to follow: {:?}", world.effects);
+    }
+
+    /// A model that says nothing of its memory, on replicas that others fill in part.
+    struct Fleet {
+        world: World,
+        placement: Placement,
+        capacities: Vec<u64>,
+        guess: u64,
+        loads: usize,
+        mail: VecDeque<Event>,
+    }
+
+    impl Fleet {
+        fn new(replicas: &[(u64, u64)], guess: u64) -> Self {
+            let mut placement = Placement::default();
+            for (index, (capacity, taken)) in (0..).zip(replicas) {
+                let facts = ReplicaFacts {
+                    reported: Some(Resources::primary(Bytes(*capacity))),
+                    state: ReplicaState::Available,
+                    ..ReplicaFacts::default()
+                };
+                placement.upsert_replica(&on(index), facts);
+                if *taken > 0 {
+                    let other = ModelName::new(&format!("other{index}")).expect("valid");
+                    let copy = Generation { uid: Uid(0), version: Version(1), number: index };
+                    let need = Resources::primary(Bytes(*taken));
+                    placement.restore(&other, copy, &on(index), need).expect("registered nowhere else");
+                }
+            }
+            let world = World::new(Policy { default_memory: DEFAULT, ..Policy::default() });
+            let capacities = replicas.iter().map(|(capacity, _)| *capacity).collect();
+            Self { world, placement, capacities, guess, loads: 0, mail: VecDeque::new() }
+        }
+
+        fn request(&self, wanted: &Wanted) -> PlacementRequest {
+            let name = self.world.model.name.clone();
+            let request = PlacementRequest::new(name, wanted.generation, wanted.need.clone());
+            PlacementRequest { spread: wanted.spread, together: wanted.together, ..request }
+        }
+
+        fn answer(&mut self, generation: Generation, outcome: Result<Placed, Unplaced>) {
+            let event = match outcome {
+                Ok(placed) => copy::Event::Placed { on: placed.replica },
+                Err(reason) => copy::Event::Unplaced { reason },
+            };
+            self.mail.push_back(Event::Copy(generation, event));
+        }
+
+        fn perform(&mut self, effect: Effect) {
+            let name = self.world.model.name.clone();
+            match effect {
+                Effect::Place(wanted) => {
+                    let outcome = self.placement.place(&self.request(&wanted), NOW).outcome;
+                    self.answer(wanted.generation, outcome);
+                }
+                Effect::Withdraw(generation) | Effect::Release(generation) => {
+                    self.placement.release(&name, generation);
+                }
+                Effect::Keep(generation) => {
+                    let kept = self.world.model.copies.iter().find(|copy| copy.generation == generation).expect("kept");
+                    let (on, need) = (kept.state.replica().expect("placed"), kept.need.clone());
+                    self.placement.restore(&name, generation, on, need).expect("registered nowhere else");
+                }
+                Effect::Leave(generation) => self.placement.mark_leaving(&name, generation).expect("registered"),
+                Effect::Register { on, generation, .. } => {
+                    self.loads += 1;
+                    // What an agent guesses is never more than its replica has.
+                    let capacity = self.capacities[usize::try_from(on.index).expect("few")];
+                    let estimate = Some(Box::new(size("a", self.guess.min(capacity))));
+                    self.mail.push_back(Event::Reported(on, generation, Some(Report::Loading { estimate })));
+                }
+                Effect::Unregister { on, generation } => {
+                    self.mail.push_back(Event::Reported(on, generation, Some(Report::Unloaded)));
+                }
+                Effect::Publish(revision) => self.mail.push_back(Event::RoutesSettled(revision)),
+                Effect::Wake(_) | Effect::Note(_) | Effect::Arrived(_) | Effect::Terminated => {}
+            }
+        }
+
+        /// What the placement does by itself: looks at what does not fit, and offers what came free.
+        fn tend(&mut self) {
+            for index in 0..self.capacities.len() {
+                let id = on(u32::try_from(index).expect("few"));
+                let name = &self.world.model.name;
+                let request = |copy: &copy::Copy| match self.world.model.place(copy) {
+                    Some(Effect::Place(wanted)) => Some(((name.clone(), copy.generation), self.request(&wanted))),
+                    _ => None,
+                };
+                let requests = self.world.model.copies.iter().filter_map(request).collect();
+                self.placement.relieve(&id, &requests, NOW);
+            }
+            let copies = self.placement.ledger().copies_of(&self.world.model.name);
+            let displaced: BTreeSet<Generation> =
+                copies.filter(|(_, copy)| copy.displaced).map(|(generation, _)| *generation).collect();
+            if *self.world.model.displaced() != displaced {
+                self.mail.push_back(Event::Displaced(displaced));
+            }
+            for (_, generation, decision) in self.placement.retry(NOW, 1000).decisions {
+                self.answer(generation, decision.outcome);
+            }
+        }
+
+        /// Whether nothing happens any more, after so many events.
+        fn settles(&mut self, events: usize) -> bool {
+            for _ in 0..events {
+                if self.mail.is_empty() {
+                    self.tend();
+                }
+                let Some(event) = self.mail.pop_front() else { return true };
+                self.world.happen(event);
+                for effect in std::mem::take(&mut self.world.effects) {
+                    self.perform(effect);
+                }
+            }
+            false
+        }
+    }
+
+    #[test]
+    fn a_guess_that_no_replica_has_room_for_is_tried_once_and_waits_with_its_reason() {
+        // Room for the default, and not for the guess.
+        let mut fleet = Fleet::new(&[(1000, 500), (1000, 600)], 700);
+        fleet.mail.push_back(definition("/a", None, 1));
+        assert!(fleet.settles(200), "{} loads and no end", fleet.loads);
+        assert_eq!(fleet.loads, 1);
+        let [copy] = fleet.world.model.copies.as_slice() else { panic!("{:?}", fleet.world.model.copies) };
+        let State::Pending { reason: Some(reason) } = &copy.state else { panic!("{copy:?}") };
+        assert_eq!(copy.need, Resources::primary(Bytes(700)));
+        assert!(reason.summary().contains("lacks at least 200 B"), "{}", reason.summary());
+    }
+
+    proptest! {
+        #[test]
+        fn guesses_move_no_copy_for_ever(
+            replicas in proptest::collection::vec((300..1200_u64, 0..100_u64), 1..4),
+            guess in 100..1500_u64,
+            wanted in 1..4_u32,
+        ) {
+            let replicas: Vec<_> =
+                replicas.into_iter().map(|(capacity, percent)| (capacity, capacity * percent / 100)).collect();
+            let mut fleet = Fleet::new(&replicas, guess);
+            fleet.mail.push_back(definition("/a", None, wanted));
+            prop_assert!(fleet.settles(400), "{} loads and no end", fleet.loads);
+            prop_assert!(fleet.loads <= 3 * usize::try_from(wanted).expect("few"), "{} loads", fleet.loads);
+        }
     }
 }

@@ -470,7 +470,7 @@ fn report(phase: Option<Phase>) -> Report {
     match phase {
         Some(Phase::Fetching) => Report::Downloading(copy::Progress::default()),
         Some(Phase::Loading) => Report::Loading { estimate: None },
-        Some(Phase::Available) => Report::Available { residency: Residency::Resident, measured: None },
+        Some(Phase::Available) => Report::Available { residency: Residency::Resident, measured: None, estimate: None },
         Some(Phase::Failed) => Report::Failed {
             failure: Failure { class: FailureClass::Runtime, message: "it broke".to_owned() },
             freed: true,
@@ -680,7 +680,7 @@ fn copies_of_a_lost_journal_are_adopted_as_they_are() {
     for copy in &old.model.copies {
         let on = copy.state.replica().expect("placed").clone();
         let spec = Arc::clone(&old.model.latest().expect("born").spec);
-        let report = Report::Available { residency: Residency::Resident, measured: None };
+        let report = Report::Available { residency: Residency::Resident, measured: None, estimate: None };
         let found = Found { on, generation: copy.generation, spec, need: copy.need.clone(), report };
         for _ in 0..2 {
             let adopted = Event::Adopt(Box::new(found.clone()));
@@ -724,7 +724,7 @@ fn a_later_event_replaces_those_that_say_no_more_and_no_user_is_passed_over() {
 /// What an agent on `replica` says that it holds, and answers.
 fn held(replica: u32, generation: Generation, uri: &str) -> Event {
     let spec = Arc::new(ModelSpec { uri: uri.to_owned(), ..ModelSpec::default() });
-    let report = Report::Available { residency: Residency::Resident, measured: None };
+    let report = Report::Available { residency: Residency::Resident, measured: None, estimate: None };
     let on = ReplicaId::new(ServerName::new("s").expect("valid"), replica);
     Event::Adopt(Box::new(Found { on, generation, spec, need: Resources::primary(Bytes(1)), report }))
 }

@@ -108,7 +108,7 @@ pub enum Effect {
         need: Resources,
         /// How many were tried before it.
         attempt: u32,
-        /// Whether the memory was measured.
+        /// Whether what was measured of it is within that memory.
         measured: bool,
     },
     /// The agent of `on` is to let the copy go.

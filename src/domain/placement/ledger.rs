@@ -181,10 +181,15 @@ impl Ledger {
     }
 
     /// Finds the best replica for a copy and reserves its memory there. A copy that has its place keeps it, so
-    /// that a request that comes twice does nothing the second time.
+    /// that a request that comes twice does nothing the second time; with another need it holds that much from then on,
+    /// as by [`resize`](Self::resize): its model learned of it before it heard of the place.
     pub fn place(&mut self, request: &PlacementRequest, now: Instant) -> Decision {
         if let Some(copy) = self.copy(&request.model, request.generation) {
             let placed = Placed { replica: copy.replica.clone(), score: None };
+            if copy.need != request.need && !request.need.is_zero() {
+                // It was found just now.
+                drop(self.resize(&request.model, request.generation, request.need.clone()));
+            }
             return Decision { outcome: Ok(placed), examined: 1 };
         }
         let decision = self.decide(request, now);

@@ -597,6 +597,18 @@ fn a_request_that_comes_twice_reserves_once() {
 }
 
 #[test]
+fn a_request_that_comes_again_with_another_need_has_its_place_hold_that_much() {
+    let mut placement = fleet(1, 1, 100, 0);
+    placement.place(&copy(0, 0, 60), T0);
+    placement.place(&copy(1, 0, 30), T0);
+    let again = placement.place(&copy(0, 0, 90), T0);
+    assert_eq!(again.replica(), Some(&on("s0000", 0)), "it is there, whether or not it may");
+    let replica = placement.ledger().replica(&on("s0000", 0)).expect("known");
+    assert_eq!((replica.registered(), replica.over_limit()), (memory(120), Some((None, Bytes(20)))));
+    assert_eq!(placement.ledger().consistency_check(), Ok(()));
+}
+
+#[test]
 fn an_explanation_names_every_replica_and_the_nearest_miss() {
     let mut placement = fleet(2, 4, 100, 0);
     placement.place(&copy(9, 0, 100), T0);
