@@ -347,6 +347,10 @@ async fn only_the_highest_leader_of_the_lineage_is_obeyed_also_after_a_restart()
     session.order(4, &[world.register("ghost", generation(9, 1, 1), 2)]).await;
     let session = world.session().await;
     assert_eq!((session.hello.lineage.as_str(), session.hello.leader_epoch), ("lineage-a", 5));
+    // To end the inference server is an order like any other.
+    session.recycle(4, 1).await;
+    let session = world.session().await;
+    assert_eq!(world.agent.metrics().fenced.get(), 2);
     // A newer one is remembered ...
     session.order(7, &[world.register("m1", generation(8, 1, 1), 2)]).await;
     world.until(|world| world.server.is_loaded("m1_1")).await;

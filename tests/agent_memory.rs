@@ -41,13 +41,16 @@ const SECOND: Duration = Duration::from_secs(1);
 struct Process {
     server: OnceLock<Arc<Server>>,
     kept: AtomicU64,
+    /// Runs before this one. It is known what each but the first had when it was empty.
+    runs: AtomicU64,
 }
 
 impl ServerProcess for Process {
     fn footprint(&self) -> Option<Footprint> {
         let server = self.server.get()?;
         let loaded: u64 = server.0.lock().unwrap().loaded.values().sum();
-        Some(Footprint { process: 7, bytes: Bytes(1000 + loaded + self.kept.load(SeqCst)) })
+        let (bytes, runs) = (Bytes(1000 + loaded + self.kept.load(SeqCst)), self.runs.load(SeqCst));
+        Some(Footprint { run: 7 + runs, bytes, empty: (runs > 0).then_some(Bytes(1000)) })
     }
 }
 
@@ -76,6 +79,11 @@ fn known(mut order: Order) -> Order {
     let Order::Register { measured, .. } = &mut order else { panic!("a registration") };
     *measured = true;
     order
+}
+
+fn leaked(world: &World) -> u64 {
+    let gauges = world.agent.gauges();
+    gauges.iter().find(|(name, ..)| *name == "wharf_agent_leaked_bytes").unwrap().2
 }
 
 fn resident(world: &World) -> u64 {
@@ -286,13 +294,58 @@ async fn what_was_measured_is_forgotten_with_the_last_copy_that_it_holds_for() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_measurement_that_a_restart_fell_into_is_not_taken() {
+    let (world, mut session, process) = watched(1000, |_| {}).await;
+    let copy = generation(1, 1, 1);
+    world.server.edit(|state| state.load_time = SECOND);
+    session.obeyed(&[register("iris", copy, 300, &world.artifact(40))]).await;
+    session.until(copy, |report| matches!(report, Report::Loading { .. })).await;
+    tokio::time::sleep(SECOND / 2).await;
+    process.runs.store(1, SeqCst);
+    assert_eq!(measured(&mut session, copy).await, None);
+    assert_eq!(resident(&world), 11, "the guess goes on counting");
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_run_of_the_server_has_leaked_nothing_yet_and_is_measured_against_its_own_beginning() {
+    let (world, mut session, process) = watched(1000, |_| {}).await;
+    let copies = [generation(1, 1, 1), generation(2, 1, 1)];
+    session.obeyed(&[register("a", copies[0], 60, &world.artifact(40))]).await;
+    assert_eq!(measured(&mut session, copies[0]).await, Some(40));
+    session.obeyed(&[unregister("a", copies[0], SECOND)]).await;
+    session.unloaded(copies[0]).await;
+    // It leaks without a load or an unload, and that is seen all the same.
+    process.kept.store(30, SeqCst);
+    world.until(|world| leaked(world) == 30).await;
+    process.runs.store(1, SeqCst);
+    process.kept.store(0, SeqCst);
+    world.until(|world| leaked(world) == 0).await;
+    session.obeyed(&[register("b", copies[1], 60, &world.artifact(45))]).await;
+    assert_eq!(measured(&mut session, copies[1]).await, Some(45));
+    // With a copy in it from the start.
+    process.runs.store(2, SeqCst);
+    process.kept.store(20, SeqCst);
+    world.until(|world| leaked(world) == 20).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_request_takes_for_a_while_has_not_leaked() {
+    let (world, _session, process) = watched(1000, |_| {}).await;
+    tokio::time::sleep(30 * SECOND).await;
+    let mut highest = 0;
+    for second in 0..120 {
+        // More for nine seconds, at one look at most.
+        process.kept.store(if second % 20 < 9 { 50 } else { 0 }, SeqCst);
+        tokio::time::sleep(SECOND).await;
+        highest = highest.max(leaked(&world));
+    }
+    assert_eq!(highest, 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_the_server_does_not_give_back_is_told_and_is_room_that_is_not_there() {
     let (world, mut session, process) = watched(100, |_| {}).await;
     let copies = [generation(1, 1, 1), generation(2, 1, 1), generation(3, 1, 1)];
-    let leaked = |world: &World| {
-        let gauges = world.agent.gauges();
-        gauges.iter().find(|(name, ..)| *name == "wharf_agent_leaked_bytes").unwrap().2
-    };
     // The first look at the process, with nothing in it, was taken before the process was there.
     session.obeyed(&[register("a", copies[0], 60, &world.artifact(40))]).await;
     assert_eq!(measured(&mut session, copies[0]).await, Some(40));

@@ -41,7 +41,7 @@ use wharf::{
     domain::{names::ReplicaId, upkeep::Patience},
     forward::TcpNetwork,
     ports::SystemClock,
-    rpc::proto::wharf::ModelView,
+    rpc::proto::wharf::{ModelView, ReplicaView, ServerView},
     settings::registry,
 };
 
@@ -398,6 +398,13 @@ async fn a_killed_server_fails_what_had_reached_it_and_nothing_else() {
     traffic.end(&wharf, 3, &place.noted("requests").into_iter().collect()).await;
 }
 
+/// A process's proportional anonymous memory.
+fn proportional(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss_Anon:")).unwrap();
+    line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap() * 1024
+}
+
 /// The programs that run below this folder and have these words in their command.
 fn below(home: &Home, words: &str) -> Vec<u32> {
     let below = home.path().display().to_string();
@@ -684,6 +691,192 @@ async fn a_server_in_whose_place_another_program_listens_is_not_taken_for_it() {
     drop(wharf);
 }
 
+// === a server that leaks ===
+
+/// Ends what is left of servers that outlive their agent.
+struct Leftovers<'a>(&'a Place);
+
+impl Drop for Leftovers<'_> {
+    fn drop(&mut self) {
+        for pid in self.0.pids().into_iter().filter(|pid| runs(*pid)) {
+            drop(Command::new("kill").arg("-9").arg(pid.to_string()).status());
+        }
+    }
+}
+
+/// What was told of the server's recycling.
+async fn told(wharf: &Wharf) -> Vec<String> {
+    let events = wharf.events().await.into_iter();
+    events.map(|event| event.kind).filter(|kind| kind.contains("ecycl")).collect()
+}
+
+/// Waits until every replica takes copies, and none leaks so that it is told.
+async fn all_well(wharf: &Wharf) {
+    wharf
+        .until_servers("servers that are well", |servers| {
+            let replicas = servers.iter().flat_map(|server| &server.replicas);
+            let well = |replica: &ReplicaView| replica.state == "Available";
+            servers.iter().all(|server| server.conditions.is_empty()) && replicas.into_iter().all(well)
+        })
+        .await;
+}
+
+fn leaked(servers: &[ServerView]) -> Vec<u64> {
+    servers.iter().flat_map(|server| &server.replicas).map(|replica| replica.leaked).collect()
+}
+
+fn says(servers: &[ServerView], what: &str) -> bool {
+    servers.iter().flat_map(|server| &server.conditions).any(|condition| condition.contains(what))
+}
+
+#[tokio::test]
+async fn a_server_that_leaks_is_recycled_under_traffic_and_no_request_fails() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(2, "lifetime = \"independent\"", &[]))
+        .set("scheduler.leak_percent", 5)
+        .set("scheduler.recycle_after", "1s")
+        .set("agent.memory_guess", "*=1+1Mi");
+    let wharf = home.up().await;
+    let _leftovers = Leftovers(&place);
+    for name in ["a", "b"] {
+        available(&wharf, &place.model(name, "")).await;
+    }
+    let before = [answered_by(&wharf, "a").await, answered_by(&wharf, "b").await];
+    assert_ne!(before[0], before[1], "each replica has one of them");
+    let traffic = Traffic::start(&wharf, ["a", "b"], &json!([]));
+    traffic.more(100).await;
+    available(&wharf, &place.model("leaky", "leak")).await;
+    wharf.unload("leaky").await.unwrap();
+    wharf.until_servers("leak", |servers| says(servers, "its server is started anew once its copies")).await;
+    until("another run", || place.pids().len() == 3).await;
+    all_well(&wharf).await;
+    assert_eq!(told(&wharf).await, ["Recycling", "Recycled"]);
+    assert_eq!(wharf.metric("wharf_agent_server_recycled_total").await, Some(1.0));
+    assert_eq!(wharf.metric("wharf_agent_server_ended_total").await, Some(0.0), "that is no end of its own");
+    let left: Vec<u32> = place.pids().into_iter().filter(|pid| runs(*pid)).collect();
+    assert_eq!(left.len(), 2, "the run that leaked is over");
+    traffic.more(100).await;
+    traffic.end(&wharf, 0, &BTreeSet::new()).await;
+    // It takes copies again.
+    wharf.submit(&place.model("c", "").replicas(2)).await.unwrap();
+    wharf.until("c", "on both replicas", |view| resident(view) == 2).await;
+    for name in ["a", "b", "c"] {
+        wharf.unload(name).await.unwrap();
+    }
+    home.write_registry("");
+    until("nothing is left", || !place.pids().iter().any(|pid| runs(*pid))).await;
+}
+
+#[tokio::test]
+async fn a_server_that_leaks_goes_on_where_nothing_else_has_room_and_says_so() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(1, "lifetime = \"independent\"", &[]))
+        .set("scheduler.leak_percent", 5)
+        .set("scheduler.recycle_after", "1s")
+        .set("agent.memory_guess", "*=1+1Mi");
+    let wharf = home.up().await;
+    let _leftovers = Leftovers(&place);
+    available(&wharf, &place.model("a", "")).await;
+    let server = answered_by(&wharf, "a").await;
+    available(&wharf, &place.model("leaky", "leak")).await;
+    wharf.unload("leaky").await.unwrap();
+    wharf.until_servers("condition", |servers| says(servers, "1 of them find no other place: a: ")).await;
+    assert_eq!(answered_by(&wharf, "a").await, server);
+    // After a while it takes copies again, as it is.
+    wharf.until_servers("condition", |servers| says(servers, "nothing else has room for its copies")).await;
+    assert_eq!(told(&wharf).await, ["Recycling", "NotRecycled"]);
+    available(&wharf, &place.model("b", "")).await;
+    assert_eq!(answered_by(&wharf, "b").await, server);
+    assert_eq!(place.pids().len(), 1);
+    // The next agent knows of the leak too.
+    wharf.kill();
+    let wharf = home.up().await;
+    wharf.until_servers("condition", |servers| says(servers, "leaks: its server keeps")).await;
+    assert_eq!(answered_by(&wharf, "b").await, server);
+}
+
+#[tokio::test]
+async fn a_leak_is_only_told_where_no_server_is_to_be_ended_for_it() {
+    let place = Place::new();
+    let home = Home::new(&place.registry(2, "", &[]))
+        .set("scheduler.leak_percent", 5)
+        .set("scheduler.recycle_after", "1s")
+        .set("agent.memory_guess", "*=1+1Mi")
+        .set("scheduler.recycle", false);
+    let wharf = home.up().await;
+    available(&wharf, &place.model("leaky", "leak")).await;
+    wharf.unload("leaky").await.unwrap();
+    wharf.until_servers("condition", |servers| says(servers, "drain it and restart the server")).await;
+    assert_eq!(told(&wharf).await, Vec::<String>::new());
+}
+
+/// A model whose runtime keeps a part of each load for ever.
+fn leaky(place: &Place) -> PathBuf {
+    let folder = place.0.path().join("leaky");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("model-settings.json"), r#"{ "name": "leaky", "implementation": "leaky.Leaky" }"#)
+        .unwrap();
+    let runtime = r#"
+from mlserver import MLModel
+from mlserver.types import InferenceResponse
+
+kept = []
+
+
+class Leaky(MLModel):
+    async def load(self) -> bool:
+        kept.append(b"x" * (100 << 20))
+        return True
+
+    async def predict(self, payload):
+        return InferenceResponse(model_name=self.name, outputs=[])
+"#;
+    std::fs::write(folder.join("leaky.py"), runtime).unwrap();
+    folder
+}
+
+#[tokio::test]
+async fn an_mlserver_that_leaks_is_recycled_under_traffic_and_no_request_fails() {
+    let _turn = servers::TURN.lock().await;
+    let place = Place::new();
+    let home = Home::new(&format!(
+        "[[server]]\nname = \"mlserver\"\nruntime = \"mlserver\"\ncapabilities = [\"sklearn\"]\nreplicas = 2\n\
+         memory = \"1Gi\"\ncommand = [{:?}, \"start\", \"{{repository}}\"]\n",
+        servers::mlserver().display().to_string(),
+    ))
+    .set("scheduler.leak_percent", 8)
+    .set("scheduler.recycle_after", "2s")
+    .set("agent.memory_guess", "*=1+1Mi");
+    let wharf = home.up().await;
+    for name in ["a", "b"] {
+        let spec = Spec::at(name, &servers::trained("sklearn-iris-1"), "sklearn", 1 << 20);
+        wharf.submit(&spec).await.unwrap();
+        wharf.until_within(LONG, name, "in memory", |view| resident(view) == 1).await;
+    }
+    let before: BTreeSet<u32> = below(&home, "mlserver start").into_iter().collect();
+    let flower = json!([{ "name": "X", "shape": [1, 4], "datatype": "FP32", "data": [5.1, 3.5, 1.4, 0.2] }]);
+    let traffic = Traffic::start(&wharf, ["a", "b"], &flower);
+    traffic.more(50).await;
+    let spec = Spec::at("leaky", &leaky(&place), "sklearn", 1 << 20);
+    wharf.submit(&spec).await.unwrap();
+    wharf.until_within(LONG, "leaky", "in memory", |view| resident(view) == 1).await;
+    wharf.unload("leaky").await.unwrap();
+    let servers = wharf.until_servers("leak", |servers| says(servers, "its server is started anew once")).await;
+    println!("leaked: {:?}", leaked(&servers));
+    assert!(leaked(&servers).iter().any(|bytes| *bytes > 90 << 20), "{servers:#?}");
+    let ended = || before.iter().any(|pid| !runs(*pid));
+    until("the server that leaked is ended", ended).await;
+    all_well(&wharf).await;
+    let servers = wharf.servers().await;
+    println!("leaked after it was recycled: {:?}", leaked(&servers));
+    assert!(leaked(&servers).iter().all(|bytes| *bytes < 30 << 20), "{servers:#?}");
+    let after: BTreeSet<u32> = below(&home, "mlserver start").into_iter().collect();
+    assert_eq!((after.len(), after.intersection(&before).count()), (2, 1), "one of the two is another");
+    traffic.more(50).await;
+    traffic.end(&wharf, 0, &BTreeSet::new()).await;
+    assert_eq!(told(&wharf).await, ["Recycling", "Recycled"]);
+}
+
 // === a process for each model ===
 
 #[tokio::test]
@@ -696,6 +889,10 @@ async fn each_model_is_a_process_that_is_started_watched_and_stopped() {
     }
     let (a, b) = (answered_by(&wharf, "a").await, answered_by(&wharf, "b").await);
     assert_ne!(a, b);
+    let view = wharf.view("a").await.unwrap();
+    let (measured, takes) = (view.versions[0].copies[0].measured.unwrap(), proportional(a));
+    println!("measured {measured}, takes {takes}");
+    assert!(measured.abs_diff(takes) * 4 <= takes, "{measured} is not within a quarter of {takes}");
     kill(a, "-9");
     let again = answered_by(&wharf, "a").await;
     assert_ne!(again, a);

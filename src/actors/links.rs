@@ -22,6 +22,7 @@ use crate::{
         leader::{Leader, Leaders},
         model::{Note, Outlook, Policy},
         names::{ModelName, ReplicaId, ServerName},
+        recycle,
         time::Instant,
     },
     messages::{Board, supervisor::Who},
@@ -88,6 +89,8 @@ pub struct Timing {
     pub restarts: u32,
     /// See [`restarts`](Self::restarts).
     pub restart_window: Duration,
+    /// How patient one is with inference servers that leak; absent when none is ended for that.
+    pub recycle: Option<recycle::Patience>,
 }
 
 impl Default for Timing {
@@ -103,6 +106,7 @@ impl Default for Timing {
             retained: 10_000,
             restarts: 10,
             restart_window: Duration::from_secs(60),
+            recycle: Some(recycle::Patience::default()),
         }
     }
 }

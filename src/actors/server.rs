@@ -4,6 +4,7 @@
 //! timer; an order that was lost is sent again.
 
 mod leave;
+mod recycle;
 mod refuse;
 mod replica;
 mod rows;
@@ -28,6 +29,7 @@ use crate::{
         model::{Event, Model, Note},
         names::{ModelName, ReplicaId},
         record::ServerRow,
+        recycle::Recycling,
         replica::{Event as ReplicaEvent, Patience, ReplicaState, step},
         time::Instant,
     },
@@ -50,6 +52,8 @@ pub(super) struct ServerActor {
     replicas: BTreeMap<u32, Replica>,
     /// Models that were told to leave a replica and not yet that they may stay.
     leavers: BTreeSet<ModelName>,
+    /// Whose inference server is ended and started anew.
+    recycling: Recycling,
     links: Arc<Links>,
     /// The row on its way to the journal.
     committing: Option<Tentative>,
@@ -70,6 +74,7 @@ impl ServerActor {
             showing: false,
             replicas: BTreeMap::new(),
             leavers: BTreeSet::new(),
+            recycling: Recycling::default(),
             links,
             committing: None,
             changes: VecDeque::new(),
@@ -175,6 +180,7 @@ impl ServerActor {
                 replica.repeat(now, &self.links);
             }
         }
+        self.recycle();
         self.forget_over(ctx);
         self.compare(ctx);
         self.show();
@@ -305,10 +311,10 @@ impl Handler<AgentSpoke> for ServerActor {
                 self.show_soon(ctx);
             }
             Word::Misread(problem) => self.misread(index, problem),
-            Word::Heartbeat { sequence, resident, strain } => {
+            Word::Heartbeat { sequence, resident, strain, run } => {
                 replica.heard = now;
                 replica.resident = resident;
-                replica.strain = strain;
+                (replica.strain, replica.run) = (strain, run);
                 replica.tell(Down::Heard(sequence));
                 self.set_state(index, ReplicaEvent::Heard, ctx);
             }

@@ -17,6 +17,8 @@ use crate::domain::version::Generation;
 
 /// Copies that the server is asked about in one round. The next round goes on from there.
 const ASKED: usize = 64;
+/// Audits from one look at the server's memory to the next.
+const LOOKS: u32 = 10;
 /// The audit takes at most one part in so many of the time.
 const SHARE: u32 = 20;
 /// The longest pause for that: an index that took longer had to wait for something else.
@@ -33,8 +35,13 @@ impl Core {
         let mut last = None;
         let mut told = false;
         let mut took = Duration::ZERO;
+        let mut rounds = 0_u32;
         loop {
             sleep(pause(self.options.audit, took)).await;
+            rounds = rounds.wrapping_add(1);
+            if rounds.is_multiple_of(LOOKS) {
+                self.look_again().await;
+            }
             // Before the index: what is loaded while it is made is not missed in it.
             let resident: Vec<Arc<Entry>> =
                 self.book.all().into_iter().filter(|entry| entry.phase() == Phase::Resident).collect();

@@ -53,6 +53,8 @@ pub(crate) struct Core {
     pub(crate) quarantine: Mutex<Quarantine>,
     /// What was in the memory of a server that ended, until that is back.
     pub(crate) lost: Mutex<Vec<Arc<Entry>>>,
+    /// Held while the server is ended to be started anew.
+    pub(crate) renewing: tokio::sync::Mutex<()>,
     pub(crate) artifacts: Arc<Artifacts>,
     pub(crate) book: Book,
     pub(crate) ledger: Ledger,
@@ -95,6 +97,7 @@ impl Core {
             guarded,
             quarantine: Mutex::default(),
             lost: Mutex::default(),
+            renewing: tokio::sync::Mutex::default(),
             artifacts: Arc::new(artifacts),
             book: Book::new(),
             ledger,

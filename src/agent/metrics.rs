@@ -78,6 +78,8 @@ metrics! {
     lost_found = "wharf_agent_lost_copies_total",
     /// Ends of the inference server that the agent runs.
     server_ended = "wharf_agent_server_ended_total",
+    /// Times that it was ended and started anew because of what it did not give back.
+    server_recycled = "wharf_agent_server_recycled_total",
     /// Models that were quarantined because the inference server ended with them.
     quarantined = "wharf_agent_quarantined_total",
     /// Fetches that succeeded.

@@ -1,4 +1,5 @@
-//! A server's memory, from `/proc`: its process is found by the port that it listens on.
+//! A server's memory, from `/proc`: that of a process and of all below it. Of a server that the agent did not start the
+//! process is found by the port that it listens on.
 //!
 //! The rule of this module: what can't be read for certain is not told.
 
@@ -27,14 +28,14 @@ const SHIM: &str = "wharf\0shim\0";
 #[derive(Clone, Debug)]
 pub struct Listening {
     port: u16,
-    proc: PathBuf,
+    proc: Proc,
 }
 
 impl Listening {
     /// Whoever listens on `port` when it is asked for.
     #[must_use]
     pub fn on(port: u16) -> Self {
-        Self { port, proc: PathBuf::from("/proc") }
+        Self { port, proc: Proc::default() }
     }
 
     /// The server at `address`, `http://host:port` or `host:port`, if that is on this machine.
@@ -58,27 +59,28 @@ impl Listening {
     /// another `wharf shim`. Who came later and is nobody's may be what the program had others start, as a container is.
     #[must_use]
     pub fn usurper(&self, root: u32) -> Option<u32> {
-        let parents = self.parents();
+        let parents = self.proc.parents();
         let process = self.process(&parents)?;
         let above = |process: u32| {
             // No deeper than there are processes.
             std::iter::successors(Some(process), |process| parents.get(process).copied()).take(parents.len())
         };
-        if above(process).any(|process| process == root) || self.field(process, SESSION) == Some(u64::from(root)) {
+        if above(process).any(|process| process == root) || self.proc.field(process, SESSION) == Some(u64::from(root)) {
             return None;
         }
-        let earlier = self.field(process, START)? < self.field(root, START)?;
+        let earlier = self.proc.field(process, START)? < self.proc.field(root, START)?;
         let another = above(process).any(|process| {
-            read(&self.proc.join(process.to_string()).join("cmdline")).is_ok_and(|line| line.starts_with(SHIM))
+            read(&self.proc.0.join(process.to_string()).join("cmdline")).is_ok_and(|line| line.starts_with(SHIM))
         });
         (earlier || another).then_some(process)
     }
 
     /// The processes that have the listening socket.
     fn holders(&self, parents: &BTreeMap<u32, u32>) -> BTreeSet<u32> {
+        let proc = &self.proc.0;
         let sockets: BTreeSet<String> = ["net/tcp", "net/tcp6"]
             .into_iter()
-            .filter_map(|file| read(&self.proc.join(file)).ok())
+            .filter_map(|file| read(&proc.join(file)).ok())
             .flat_map(|table| listening(&table, self.port))
             .map(|inode| format!("socket:[{inode}]"))
             .collect();
@@ -86,17 +88,61 @@ impl Listening {
             return BTreeSet::new();
         }
         let holds = |process: &u32| {
-            let Ok(files) = fs::read_dir(self.proc.join(process.to_string()).join("fd")) else { return false };
+            let Ok(files) = fs::read_dir(proc.join(process.to_string()).join("fd")) else { return false };
             files.flatten().any(|file| {
                 fs::read_link(file.path()).is_ok_and(|to| to.to_str().is_some_and(|to| sockets.contains(to)))
             })
         };
         parents.keys().copied().filter(holds).collect()
     }
+}
+
+impl ServerProcess for Listening {
+    fn footprint(&self) -> Option<Footprint> {
+        let parents = self.proc.parents();
+        let process = self.process(&parents)?;
+        let bytes = self.proc.with_all_below(process, &parents)?;
+        Some(Footprint { run: u64::from(process), bytes, empty: None })
+    }
+}
+
+/// Where the system tells of its processes.
+#[derive(Clone, Debug)]
+pub(super) struct Proc(PathBuf);
+
+impl Default for Proc {
+    fn default() -> Self {
+        Self(PathBuf::from("/proc"))
+    }
+}
+
+impl Proc {
+    /// The memory of the process and of all that it and they started, while it runs. Blocks.
+    pub(super) fn whole(&self, process: u32) -> Option<Bytes> {
+        self.with_all_below(process, &self.parents())
+    }
+
+    /// The memory of all that the process and they started, if there is any. Blocks.
+    pub(super) fn below(&self, process: u32) -> Option<Bytes> {
+        let parents = self.parents();
+        let family = family(process, &parents);
+        self.sum(family.get(1..).filter(|below| !below.is_empty())?)
+    }
+
+    fn with_all_below(&self, process: u32, parents: &BTreeMap<u32, u32>) -> Option<Bytes> {
+        self.sum(&family(process, parents))
+    }
+
+    /// The memory of the first, and of those of the others that run still: one that has ended has none.
+    fn sum(&self, processes: &[u32]) -> Option<Bytes> {
+        let (first, others) = processes.split_first()?;
+        let others = others.iter().map(|one| self.anonymous(*one).unwrap_or_default());
+        others.fold(self.anonymous(*first), |sum, bytes| sum?.checked_add(bytes)).map(Bytes)
+    }
 
     /// Every process and its parent.
     fn parents(&self) -> BTreeMap<u32, u32> {
-        let Ok(entries) = fs::read_dir(&self.proc) else { return BTreeMap::new() };
+        let Ok(entries) = fs::read_dir(&self.0) else { return BTreeMap::new() };
         let processes = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
         processes.filter_map(|process| Some((process, self.parent(process)?))).collect()
     }
@@ -107,13 +153,13 @@ impl Listening {
 
     /// A number of `/proc/PID/stat`.
     fn field(&self, process: u32, field: usize) -> Option<u64> {
-        let stat = read(&self.proc.join(process.to_string()).join("stat")).ok()?;
+        let stat = read(&self.0.join(process.to_string()).join("stat")).ok()?;
         // The name, in brackets, may hold anything.
         stat.rsplit_once(')')?.1.split_whitespace().nth(field)?.parse().ok()
     }
 
     fn anonymous(&self, process: u32) -> Option<u64> {
-        let folder = self.proc.join(process.to_string());
+        let folder = self.0.join(process.to_string());
         let kibibytes = |file: &str, fields: [&str; 2]| {
             let text = read(&folder.join(file)).ok()?;
             let field = |name: &str| {
@@ -129,25 +175,16 @@ impl Listening {
     }
 }
 
-impl ServerProcess for Listening {
-    fn footprint(&self) -> Option<Footprint> {
-        let parents = self.parents();
-        let process = self.process(&parents)?;
-        let mut family = vec![process];
-        let mut at = 0;
-        while let Some(parent) = family.get(at).copied() {
-            at += 1;
-            family.extend(
-                parents.iter().filter(|(child, of)| **of == parent && **child != parent).map(|(child, _)| *child),
-            );
-        }
-        let mut bytes = self.anonymous(process)?;
-        for child in family.into_iter().skip(1) {
-            // One that has ended since has no memory.
-            bytes = bytes.checked_add(self.anonymous(child).unwrap_or_default())?;
-        }
-        Some(Footprint { process, bytes: Bytes(bytes) })
+/// The process, then all that it and they started.
+fn family(process: u32, parents: &BTreeMap<u32, u32>) -> Vec<u32> {
+    let mut family = vec![process];
+    let mut at = 0;
+    while let Some(parent) = family.get(at).copied() {
+        at += 1;
+        family
+            .extend(parents.iter().filter(|(child, of)| **of == parent && **child != parent).map(|(child, _)| *child));
     }
+    family
 }
 
 /// The sockets of `table` that listen on `port`.
@@ -204,9 +241,13 @@ mod tests {
         process(20, 1, 200, 77);
         process(21, 20, 30, 77);
         process(22, 21, 4, 5);
-        let found = |port| Listening { port, proc: root.to_owned() }.footprint();
-        assert_eq!(found(8080), Some(Footprint { process: 20, bytes: Bytes((200 + 30 + 4 + 3) * 1024) }));
+        let proc = Proc(root.to_owned());
+        let found = |port| Listening { port, proc: proc.clone() }.footprint();
+        let all = Bytes((200 + 30 + 4 + 3) * 1024);
+        assert_eq!(found(8080), Some(Footprint { run: 20, bytes: all, empty: None }));
         assert_eq!(found(8081), None);
+        assert_eq!((proc.whole(20), proc.below(20)), (Some(all), Some(Bytes((30 + 4 + 2) * 1024))));
+        assert_eq!((proc.below(22), proc.whole(23)), (None, None), "what is not there has no memory");
     }
 
     #[test]
@@ -241,7 +282,7 @@ mod tests {
             port(8000 + number, u32::from(number));
         }
         fs::write(root.join("net/tcp"), table).expect("tcp");
-        let usurper = |port| Listening { port, proc: root.to_owned() }.usurper(10);
+        let usurper = |port| Listening { port, proc: Proc(root.to_owned()) }.usurper(10);
         assert_eq!([8001, 8002, 8003, 8004, 8005, 8006].map(usurper), [None, None, Some(20), None, Some(41), None]);
     }
 
@@ -250,7 +291,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("an address").port();
         let found = Listening::on(port).footprint().expect("it listens");
-        assert_eq!(found.process, std::process::id());
+        assert_eq!(found.run, u64::from(std::process::id()));
         assert!(found.bytes > Bytes(64 << 10), "{found:?}");
     }
 }

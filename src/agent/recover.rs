@@ -62,6 +62,7 @@ impl Core {
                 self.begin(entry);
             }
         }
+        self.scale.begin();
         self.look_at_process().await;
         // The capacity may have been made smaller.
         let core = Arc::clone(self);

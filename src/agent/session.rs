@@ -28,8 +28,8 @@ use crate::{
     rpc::{
         agent_wire::{order_about, order_from_wire, report_to_wire, resources_to_wire},
         proto::agent::{
-            AgentMessage, Goodbye, Heartbeat, Hello, Misread, Orders, Reports, Restated, SchedulerMessage, Welcome,
-            agent_hub_client::AgentHubClient, agent_message, scheduler_message,
+            AgentMessage, Goodbye, Heartbeat, Hello, Misread, Orders, Recycle, Reports, Restated, SchedulerMessage,
+            Welcome, agent_hub_client::AgentHubClient, agent_message, scheduler_message,
         },
     },
 };
@@ -152,7 +152,9 @@ impl Session<'_> {
                 scheduler_message::Message::Refused(refused) => {
                     return Err(Ended::Refused { reason: refused.reason, retry: refused.retry });
                 }
-                scheduler_message::Message::Orders(_) | scheduler_message::Message::Heartbeat(_) => {
+                scheduler_message::Message::Orders(_)
+                | scheduler_message::Message::Recycle(_)
+                | scheduler_message::Message::Heartbeat(_) => {
                     return Err(Ended::Broken("it spoke before it welcomed the agent".to_owned()));
                 }
             };
@@ -271,6 +273,7 @@ impl Session<'_> {
                         returns: advice.returns,
                         more_memory: advice.more.0,
                         spared_percent: advice.spared_percent,
+                        run: self.core.run().unwrap_or_default(),
                     };
                     self.send(&out, agent_message::Message::Heartbeat(beat)).await?;
                 }
@@ -325,6 +328,11 @@ impl Session<'_> {
                         Err(refusal) => self.misread(out, about, &refusal).await?,
                     }
                 }
+                Ok(())
+            }
+            scheduler_message::Message::Recycle(Recycle { leader_epoch, run }) => {
+                self.heed(leader_epoch, self.core.seen().word(leader_epoch)).await?;
+                self.core.recycle(run);
                 Ok(())
             }
             scheduler_message::Message::Heartbeat(ack) => {

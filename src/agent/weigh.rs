@@ -58,6 +58,8 @@ pub(crate) struct Scale {
     loose: AtomicU32,
     /// Whether the server gives figures of its own.
     told: AtomicBool,
+    /// Whether it is known what the server has loaded.
+    begun: AtomicBool,
     known: Mutex<BTreeMap<SizeKey, Resources>>,
     process: Mutex<Watched>,
     ghosts: Mutex<Ghosts>,
@@ -66,8 +68,12 @@ pub(crate) struct Scale {
 /// The server's process, as far as it was looked at.
 #[derive(Clone, Copy, Debug, Default)]
 struct Watched {
+    /// Which run of the server that was.
+    run: u64,
     /// What it had when nothing was loaded.
-    baseline: Option<Footprint>,
+    baseline: Option<Bytes>,
+    /// What it was last seen to have beyond that and its copies, were it only for a request.
+    beyond: Bytes,
     leaked: Bytes,
 }
 
@@ -149,6 +155,16 @@ impl Scale {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
     }
 
+    /// From here on the ledger has what the server has loaded.
+    pub(crate) fn begin(&self) {
+        self.begun.store(true, SeqCst);
+    }
+
+    /// Waits until nothing is loaded or unloaded, and keeps it so. The caller sets the deadline.
+    pub(crate) async fn alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.turns.write().await
+    }
+
     /// Copies that were evicted.
     pub(crate) fn ghosts(&self) -> MutexGuard<'_, Ghosts> {
         self.ghosts.lock().unwrap_or_else(PoisonError::into_inner)
@@ -158,7 +174,10 @@ impl Scale {
 impl Core {
     /// What there is to say of the replica's memory.
     pub(crate) fn strain(&self) -> Strain {
-        let leaked = self.scale.process.lock().unwrap_or_else(PoisonError::into_inner).leaked;
+        let watched = *self.scale.process.lock().unwrap_or_else(PoisonError::into_inner);
+        // Of a run that has begun since nothing is known yet.
+        let past = self.options.started.is_some() && self.run() != Some(watched.run);
+        let leaked = if past { Bytes::ZERO } else { watched.leaked };
         Strain { leaked, advice: self.scale.ghosts().advice(self.clock.now()) }
     }
 
@@ -247,7 +266,7 @@ impl Core {
     async fn gained(&self, entry: &Entry, turn: &Turn<'_>) -> Option<Resources> {
         let Turn::Alone(Alone { since, before, .. }) = turn else { return None };
         let after = self.footprint().await?;
-        if after.process != before.process || self.scale.spoiled.load(SeqCst) || self.is_used_since(*since, entry) {
+        if after.run != before.run || self.scale.spoiled.load(SeqCst) || self.is_used_since(*since, entry) {
             return None;
         }
         let gained = after.bytes.saturating_sub(before.bytes);
@@ -278,26 +297,37 @@ impl Core {
     /// Looks at the server's process after something was loaded or unloaded, or at the start: what it has beyond its
     /// baseline and what is in it has leaked.
     pub(crate) async fn look_at_process(&self) {
+        self.look(false).await;
+    }
+
+    /// Looks at it although nothing was loaded or unloaded: requests may have made it keep more, and what it kept may
+    /// have come free. What it has only while a request runs has not leaked, so what is more is believed the second time.
+    pub(crate) async fn look_again(&self) {
+        self.look(true).await;
+    }
+
+    async fn look(&self, again: bool) {
+        if !self.scale.begun.load(SeqCst) {
+            return;
+        }
         // What is loaded or unloaded at this moment is in one of the two sums only.
         let Ok(_alone) = self.scale.turns.try_write() else { return };
         if self.scale.loose.load(SeqCst) > 0 {
             return;
         }
-        let resident = self.ledger.used().primary;
+        let taken = self.ledger.taken();
         let Some(now) = self.footprint().await else { return };
         let mut watched = self.scale.process.lock().unwrap_or_else(PoisonError::into_inner);
-        match watched.baseline {
-            Some(baseline) if baseline.process == now.process => {
-                watched.leaked = size::leaked(now.bytes, baseline.bytes, resident);
-                self.ledger.set_leaked(watched.leaked);
-            }
-            // Only of a process in which nothing is can it be said what it has without anything.
-            Some(_) | None if resident == Bytes::ZERO => {
-                *watched = Watched { baseline: Some(now), leaked: Bytes::ZERO };
-                self.ledger.set_leaked(Bytes::ZERO);
-            }
-            Some(_) | None => *watched = Watched::default(),
+        if watched.run != now.run {
+            *watched = Watched { run: now.run, baseline: now.empty, ..Watched::default() };
         }
+        // Only of a process in which nothing is can it be said what it has without anything.
+        let empty = (taken == Bytes::ZERO).then_some(now.bytes);
+        watched.baseline = watched.baseline.or(empty);
+        let beyond = watched.baseline.map_or(Bytes::ZERO, |baseline| size::leaked(now.bytes, baseline, taken));
+        watched.leaked = if again { beyond.min(watched.beyond.max(watched.leaked)) } else { beyond };
+        watched.beyond = beyond;
+        self.ledger.set_leaked(watched.leaked);
     }
 }
 

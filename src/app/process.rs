@@ -25,6 +25,7 @@ use crate::{
         memory::Resources,
         model::Policy,
         names::{ReplicaId, ServerName},
+        recycle,
     },
     forward::{self, ClientOptions, Connections, HttpUpstream, Limits, Split, TcpNetwork, Upstream},
     gateway::{self, Gateway},
@@ -169,6 +170,9 @@ impl Process {
                 retained: settings.retained_models as usize,
                 restarts: settings.restarts,
                 restart_window: settings.restart_window,
+                recycle: settings
+                    .recycle
+                    .then(|| recycle::Patience { lasting: settings.recycle_after, ..recycle::Patience::default() }),
                 ..Timing::default()
             },
             events: settings.events as usize,
@@ -416,6 +420,7 @@ pub(super) fn started(
         models
     } else {
         let server = Arc::new(Server::new(launch, network, clock));
+        options.process = Some(Arc::clone(&server) as _);
         options.started = Some(Started::Server(Arc::clone(&server)));
         server
     }

@@ -45,17 +45,20 @@ pub struct Strain {
 }
 
 impl Strain {
-    /// What an operator should know of it, a sentence each, to follow the replica's name: a leak from `leak_percent` of
-    /// `capacity` on, and returns from [`MANY`] on.
+    /// Whether more leaks than `leak_percent` of `capacity`. A few megabytes are no leak.
     #[must_use]
-    pub fn conditions(&self, capacity: Bytes, leak_percent: u32) -> Vec<String> {
+    pub fn leaks(&self, capacity: Bytes, leak_percent: u32) -> bool {
+        self.leaked > SMALL && u128::from(self.leaked.0) * 100 > u128::from(capacity.0) * u128::from(leak_percent)
+    }
+
+    /// What an operator should know of it, a sentence each, to follow the replica's name: what is done about a leak, if
+    /// it leaks, and returns from [`MANY`] on.
+    #[must_use]
+    pub fn conditions(&self, leak: Option<&str>) -> Vec<String> {
         let mut conditions = Vec::new();
-        if u128::from(self.leaked.0) * 100 > u128::from(capacity.0) * u128::from(leak_percent) {
-            conditions.push(format!(
-                "leaks: its server keeps {} that no model accounts for; drain it and restart the server",
-                self.leaked
-            ));
-        }
+        conditions.extend(
+            leak.map(|remedy| format!("leaks: its server keeps {} that no model accounts for; {remedy}", self.leaked)),
+        );
         let Advice { returns, more, spared_percent } = self.advice;
         if returns >= MANY {
             let remedy = match spared_percent {
@@ -68,6 +71,9 @@ impl Strain {
         conditions
     }
 }
+
+/// A leak that nobody has to do anything about, however small the memory is.
+const SMALL: Bytes = Bytes(16 << 20);
 
 /// Returns within [`WINDOW`] from which on an operator is told.
 pub const MANY: u32 = 20;
@@ -143,9 +149,15 @@ mod tests {
     #[test]
     fn an_operator_is_told_of_large_leaks_and_of_many_returns() {
         let advice = |returns, spared_percent| Advice { returns, more: Bytes(1 << 20), spared_percent };
-        let said = |leaked, advice| Strain { leaked: Bytes(leaked), advice }.conditions(Bytes(1000), 10).join("; ");
+        let said = |leaked: u64, advice| {
+            let strain = Strain { leaked: Bytes(leaked << 20), advice };
+            strain.conditions(strain.leaks(Bytes(1000 << 20), 10).then_some("restart it")).join("; ")
+        };
         assert_eq!(said(100, advice(MANY - 1, 60)), "");
-        assert!(said(101, advice(0, 0)).contains("keeps 101 B"));
+        assert!(said(101, advice(0, 0)).contains("keeps 101 MiB that no model accounts for; restart it"));
+        let small =
+            |leaked: u64| Strain { leaked: Bytes(leaked << 20), advice: advice(0, 0) }.leaks(Bytes(1 << 20), 10);
+        assert!(!small(16) && small(17), "a few megabytes are no leak");
         assert!(said(0, advice(MANY, 60)).contains("with 1 MiB more memory 60 % of them"));
         assert!(said(0, advice(MANY, 0)).contains("no memory that is known of"));
     }

@@ -17,6 +17,7 @@ pub mod outlier;
 pub mod placement;
 pub mod quarantine;
 pub mod record;
+pub mod recycle;
 pub mod replica;
 pub mod residency;
 pub mod rollout;

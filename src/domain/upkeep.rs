@@ -67,6 +67,8 @@ pub enum Event {
     Answered,
     /// It ended, could not be started, or did not answer in time and was ended.
     Ended,
+    /// It was ended on purpose, to be started anew.
+    Renewed,
     /// Time has passed.
     Passed,
 }
@@ -105,13 +107,18 @@ impl Upkeep {
                 Self { ends: VecDeque::new(), pause: patience.first, ..self }.ended(now, patience)
             }
             (State::Ready { .. }, Event::Ended) => self.ended(now, patience),
+            // That is no end of its own: it counts for nothing, and there is no pause.
+            (State::Ready { .. }, Event::Renewed) => Self { state: State::Starting, ..self },
             (State::BackingOff { until }, Event::Passed) if now >= until => Self { state: State::Starting, ..self },
             // The budget begins anew with the rest.
             (State::Failed { until }, Event::Passed) if now >= until => Self::new(patience),
             // What does not run can't end or answer, what runs waits for nothing, and a word that comes twice is one.
-            (State::Starting, Event::Passed)
+            (State::Starting, Event::Passed | Event::Renewed)
             | (State::Ready { .. }, Event::Answered | Event::Passed)
-            | (State::BackingOff { .. } | State::Failed { .. }, Event::Answered | Event::Ended | Event::Passed) => self,
+            | (
+                State::BackingOff { .. } | State::Failed { .. },
+                Event::Answered | Event::Ended | Event::Renewed | Event::Passed,
+            ) => self,
         }
     }
 
@@ -182,16 +189,24 @@ mod tests {
         assert_eq!((pause(&well, at(30)), well.ends()), (Some(1), 1));
     }
 
+    #[test]
+    fn one_that_is_renewed_is_started_at_once_and_that_counts_for_nothing() {
+        let ended = Upkeep::new(&PATIENCE).step(Event::Ended, at(0), &PATIENCE).step(Event::Passed, at(1), &PATIENCE);
+        let ready = ended.clone().step(Event::Answered, at(2), &PATIENCE);
+        assert_eq!(ready.step(Event::Renewed, at(3), &PATIENCE), ended);
+        assert_eq!(ended.clone().step(Event::Renewed, at(3), &PATIENCE), ended, "it does not run");
+    }
+
     proptest! {
         #[test]
         fn it_never_rests_for_ever_and_never_pauses_longer_than_said(
-            events in proptest::collection::vec((0..3_u8, 0..40_u64), 0..60),
+            events in proptest::collection::vec((0..4_u8, 0..40_u64), 0..60),
         ) {
             let mut upkeep = Upkeep::new(&PATIENCE);
             let mut now = at(0);
             for (event, passed) in events {
                 now = now + Duration::from_secs(passed);
-                let event = [Event::Answered, Event::Ended, Event::Passed][usize::from(event)];
+                let event = [Event::Answered, Event::Ended, Event::Renewed, Event::Passed][usize::from(event)];
                 upkeep = upkeep.step(event, now, &PATIENCE);
                 prop_assert!(upkeep.ends() <= PATIENCE.restarts as usize + 1);
                 let until = match upkeep.state {

@@ -82,6 +82,8 @@ pub enum Down {
     },
     /// Do these.
     Orders(Vec<Order>),
+    /// End this run of the inference server, once nothing is in its memory, and begin another.
+    Recycle(u64),
     /// Its heartbeat was heard.
     Heard(u64),
     /// The session ends.
@@ -118,6 +120,8 @@ pub enum Word {
         resident: Resources,
         /// What else there is to say of it.
         strain: Strain,
+        /// Which run of the inference server answers; nothing for one that the agent does not run.
+        run: Option<u64>,
     },
     /// The replica is another than its hello said.
     Restated(Box<Restated>),

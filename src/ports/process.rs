@@ -4,13 +4,15 @@ use std::fmt;
 
 use crate::domain::memory::Bytes;
 
-/// What a process and everything below it has in memory.
+/// What an inference server's processes have in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
-    /// The process. Another number is another process: what was known of the one before means nothing.
-    pub process: u32,
-    /// Private and shared anonymous memory; what is shared between them counts once.
+    /// Which run of the server. Another number is another run: what was known of the one before means nothing.
+    pub run: u64,
+    /// Private and shared anonymous memory; what is shared between processes counts once.
     pub bytes: Bytes,
+    /// What that run had before anything was loaded in it, where that was seen.
+    pub empty: Option<Bytes>,
 }
 
 /// An inference server's process.

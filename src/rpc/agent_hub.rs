@@ -145,6 +145,7 @@ impl Listener {
                         spared_percent: heartbeat.spared_percent,
                     },
                 },
+                run: Some(heartbeat.run).filter(|run| *run != 0),
             },
             Some(wire::agent_message::Message::Goodbye(_)) => Word::Goodbye,
             Some(wire::agent_message::Message::Restated(restated)) => Word::Restated(Box::new(Restated {
@@ -214,6 +215,7 @@ fn word_to_wire(word: Down, leader: &Leader) -> wire::SchedulerMessage {
             leader_epoch: leader.this.epoch,
             orders: orders.iter().map(order_to_wire).collect(),
         }),
+        Down::Recycle(run) => Message::Recycle(wire::Recycle { leader_epoch: leader.this.epoch, run }),
         Down::Heard(sequence) => Message::Heartbeat(wire::HeartbeatAck { sequence, leader_epoch: leader.this.epoch }),
         Down::Refused { reason, retry } => Message::Refused(wire::Refused { reason, retry }),
     };

@@ -151,8 +151,12 @@ section! {
         /// By how much declared and measured memory may differ before the model says so, in percent of the smaller.
         memory_warning_percent: u32 = "200" in "100" to "100000";
         /// From which share of a replica's memory on, in percent, `server status` tells of memory that its server does
-        /// not give back.
+        /// not give back. Where Wharf started that server, it is emptied, ended and started anew.
         leak_percent: u32 = "10" in "1" to "100";
+        /// Whether such a server is started anew. If not, it is only told of.
+        recycle: bool = "true";
+        /// How long it has to keep that memory until it is.
+        recycle_after: Duration = "1m" in "1s" to "24h";
         /// The pause before the first retry of a copy that failed to load; it doubles from there.
         retry_first: Duration = "1s" in "10ms" to "24h";
         /// The longest pause between two such retries.

@@ -30,7 +30,7 @@ use wharf::{
     rpc::{
         agent_wire::{CopyReport, order_to_wire, report_from_wire},
         proto::agent::{
-            AgentMessage, HeartbeatAck, Orders, SchedulerMessage, Welcome, agent_hub_server, agent_message,
+            AgentMessage, HeartbeatAck, Orders, Recycle, SchedulerMessage, Welcome, agent_hub_server, agent_message,
             scheduler_message,
         },
     },
@@ -226,6 +226,12 @@ impl Session {
         let orders = orders.iter().map(order_to_wire).collect();
         let message = scheduler_message::Message::Orders(Orders { leader_epoch: epoch, orders });
         // A session that the agent left takes no more orders.
+        drop(self.out.send(Ok(SchedulerMessage { message: Some(message) })).await);
+    }
+
+    /// Has the run of the inference server ended, by the leader of this epoch.
+    pub async fn recycle(&self, epoch: u64, run: u64) {
+        let message = scheduler_message::Message::Recycle(Recycle { leader_epoch: epoch, run });
         drop(self.out.send(Ok(SchedulerMessage { message: Some(message) })).await);
     }
 

@@ -3,7 +3,8 @@
     oip.py --port PORT --repository FOLDER     loads and unloads what lies in the folder
     oip.py --port PORT --model NAME            serves that one model and no other
 
-A model's folder may hold a file `behave` with words: crash-on-load, crash-on-infer, slow-load. Environment: DEAF=1 ignores the
+A model's folder may hold a file `behave` with words: crash-on-load, crash-on-infer, slow-load, leak (each load takes 100
+MiB, and no unload gives them back). Environment: DEAF=1 ignores the
 signal to stop; CHILD=1 starts a grandchild in a session of its own; HANG=1 never becomes ready; NOTES=FOLDER is where it
 notes what it began: `loads`, `requests`, `pids`, a line each. While there is a file `hang` in that folder it is not ready.
 """
@@ -27,6 +28,7 @@ options = arguments.parse_args()
 notes = os.environ.get("NOTES")
 loaded = {options.model} if options.model else set()
 lock = threading.Lock()
+kept = []
 
 
 def note(book, line):
@@ -101,6 +103,8 @@ class Handler(BaseHTTPRequestHandler):
                 crash(f"{model} is loaded")
             if "slow-load" in words:
                 time.sleep(0.3)
+            if "leak" in words:
+                kept.append(b"x" * (100 << 20))
             loaded.add(model)
         self.answer(200)
 

@@ -54,8 +54,13 @@ impl ServerActor {
         quiet && self.row == ServerRow::called(self.row.name.clone())
     }
 
-    /// Whether copies are to leave the replica: its owner, an operator, or its agent says so.
+    /// Whether copies are to leave the replica: its owner, an operator, or its agent says so, or its server leaks.
     pub(super) fn leaves(&self, index: u32) -> bool {
+        self.is_told_to_leave(index) || self.recycling.turn() == Some(index)
+    }
+
+    /// Whether its owner, an operator, or its agent says so.
+    pub(super) fn is_told_to_leave(&self, index: u32) -> bool {
         self.removing
             || self.row.leaves(index)
             || self.emptied(index)

@@ -45,6 +45,8 @@ pub(super) struct Replica {
     /// What its agent could not read.
     pub(super) misread: Option<String>,
     pub(super) strain: Strain,
+    /// Which run of the inference server answers, if its agent runs it.
+    pub(super) run: Option<u64>,
     /// What is wanted of each copy, and when it was last said.
     wanted: BTreeMap<Generation, Wish>,
     /// Copies of which something else is wanted than was last said.
@@ -84,6 +86,7 @@ impl Replica {
             misread: None,
             resident: Resources { primary: Bytes::ZERO, others: BTreeMap::new() },
             strain: Strain { leaked: Bytes::ZERO, advice: Advice { returns: 0, more: Bytes::ZERO, spared_percent: 0 } },
+            run: None,
             wanted: BTreeMap::new(),
             unsaid: BTreeSet::new(),
             asked: BTreeMap::new(),
@@ -304,6 +307,7 @@ impl Replica {
         self.link = None;
         self.resident = Resources::default();
         self.strain = Strain::default();
+        self.run = None;
     }
 }
 

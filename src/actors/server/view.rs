@@ -13,7 +13,7 @@ use crate::{
 
 impl ServerActor {
     /// Memory of a replica: of what is declared and what its agent reports, the smaller counts.
-    fn capacity(&self, replica: &Replica) -> Resources {
+    pub(super) fn capacity(&self, replica: &Replica) -> Resources {
         match (self.declaration.as_ref().and_then(|declaration| declaration.capacity.as_ref()), &replica.hello) {
             (Some(declared), Some(hello)) => declared.min(&hello.capacity),
             (Some(declared), None) => declared.clone(),
@@ -79,7 +79,7 @@ impl ServerActor {
             .map(|(index, replica)| {
                 let facts = self.facts(*index, replica);
                 conditions.extend(self.differences(*index, replica));
-                let strained = replica.strain.conditions(facts.capacity.primary, self.links.policy.leak_percent);
+                let strained = replica.strain.conditions(self.remedy(*index, replica).as_deref());
                 conditions.extend(strained.into_iter().map(|what| format!("replica {index} {what}")));
                 if self.emptied(*index) {
                     conditions.push(format!(

@@ -284,6 +284,16 @@ impl Entry {
         self.weight.load().as_deref().filter(|weight| weight.measured).map(|weight| weight.size.clone())
     }
 
+    /// What it takes in the memory of its server, whatever is declared: what was measured, or else the most that anybody
+    /// takes it for. What it does not take must not be said to have leaked for want of a measurement.
+    pub(crate) fn takes(&self) -> Bytes {
+        match self.weight() {
+            Some((size, true)) => size.bytes.primary,
+            Some((size, false)) if !self.ordered_measured => self.need().max(&size.bytes).primary,
+            Some((_, false)) | None => self.expected().primary,
+        }
+    }
+
     /// What would be measured of it, if it was not yet.
     pub(crate) fn unweighed(&self) -> Option<SizeKey> {
         self.weight.load().as_deref().filter(|weight| !weight.measured).map(|weight| weight.size.key.clone())

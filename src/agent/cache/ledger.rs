@@ -124,6 +124,13 @@ impl Ledger {
         used(&self.lock().seats)
     }
 
+    /// Bytes that what is in memory was seen to take, whatever is declared.
+    pub(crate) fn taken(&self) -> Bytes {
+        let room = self.lock();
+        let seats = room.seats.values().filter(|seat| seat.kind != Kind::Promised);
+        seats.fold(Bytes::ZERO, |sum, seat| Bytes(sum.0.saturating_add(seat.entry.takes().0)))
+    }
+
     /// Asks for room for `entry`. With `evict` false nothing is evicted for it.
     pub(crate) fn admit(&self, entry: &Arc<Entry>, evict: bool) -> Admission {
         let mut room = self.lock();

@@ -22,9 +22,13 @@ use tokio::{
 use super::{
     launch::{Launch, Ports},
     output::{Voice, follow, pass_on},
-    proc::{resident, resident_below, session, started},
+    proc::{session, started},
 };
-use crate::settings::registry::{self, Lifetime};
+use crate::{
+    agent::procfs::Proc,
+    domain::memory::Bytes,
+    settings::registry::{self, Lifetime},
+};
 
 /// How long the last words of a program may take to come.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -112,6 +116,10 @@ fn number_at(folder: &Path) -> PathBuf {
     folder.join("server.pid")
 }
 
+fn empty_at(folder: &Path) -> PathBuf {
+    folder.join("server.empty")
+}
+
 fn said_at(folder: &Path) -> PathBuf {
     folder.join("server.log")
 }
@@ -131,6 +139,22 @@ fn left_running(folder: &Path) -> Option<Identity> {
     let (pid, started) = text.trim().split_once(' ')?;
     let who = Identity { pid: pid.parse().ok()?, started: started.parse().ok()? };
     who.runs().then_some(who)
+}
+
+/// What the program is seen to have in memory before anything is loaded, also by an agent that took it up; nothing when
+/// that can't be told. Blocks.
+fn empty(path: &Path, kind: Option<Identity>, root: Root, adopted: bool) -> Option<Bytes> {
+    let Some(Identity { pid, started }) = kind else { return root.memory() };
+    let who = format!("{pid} {started} ");
+    if adopted {
+        let text = std::fs::read_to_string(path).ok()?;
+        return text.trim().strip_prefix(&who)?.parse().ok().map(Bytes);
+    }
+    let bytes = root.memory()?;
+    if let Err(error) = std::fs::write(path, format!("{who}{}\n", bytes.0)) {
+        tracing::warn!(path = %path.display(), %error, "a file of an inference server can't be written");
+    }
+    Some(bytes)
 }
 
 fn voice(launch: &Launch) -> Voice {
@@ -284,11 +308,22 @@ impl Child {
         }
     }
 
+    /// What it had in memory when it was ready and nothing was loaded. To be asked for when it is ready, and has not
+    /// been asked to load anything, unless it was `adopted`.
+    pub(super) async fn empty(&self, launch: &Launch, adopted: bool) -> Option<Bytes> {
+        let (path, root) = (empty_at(&launch.data_dir), self.root()?);
+        let who = match &self.kind {
+            Kind::Bound { .. } => None,
+            Kind::Alone { who, .. } => Some(*who),
+        };
+        tokio::task::spawn_blocking(move || empty(&path, who, root, adopted)).await.ok().flatten()
+    }
+
     /// Where its processes begin, while it runs.
     pub(super) fn root(&self) -> Option<Root> {
         match &self.kind {
-            Kind::Bound { shim, .. } => shim.id().and_then(|pid| i32::try_from(pid).ok()).map(Root::Shim),
-            Kind::Alone { who, .. } => Some(Root::Program(who.pid)),
+            Kind::Bound { shim, .. } => shim.id().map(Root::Shim),
+            Kind::Alone { who, .. } => u32::try_from(who.pid).ok().map(Root::Program),
         }
     }
 }
@@ -297,24 +332,24 @@ impl Child {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Root {
     /// Its parent.
-    Shim(i32),
+    Shim(u32),
     /// Itself.
-    Program(i32),
+    Program(u32),
 }
 
 impl Root {
     /// Its number.
-    pub(super) const fn number(self) -> i32 {
+    pub(super) const fn number(self) -> u32 {
         match self {
             Self::Shim(pid) | Self::Program(pid) => pid,
         }
     }
 
-    /// Bytes in memory of the program and of what it started.
-    pub(super) fn memory(self) -> u64 {
+    /// The memory of the program and of what it started, while it runs. Blocks.
+    pub(super) fn memory(self) -> Option<Bytes> {
         match self {
-            Self::Shim(pid) => resident_below(pid),
-            Self::Program(pid) => resident(pid),
+            Self::Shim(pid) => Proc::default().below(pid),
+            Self::Program(pid) => Proc::default().whole(pid),
         }
     }
 }
@@ -331,7 +366,7 @@ pub async fn stop_left(folder: &Path, grace: Duration) {
 
 /// Forgets the program that was kept for the next agent.
 fn forget(folder: &Path) {
-    for path in [number_at(folder), kept_at(folder)] {
+    for path in [number_at(folder), kept_at(folder), empty_at(folder)] {
         remove(&path);
     }
 }

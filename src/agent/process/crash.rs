@@ -80,10 +80,12 @@ impl Tending for Tended {
         let core = Arc::clone(&self.0);
         let mut lost = std::mem::take(&mut *core.lost.lock().unwrap_or_else(PoisonError::into_inner));
         lost.sort_by_key(|entry| Reverse((entry.last_used(), entry.generation)));
-        if !lost.is_empty() {
-            let begun = Arc::clone(&core);
-            core.spawn(async move { begun.restore(lost).await });
-        }
+        let begun = Arc::clone(&core);
+        core.spawn(async move {
+            // What is known of the run before means nothing from here on.
+            begun.look_at_process().await;
+            begun.restore(lost).await;
+        });
     }
 
     fn given_up(&self, why: &str) {

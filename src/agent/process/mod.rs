@@ -2,6 +2,7 @@
 //!
 //! The rules of this module: a server that ends is started again by `domain::upkeep`, with nothing asked of anyone; while
 //! it does not run a request is turned away before anything could start on it, and what was in its memory counts as gone;
+//! one that is ended to be started anew has nothing in its memory;
 //! however the agent ends, its server ends too, unless it was to live on, and then the next agent finds it.
 
 mod child;
@@ -11,11 +12,12 @@ mod launch;
 mod models;
 mod output;
 mod proc;
+mod renew;
 
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
@@ -37,12 +39,13 @@ use super::{measure::retry_after, procfs::Listening};
 use crate::{
     agent::runtimes::Kind,
     domain::{
+        memory::Bytes,
         quarantine::WINDOW,
         time::Instant,
         upkeep::{Event, State, Upkeep},
     },
     forward::{Body, ClientOptions, HttpUpstream, Request, Response, Split, Upstream, UpstreamError},
-    ports::{Clock, Network},
+    ports::{Clock, Footprint, Network, ServerProcess},
     settings::registry::Lifetime,
     telemetry::durations::Durations,
 };
@@ -97,9 +100,11 @@ pub struct Server {
     network: Arc<dyn Network>,
     clock: Arc<dyn Clock>,
     health: watch::Sender<Health>,
-    hop: ArcSwapOption<Hop>,
+    run: ArcSwapOption<Run>,
+    /// The last run's number. The first comes from the clock, so that no other agent's runs have it.
     life: AtomicU64,
-    root: Mutex<Option<Root>>,
+    /// The run that is to end, so that another begins.
+    outworn: watch::Sender<u64>,
     starts: Durations,
     started: AtomicU64,
     /// Until then whatever is loaded is loaded alone.
@@ -108,9 +113,17 @@ pub struct Server {
     retired: AtomicBool,
 }
 
-/// Where a run of the server is reached.
+/// A run of the server.
 #[derive(Debug)]
-struct Hop(Arc<dyn Upstream>);
+struct Run {
+    life: u64,
+    /// Where it is reached.
+    at: Arc<dyn Upstream>,
+    /// Where its processes begin.
+    root: Option<Root>,
+    /// What it had in memory before anything was loaded, if that was seen.
+    empty: Option<Bytes>,
+}
 
 impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -122,7 +135,7 @@ impl fmt::Debug for Server {
 /// How a run began.
 struct Begun {
     child: Child,
-    hop: Arc<Hop>,
+    run: Arc<Run>,
 }
 
 /// What came of a start.
@@ -140,13 +153,13 @@ impl Server {
     #[must_use]
     pub fn new(launch: Launch, network: Arc<dyn Network>, clock: Arc<dyn Clock>) -> Self {
         Self {
+            life: AtomicU64::new(clock.now().as_micros()),
             launch,
             network,
             clock,
             health: watch::Sender::new(Health::Starting),
-            hop: ArcSwapOption::empty(),
-            life: AtomicU64::new(0),
-            root: Mutex::new(None),
+            run: ArcSwapOption::empty(),
+            outworn: watch::Sender::new(0),
             starts: Durations::default(),
             started: AtomicU64::new(0),
             careful: AtomicU64::new(0),
@@ -221,10 +234,17 @@ impl Server {
         self.clock.now().as_micros() < self.careful.load(SeqCst)
     }
 
-    /// Bytes in memory of its processes.
-    pub(super) fn memory(&self) -> Option<u64> {
-        let root = *self.root.lock().unwrap_or_else(PoisonError::into_inner);
-        root.map(Root::memory)
+    /// Has its run `life` ended as at a stop, and another begun. Nothing comes of it once that run is over.
+    fn renew(&self, life: u64) {
+        self.outworn.send_replace(life);
+    }
+
+    async fn is_outworn(&self, life: u64) {
+        let mut outworn = self.outworn.subscribe();
+        while *outworn.borrow_and_update() != life {
+            // Its sender is here.
+            drop(outworn.changed().await);
+        }
     }
 
     /// Runs it until `stop`, and stops it then. To be called once.
@@ -232,16 +252,16 @@ impl Server {
         let patience = self.launch.patience;
         let name = self.launch.model.clone().unwrap_or_else(|| self.launch.replica.to_string());
         let mut upkeep = Upkeep::new(&patience);
-        let mut running: Option<Child> = None;
+        let mut running: Option<(Child, u64)> = None;
         let mut how = String::new();
         let mut adopts = true;
         while !stop.is_cancelled() {
             let event = match upkeep.state {
                 State::Starting => match self.begin(std::mem::take(&mut adopts), &stop).await {
                     Ok(Start::Up(begun)) => {
-                        running = Some(begun.child);
-                        let life = self.life.fetch_add(1, SeqCst) + 1;
-                        self.hop.store(Some(begun.hop));
+                        let life = begun.run.life;
+                        running = Some((begun.child, life));
+                        self.run.store(Some(begun.run));
                         self.health.send_replace(Health::Up(life));
                         tending.ready();
                         tracing::info!(replica = %self.launch.replica, name, life, "the inference server is ready");
@@ -258,19 +278,30 @@ impl Server {
                     }
                 },
                 State::Ready { .. } => {
-                    let Some(child) = running.as_mut() else { break };
-                    tokio::select! {
+                    let Some((child, life)) = running.as_mut() else { break };
+                    let outworn = tokio::select! {
                         biased;
                         () = stop.cancelled() => break,
-                        ended = child.ended() => how = ended,
+                        ended = child.ended() => {
+                            how = ended;
+                            false
+                        }
+                        () = self.is_outworn(*life) => true,
+                    };
+                    let now = self.clock.now();
+                    if outworn {
+                        self.started.store(now.as_micros(), SeqCst);
+                        self.health.send_replace(Health::Starting);
+                    }
+                    self.run.store(None);
+                    if outworn {
+                        child.stop(self.launch.grace).await;
+                    } else {
+                        self.careful.store((now + WINDOW).as_micros(), SeqCst);
+                        tending.ended(&how);
                     }
                     running = None;
-                    self.hop.store(None);
-                    *self.root.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                    let careful = self.clock.now() + WINDOW;
-                    self.careful.store(careful.as_micros(), SeqCst);
-                    tending.ended(&how);
-                    Event::Ended
+                    if outworn { Event::Renewed } else { Event::Ended }
                 }
                 State::BackingOff { until } | State::Failed { until } => {
                     tokio::select! {
@@ -285,8 +316,8 @@ impl Server {
                 self.tell(&name, &how, &upkeep, tending);
             }
         }
-        self.hop.store(None);
-        let Some(mut child) = running else {
+        self.run.store(None);
+        let Some((mut child, _)) = running else {
             // It may have been told so before it had taken up what runs.
             if self.retired.load(SeqCst) && self.launch.model.is_none() {
                 stop_left(&self.launch.data_dir, self.launch.grace).await;
@@ -339,11 +370,11 @@ impl Server {
                 (child, ports)
             }
         };
-        let hop = Arc::new(Hop(self.reach(&ports)?));
+        let at = self.reach(&ports)?;
         let path = launch.filled(&ports).map_err(|error| error.to_string())?.health;
         let root = child.root();
         let answers = async {
-            until_ready(&hop.0, &path).await;
+            until_ready(&at, &path).await;
             usurper(root, ports.http).await
         };
         let how = tokio::select! {
@@ -352,8 +383,10 @@ impl Server {
             how = child.ended() => Some(how),
             other = answers => match other {
                 None => {
-                    self.is_ready(root, adopted, began);
-                    return Ok(Start::Up(Begun { child, hop }));
+                    self.is_ready(adopted, began);
+                    let empty = child.empty(launch, adopted).await;
+                    let life = self.life.fetch_add(1, SeqCst) + 1;
+                    return Ok(Start::Up(Begun { child, run: Arc::new(Run { life, at, root, empty }) }));
                 }
                 Some(other) => Some(format!(
                     "can't be reached: process {other} listens on port {} of 127.0.0.1 in its place", ports.http
@@ -371,8 +404,7 @@ impl Server {
     }
 
     /// It answers; it was begun with at `began`.
-    fn is_ready(&self, root: Option<Root>, adopted: bool, began: Instant) {
-        *self.root.lock().unwrap_or_else(PoisonError::into_inner) = root;
+    fn is_ready(&self, adopted: bool, began: Instant) {
         if adopted {
             tracing::info!(replica = %self.launch.replica, "the inference server that an earlier agent started is taken up");
         } else {
@@ -397,17 +429,17 @@ impl Server {
 
 /// The process that listens in the place of the program that begins at `root`, if one does for certain.
 async fn usurper(root: Option<Root>, port: u16) -> Option<u32> {
-    let root = u32::try_from(root?.number()).ok()?;
+    let root = root?.number();
     // It reads the whole of /proc.
     tokio::task::spawn_blocking(move || Listening::on(port).usurper(root)).await.ok().flatten()
 }
 
-async fn until_ready(hop: &Arc<dyn Upstream>, path: &str) {
+async fn until_ready(at: &Arc<dyn Upstream>, path: &str) {
     let mut pause = ASK.0;
     loop {
         let request = http::Request::get(path).body(Body::empty());
         if let Ok(request) = request
-            && let Ok(Ok(response)) = timeout(ANSWER, hop.call(request)).await
+            && let Ok(Ok(response)) = timeout(ANSWER, at.call(request)).await
             && response.status().is_success()
         {
             return;
@@ -417,10 +449,17 @@ async fn until_ready(hop: &Arc<dyn Upstream>, path: &str) {
     }
 }
 
+impl ServerProcess for Server {
+    fn footprint(&self) -> Option<Footprint> {
+        let run = self.run.load_full()?;
+        Some(Footprint { run: run.life, bytes: run.root?.memory()?, empty: run.empty })
+    }
+}
+
 impl Upstream for Server {
     fn call(&self, request: Request) -> BoxFuture<'_, Result<Response, UpstreamError>> {
-        match self.hop.load_full() {
-            Some(hop) => async move { hop.0.call(request).await }.boxed(),
+        match self.run.load_full() {
+            Some(run) => async move { run.at.call(request).await }.boxed(),
             None => {
                 let why = self.down().map_or_else(|| "is stopping".to_owned(), |(why, _)| why);
                 let message = format!("the inference server {why}");

@@ -17,10 +17,10 @@ use crate::{
     agent::runtimes::{Indexed, Kind, Layout, Listing, Runtime, Wanted, plain},
     domain::{
         copy::{Failure, FailureClass},
-        memory::{Bytes, Resources},
+        memory::Resources,
     },
     forward::{Request, Response, Served, Upstream, UpstreamError},
-    ports::{Clock, Network},
+    ports::{Clock, Network, ServerProcess as _},
 };
 
 /// See the module.
@@ -184,8 +184,9 @@ impl Runtime for Models {
 
     fn memory<'a>(&'a self, served: &'a str) -> BoxFuture<'a, Result<Option<Resources>, Failure>> {
         async move {
-            let bytes = self.find(served).and_then(|one| one.server.memory());
-            Ok(bytes.map(|bytes| Resources::primary(Bytes(bytes))))
+            let Some(one) = self.find(served) else { return Ok(None) };
+            let footprint = tokio::task::spawn_blocking(move || one.server.footprint()).await;
+            Ok(footprint.ok().flatten().map(|footprint| Resources::primary(footprint.bytes)))
         }
         .boxed()
     }

@@ -44,30 +44,6 @@ pub(super) fn session(leader: i32) -> Vec<i32> {
     all().filter(in_it).collect()
 }
 
-/// Bytes in memory of the process and of all that it and they started.
-pub(super) fn resident(root: i32) -> u64 {
-    resident_below(root) + resident_alone(root)
-}
-
-/// Bytes in memory of all that the process and they started.
-pub(super) fn resident_below(root: i32) -> u64 {
-    let all: Vec<(i32, i32)> = all().filter_map(|pid| Some((pid, parent_of(&stat(pid)?)?))).collect();
-    let mut family = vec![root];
-    let mut next = 0;
-    while let Some(&parent) = family.get(next) {
-        next += 1;
-        let children: Vec<i32> = all.iter().filter(|(_, of)| *of == parent).map(|(pid, _)| *pid).collect();
-        family.extend(children.into_iter().filter(|pid| !family.contains(pid)).collect::<Vec<_>>());
-    }
-    family.into_iter().skip(1).map(resident_alone).sum()
-}
-
-fn resident_alone(pid: i32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
-    line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap_or_default().saturating_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,9 +56,8 @@ mod tests {
     }
 
     #[test]
-    fn this_process_runs_and_takes_memory() {
+    fn this_process_runs_and_one_that_is_not_there_does_not() {
         let me = i32::try_from(std::process::id()).expect("a number");
         assert!(started(me).is_some() && started(i32::MAX).is_none());
-        assert!(resident(me) > 1 << 20);
     }
 }
