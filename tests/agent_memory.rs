@@ -40,6 +40,8 @@ const SECOND: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 struct Process {
     server: OnceLock<Arc<Server>>,
+    /// What it has with nothing loaded.
+    base: AtomicU64,
     kept: AtomicU64,
     /// Runs before this one. It is known what each but the first had when it was empty.
     runs: AtomicU64,
@@ -49,8 +51,9 @@ impl ServerProcess for Process {
     fn footprint(&self) -> Option<Footprint> {
         let server = self.server.get()?;
         let loaded: u64 = server.0.lock().unwrap().loaded.values().sum();
-        let (bytes, runs) = (Bytes(1000 + loaded + self.kept.load(SeqCst)), self.runs.load(SeqCst));
-        Some(Footprint { run: 7 + runs, bytes, empty: (runs > 0).then_some(Bytes(1000)) })
+        let (base, runs) = (self.base.load(SeqCst), self.runs.load(SeqCst));
+        let bytes = Bytes(base + loaded + self.kept.load(SeqCst));
+        Some(Footprint { run: 7 + runs, bytes, empty: (runs > 0).then_some(Bytes(base)) })
     }
 }
 
@@ -326,6 +329,22 @@ async fn another_run_of_the_server_has_leaked_nothing_yet_and_is_measured_agains
     process.runs.store(2, SeqCst);
     process.kept.store(20, SeqCst);
     world.until(|world| leaked(world) == 20).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_memory_is_in_units_of_its_own_nothing_leaks() {
+    let (world, mut session, process) = watched(100, |_| {}).await;
+    process.base.store(100, SeqCst);
+    process.runs.store(1, SeqCst);
+    process.kept.store(90, SeqCst);
+    // All of it is room: both are in memory at once.
+    for uid in [1, 2] {
+        let copy = generation(uid, 1, 1);
+        session.obeyed(&[register(&format!("m{uid}"), copy, 50, &world.artifact(50))]).await;
+        session.available(copy).await;
+    }
+    tokio::time::sleep(60 * SECOND).await;
+    assert_eq!((leaked(&world), resident(&world)), (0, 100));
 }
 
 #[tokio::test(start_paused = true)]

@@ -324,7 +324,10 @@ impl Core {
         // Only of a process in which nothing is can it be said what it has without anything.
         let empty = (taken == Bytes::ZERO).then_some(now.bytes);
         watched.baseline = watched.baseline.or(empty);
-        let beyond = watched.baseline.map_or(Bytes::ZERO, |baseline| size::leaked(now.bytes, baseline, taken));
+        // A memory that is smaller than the server is with nothing in it is in units of its own, and so is what is declared.
+        let capacity = self.ledger.capacity().primary;
+        let comparable = watched.baseline.filter(|baseline| *baseline < capacity);
+        let beyond = comparable.map_or(Bytes::ZERO, |baseline| size::leaked(now.bytes, baseline, taken));
         watched.leaked = if again { beyond.min(watched.beyond.max(watched.leaked)) } else { beyond };
         watched.beyond = beyond;
         self.ledger.set_leaked(watched.leaked);
