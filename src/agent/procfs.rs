@@ -258,7 +258,7 @@ mod tests {
         let process = |id: u32, parent: u32, session: u32, start: u32, socket: Option<u32>| {
             let folder = root.join(id.to_string());
             fs::create_dir_all(folder.join("fd")).expect("fd");
-            let stat = format!("{id} (a) S {parent} 1 {session} {} {start} 0", "0 ".repeat(14));
+            let stat = format!("{id} (a) S {parent} 1 {session} {} {start} 0", "0 ".repeat(15));
             fs::write(folder.join("stat"), stat).expect("stat");
             if let Some(inode) = socket {
                 std::os::unix::fs::symlink(format!("socket:[{inode}]"), folder.join("fd/3")).expect("fd");

@@ -1,7 +1,7 @@
 //! Which model takes its inference server down with it.
 //!
-//! The rules of this module: under suspicion is what the server was loading when it ended, or, when it was loading nothing,
-//! what it was asked then. Whoever was under suspicion at two ends within a while, and more often than anyone else who
+//! The rules of this module: under suspicion is what the server was loading for the first time when it ended, or, when
+//! there was no such thing, what it was bringing back and what it was asked then. Whoever was under suspicion at two ends within a while, and more often than anyone else who
 //! was at the last one, is quarantined. Where two are as suspicious as each other nobody is: an innocent model is never
 //! taken out with a guilty one. A quarantine ends by time, for it may have met an innocent one that is asked much.
 
@@ -27,8 +27,10 @@ pub type Suspect = (Uid, Version);
 /// What a server did when it ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scene {
-    /// What it was loading.
+    /// What it was loading that had not been in its memory yet.
     pub loading: Vec<Suspect>,
+    /// What it was loading again: that was well before, as it is after any end.
+    pub returning: Vec<Suspect>,
     /// What had requests with it.
     pub asked: Vec<Suspect>,
 }
@@ -75,10 +77,14 @@ impl Quarantine {
             sightings.retain(|sighting| now.since(sighting.at) <= WINDOW);
         }
         self.seen.retain(|_, sightings| !sightings.is_empty());
-        // What is asked all the time is asked at every end: a load tells more.
-        let loading = !scene.loading.is_empty();
-        let there = if loading { &scene.loading } else { &scene.asked };
-        let mut here: BTreeMap<Suspect, bool> = there.iter().map(|who| (*who, loading)).collect();
+        // What is asked all the time is asked at every end: a load that is the first tells more. One that brings back what
+        // an end took does not, for a request may come before the last is back.
+        let mut here: BTreeMap<Suspect, bool> = if scene.loading.is_empty() {
+            let asked = scene.asked.iter().map(|who| (*who, false));
+            asked.chain(scene.returning.iter().map(|who| (*who, true))).collect()
+        } else {
+            scene.loading.iter().map(|who| (*who, true)).collect()
+        };
         here.retain(|who, _| self.seen.len() < MOST || self.seen.contains_key(who));
         for (who, loading) in &here {
             self.seen.entry(*who).or_default().push(Sighting { at: now, loading: *loading });
@@ -123,7 +129,12 @@ mod tests {
 
     fn scene(loading: &[u64], asked: &[u64]) -> Scene {
         let all = |uids: &[u64]| uids.iter().map(|uid| model(*uid)).collect();
-        Scene { loading: all(loading), asked: all(asked) }
+        Scene { loading: all(loading), returning: Vec::new(), asked: all(asked) }
+    }
+
+    fn returning(returning: &[u64], asked: &[u64]) -> Scene {
+        let Scene { loading, asked, .. } = scene(returning, asked);
+        Scene { loading: Vec::new(), returning: loading, asked }
     }
 
     fn at(seconds: u64) -> Instant {
@@ -163,6 +174,18 @@ mod tests {
         assert_eq!(quarantine.ended(&scene(&[3], &[1]), at(1)), None, "it may have been either load");
         assert_eq!(quarantine.ended(&scene(&[], &[1]), at(2)), None, "and this is the first end without one");
         assert_eq!(quarantine.ended(&scene(&[2], &[1]), at(3)).map(|verdict| verdict.who), Some(model(2)));
+    }
+
+    #[test]
+    fn what_is_brought_back_hides_nobody_and_is_told_from_what_is_asked() {
+        // A request takes the server down, and the next one before all are back.
+        let mut quarantine = Quarantine::default();
+        assert_eq!(quarantine.ended(&scene(&[], &[1]), at(0)), None);
+        assert_eq!(quarantine.ended(&returning(&[2], &[1]), at(1)).map(|verdict| verdict.who), Some(model(1)));
+        // What can't come back, while another is asked.
+        let mut quarantine = Quarantine::default();
+        assert_eq!(quarantine.ended(&returning(&[2], &[1]), at(0)), None);
+        assert_eq!(quarantine.ended(&returning(&[2], &[1]), at(1)).map(|verdict| verdict.who), Some(model(2)));
     }
 
     #[test]

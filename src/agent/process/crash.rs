@@ -46,8 +46,13 @@ impl Tending for Tended {
             let (phase, holds) = entry.snapshot();
             (phase == Phase::Resident && holds > 0) || entry.broke_off_since(now, BROKEN)
         };
+        let loaded = |again: bool| {
+            let all = entries.iter().filter(|entry| loading.contains(&entry.served));
+            all.filter(|entry| (entry.phase() == Phase::Reloading) == again).map(|one| suspect(one)).collect()
+        };
         let scene = Scene {
-            loading: entries.iter().filter(|entry| loading.contains(&entry.served)).map(|one| suspect(one)).collect(),
+            loading: loaded(false),
+            returning: loaded(true),
             asked: entries.iter().filter(|entry| asked(entry)).map(|one| suspect(one)).collect(),
         };
         let requests: u32 = entries
