@@ -213,7 +213,7 @@ async fn a_copy_that_is_measured_when_it_comes_back_is_known_after_a_restart() {
     let (copy, other) = (generation(1, 1, 1), generation(2, 1, 1));
     process.kept.store(50, SeqCst);
     world.server.edit(|state| state.load_time = SECOND);
-    session.obeyed(&[register("iris", copy, 300, &world.artifact(40))]).await;
+    session.obeyed(&[register("iris", copy, 90, &world.artifact(40))]).await;
     world.until(|world| world.server.is_loaded("iris_1")).await;
     process.kept.store(10, SeqCst);
     assert_eq!(measured(&mut session, copy).await, None);
@@ -268,11 +268,13 @@ async fn a_measurement_that_requests_may_be_part_of_is_not_taken() {
 #[tokio::test(start_paused = true)]
 async fn a_measurement_that_is_more_than_there_is_room_for_evicts() {
     let (world, mut session, _process) = watched(100, |_| {}).await;
+    // Time passes from one to the next, so that none seems to be used while another one is loaded.
+    world.server.edit(|state| state.load_time = SECOND);
     let copies = [generation(1, 1, 1), generation(2, 1, 1)];
-    session.obeyed(&[register("first", copies[0], 300, &world.artifact(60))]).await;
+    session.obeyed(&[register("first", copies[0], 90, &world.artifact(60))]).await;
     assert_eq!(measured(&mut session, copies[0]).await, Some(60));
     // Its guess fits beside the first one, and what it takes does not.
-    session.obeyed(&[register("second", copies[1], 300, &world.artifact(80))]).await;
+    session.obeyed(&[register("second", copies[1], 90, &world.artifact(80))]).await;
     assert_eq!(measured(&mut session, copies[1]).await, Some(80));
     world.until(|world| world.phase(copies[0]).as_deref() == Some("Evicted")).await;
     assert_eq!(resident(&world), 80);
