@@ -276,7 +276,7 @@ mod tests {
         process(20, 1, 20, 50, Some(3));
         process(30, 1, 30, 150, Some(4));
         process(40, 1, 40, 150, None);
-        fs::write(root.join("40/cmdline"), "wharf\0shim\0--grace\0001\0").expect("cmdline");
+        fs::write(root.join("40/cmdline"), ["wharf", "shim", "--grace", "1", ""].join("\0")).expect("cmdline");
         process(41, 40, 40, 151, Some(5));
         for number in 1..=5 {
             port(8000 + number, u32::from(number));

@@ -19,7 +19,13 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agent::{artifacts::Artifact, cache::pressure::Pressure},
+    agent::{
+        artifacts::Artifact,
+        cache::{
+            phase::{Phase, holds_of},
+            pressure::Pressure,
+        },
+    },
     domain::{
         copy::{Failure, Progress, Report, Residency},
         memory::{Bytes, Resources},
@@ -33,56 +39,6 @@ use crate::{
     ports::Clock,
     telemetry::durations::Durations,
 };
-
-/// Where a copy stands, for whoever wants to hold it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub(crate) enum Phase {
-    /// Not yet answering.
-    Preparing,
-    /// In memory.
-    Resident,
-    /// On its way out of memory.
-    Evicting,
-    /// On disk only.
-    Evicted,
-    /// On its way back.
-    Reloading,
-    /// Leaving: no new holds.
-    Draining,
-    /// Left.
-    Gone,
-}
-
-impl Phase {
-    const fn of(word: u64) -> Self {
-        match word >> 32 {
-            0 => Self::Preparing,
-            1 => Self::Resident,
-            2 => Self::Evicting,
-            3 => Self::Evicted,
-            4 => Self::Reloading,
-            5 => Self::Draining,
-            _ => Self::Gone,
-        }
-    }
-
-    const fn with(self, holds: u32) -> u64 {
-        ((self as u64) << 32) | holds as u64
-    }
-
-    /// Whether the copy answers requests, if need be after a reload.
-    pub(crate) const fn serves(self) -> bool {
-        match self {
-            Self::Resident | Self::Evicting | Self::Evicted | Self::Reloading => true,
-            Self::Preparing | Self::Draining | Self::Gone => false,
-        }
-    }
-}
-
-const fn holds_of(word: u64) -> u32 {
-    (word & 0xffff_ffff) as u32
-}
 
 /// How far a copy is that does not answer yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

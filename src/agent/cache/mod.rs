@@ -5,6 +5,7 @@
 
 mod entry;
 mod ledger;
+mod phase;
 mod pressure;
 
 use std::{
@@ -17,8 +18,9 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
-pub(crate) use entry::{Acquired, Entry, Fate, Hold, InServer, Phase, Stage};
+pub(crate) use entry::{Acquired, Entry, Fate, Hold, InServer, Stage};
 pub(crate) use ledger::{Admission, Ledger, Settled};
+pub(crate) use phase::Phase;
 pub(crate) use pressure::Pressure;
 
 use crate::{

@@ -141,7 +141,7 @@ struct Begun {
 /// What came of a start.
 enum Start {
     /// It answers.
-    Up(Begun),
+    Up(Box<Begun>),
     /// It was to stop before that, and nothing of it is left.
     Stopped,
     /// It was to stop before that; what an earlier agent started lives on, for the next one.
@@ -386,7 +386,7 @@ impl Server {
                     self.is_ready(adopted, began);
                     let empty = child.empty(launch, adopted).await;
                     let life = self.life.fetch_add(1, SeqCst) + 1;
-                    return Ok(Start::Up(Begun { child, run: Arc::new(Run { life, at, root, empty }) }));
+                    return Ok(Start::Up(Box::new(Begun { child, run: Arc::new(Run { life, at, root, empty }) })));
                 }
                 Some(other) => Some(format!(
                     "can't be reached: process {other} listens on port {} of 127.0.0.1 in its place", ports.http
