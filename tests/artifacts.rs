@@ -142,7 +142,7 @@ fn count(world: &World) -> u64 {
 }
 
 /// Secrets for the fakes.
-fn write_secrets(folder: &Path, google: &str, azure: &str) {
+fn write_secrets(folder: &Path, google: &str, azure: &str, http: &str) {
     let write = |name: &str, text: String| std::fs::write(folder.join(name), text).unwrap();
     write(
         "google",
@@ -160,7 +160,11 @@ fn write_secrets(folder: &Path, google: &str, azure: &str) {
     };
     write("azure", azure("right"));
     write("azure-wrong", azure("wrong-signature"));
+    write("web", format!("token: right\nurl: http://{http}"));
+    write("web-wrong", format!("token: wrong-token\nurl: http://{http}"));
+    write("web-elsewhere", "token: right\nurl: https://elsewhere.invalid".to_owned());
     write("token", "token: right".to_owned());
+    write("token-wrong", "token: wrong-token".to_owned());
 }
 
 #[tokio::test]
@@ -176,7 +180,7 @@ async fn the_same_artifact_from_everywhere_is_on_disk_once() {
     let secrets = folder.path().join("secrets");
     std::fs::create_dir(&secrets).unwrap();
     std::fs::write(secrets.join("minio"), S3::secret(&s3.address, "ACCESSKEY1", "SECRETKEY1")).unwrap();
-    write_secrets(&secrets, &google.address, &azure.address);
+    write_secrets(&secrets, &google.address, &azure.address, &http.address);
     let config = folder.path().join("rclone.conf");
     std::fs::write(&config, "[box]\ntype = alias\nremote = /\n").unwrap();
     let local = folder.path().join("local");
@@ -189,7 +193,7 @@ async fn the_same_artifact_from_everywhere_is_on_disk_once() {
         (local.display().to_string(), None),
         (format!("file://{}/size", local.display()), None),
         (format!("http://{}/a/size", http.address), None),
-        (format!("http://{}/private/size", http.address), secret("token")),
+        (format!("http://{}/private/size", http.address), secret("web")),
         ("s3://models/iris".to_owned(), secret("minio")),
         ("s3://models/iris/size".to_owned(), secret("minio")),
         ("gs://models/iris".to_owned(), secret("google")),
@@ -272,7 +276,7 @@ async fn breaking(folder: &Path, content: &[u8]) -> (Vec<(String, Wire, Option<S
         Wire::to(&hub.address).await,
     ];
     std::fs::write(folder.join("minio"), S3::secret(&wires[0].address, "ACCESSKEY1", "SECRETKEY1")).unwrap();
-    write_secrets(folder, &wires[2].address, &wires[3].address);
+    write_secrets(folder, &wires[2].address, &wires[3].address, &wires[1].address);
     let setup = Setup { hub: format!("http://{}", wires[4].address), ..Setup::new(folder) };
     let uris = [
         ("s3://models/iris/size".to_owned(), secret("minio")),
@@ -546,7 +550,7 @@ async fn every_error_says_what_was_answered_and_what_to_do() {
         Fake::start(Speaks::Hub, &[("org/iris/size", &content), ("org/gated/size", b"3"), ("org/bad/size", b"3!")])
             .await;
     let wire = Wire::to(&http.address).await;
-    write_secrets(folder.path(), &google.address, &azure.address);
+    write_secrets(folder.path(), &google.address, &azure.address, &http.address);
     let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
     write("minio", &S3::secret(&s3.address, "ACCESSKEY1", "SECRETKEY1"));
     write("minio-unknown", &S3::secret(&s3.address, "WRONGKEY99", "SECRETKEY1"));
@@ -581,13 +585,20 @@ async fn every_error_says_what_was_answered_and_what_to_do() {
         ("a missing file", http_at("a/absent"), None),
         ("a file that asks who it is", http_at("private/size?token=hidden"), None),
         ("the wrong secret for a web server", http_at("private/size"), Some("minio")),
+        ("a secret that names no web server", http_at("private/size"), Some("token")),
+        ("a secret for another web server", http_at("private/size"), Some("web-elsewhere")),
+        ("a wrong token for a web server", http_at("private/size"), Some("web-wrong")),
         ("a digest that was pinned", pinned, None),
         ("a file that breaks off each time", truncated, None),
         ("too large", "s3://models/large".into(), Some("minio")),
         ("a missing model of a hub", "hf://org/absent".into(), None),
         ("a missing path of a hub", "hf://org/iris/onnx".into(), None),
         ("a gated model", "hf://org/gated".into(), None),
-        ("a gated model with the wrong token", "hf://org/gated".into(), Some("google-wrong")),
+        ("a gated model with the wrong token", "hf://org/gated".into(), Some("token-wrong")),
+        ("a secret of another store for a hub", "hf://org/gated".into(), Some("google")),
+        ("a secret of a web server for a hub", "hf://org/gated".into(), Some("web-elsewhere")),
+        ("the description of a remote", ":sftp,host=h,pass=WRONGSECRET:models/iris".into(), None),
+        ("a host that is none of Azure's accounts", "az://models@evil%2Ecom?/iris".into(), Some("azure")),
         ("a file that is not what the hub says", "hf://org/bad".into(), None),
         ("rclone: a remote that it does not know", "dropbox:models/iris".into(), None),
         ("rclone: an unknown key id", "minio:models/iris".into(), Some("minio-unknown")),
@@ -618,6 +629,18 @@ async fn every_error_says_what_was_answered_and_what_to_do() {
     golden += &alone(&never, "rclone may not be used", "dropbox:models/iris", None, folder.path()).await;
     let inline = Some(Storage::RcloneConfig(S3::secret(&s3.address, "ACCESSKEY1", "SECRETKEY1")));
     golden += &alone(&never, "rclone is brought and may not be used", "s3://models/iris", inline, folder.path()).await;
+    for (what, text) in [
+        ("rclone: what is brought wraps another remote", "type: alias\nparameters: {remote: ':local:'}"),
+        ("rclone: what is brought runs a program", "type: sftp\nparameters: {host: h, pass: x, ssh: 'touch evil'}"),
+        ("rclone: what is brought wants the agent's credentials", "type: s3\nparameters: {env_auth: true}"),
+        (
+            "rclone: what is brought has no credentials",
+            "type: google cloud storage\nparameters: {endpoint: 'http://evil'}",
+        ),
+    ] {
+        let inline = Some(Storage::RcloneConfig(text.to_owned()));
+        golden += &alone(&setup, what, "brought:models/iris", inline, folder.path()).await;
+    }
     // The store that it is fetched from is this thread's.
     let uri = http_at("a/size");
     let full = tokio::task::spawn_blocking(move || full_disk(&uri)).await.unwrap();

@@ -59,20 +59,19 @@ impl Credentials {
     /// `text` without any of the values in it. Stores repeat in their errors what they were sent.
     #[must_use]
     pub fn scrubbed(&self, text: &str) -> String {
-        const SHORTEST: usize = 4;
-        let mut values: Vec<&str> = self
-            .parameters
-            .iter()
-            .filter(|(name, _)| !PLAIN.contains(&name.as_str()))
-            .map(|(_, value)| value.expose())
-            .collect();
-        // The longer first: one may be within another.
-        values.sort_by_key(|value| std::cmp::Reverse(value.len()));
-        values
-            .into_iter()
-            .filter(|value| value.len() >= SHORTEST)
-            .fold(text.to_owned(), |text, value| text.replace(value, "***"))
+        let hidden = self.parameters.iter().filter(|(name, _)| !PLAIN.contains(&name.as_str()));
+        scrubbed(text, hidden.map(|(_, value)| value.expose()))
     }
+}
+
+/// `text` without any of `values` in it, but for those that are too short to be told from other words.
+#[must_use]
+pub fn scrubbed<'a>(text: &str, values: impl Iterator<Item = &'a str>) -> String {
+    const SHORTEST: usize = 4;
+    let mut values: Vec<&str> = values.filter(|value| value.len() >= SHORTEST).collect();
+    // The longer first: one may be within another.
+    values.sort_by_key(|value| std::cmp::Reverse(value.len()));
+    values.into_iter().fold(text.to_owned(), |text, value| text.replace(value, "***"))
 }
 
 /// Parameters whose values help in an error and open nothing.

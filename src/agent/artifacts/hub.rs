@@ -12,11 +12,11 @@ use super::{
     refusal::{Asked, With},
     transfer::{Arrived, Transfers, Trouble, Wanted, within},
     uri::{bad, redacted},
-    web::{Login, Web, client, refused, send},
+    web::{Login, Web, client, is_for, refused, send},
 };
 use crate::{
     domain::{
-        copy::Failure,
+        copy::{Failure, FailureClass},
         secret::{Credentials, Secret},
     },
     ports::{ArtifactSource, FetchRequest, Fetched, ProgressSink},
@@ -116,10 +116,13 @@ impl HubSource {
         let place = Place::parse(&request.uri)?;
         let secret = request.credentials.as_ref();
         let endpoint = secret.and_then(|secret| secret.get(&["endpoint", "hf_endpoint"])).unwrap_or(&self.endpoint);
+        if let Some(secret) = secret {
+            check(secret, endpoint)?;
+        }
         let token = secret.and_then(token_of).or_else(|| if secret.is_none() { self.token.clone() } else { None });
         let with = match (secret, &token) {
             (Some(secret), _) => With::Secret(secret.clone()),
-            (None, Some(_)) => With::Own,
+            (None, Some(token)) => With::Own(vec![token.clone()]),
             (None, None) => With::Nothing,
         };
         let asked = Asked { shown: redacted(&request.uri), with, at: Some(redacted(endpoint)) };
@@ -153,6 +156,22 @@ fn token_of(secret: &Credentials) -> Option<Secret> {
     secret.get(&["token", "hf_token", "hugging_face_hub_token"]).map(Secret::new)
 }
 
+/// A secret of another kind of store, or for another server, has nothing for the hub at `endpoint`.
+fn check(secret: &Credentials, endpoint: &str) -> Result<(), Failure> {
+    let refused = |message: String| Err(Failure { class: FailureClass::Authorisation, message });
+    let name = &secret.name;
+    if let Some(kind) = secret.kind.as_deref().filter(|kind| !matches!(*kind, "hf" | "huggingface" | "hub")) {
+        return refused(format!(
+            "{name} is for a store of type {kind}, and the URI needs one of type hf; name another"
+        ));
+    }
+    let elsewhere = Url::parse(endpoint).is_ok_and(|hub| is_for(secret, &hub) == Some(false));
+    if elsewhere {
+        return refused(format!("{name} is for another server than the hub at {}; name another", redacted(endpoint)));
+    }
+    Ok(())
+}
+
 /// One hub, asked by somebody.
 struct Hub<'a> {
     client: &'a Client,
@@ -163,8 +182,10 @@ struct Hub<'a> {
 
 impl Hub<'_> {
     fn url(&self, parts: &[&str]) -> Result<Url, Failure> {
-        let wrong =
-            || bad(format!("{} is no address of a hub; correct agent.hub, or the secret's endpoint", self.endpoint));
+        let wrong = || {
+            let shown = redacted(self.endpoint);
+            bad(format!("{shown} is no address of a hub; correct agent.hub, or the secret's endpoint"))
+        };
         let mut url = Url::parse(self.endpoint).map_err(|_| wrong())?;
         url.path_segments_mut().map_err(|()| wrong())?.pop_if_empty().extend(parts);
         Ok(url)
@@ -228,15 +249,14 @@ impl Hub<'_> {
 
     /// One page, and the URL of the next.
     async fn ask<T: for<'a> Deserialize<'a>>(&self, url: Url) -> Result<(T, Option<Url>), Trouble> {
-        let host = url.host_str().map(ToOwned::to_owned);
-        let response = send(self.login.on(self.client.get(url)), &self.asked).await?;
+        let response = send(self.login.on(self.client.get(url.clone())), &self.asked).await?;
         if !response.status().is_success() {
             return Err(refused(response, &self.asked).await);
         }
-        let next = response.headers().get(LINK).and_then(|link| link.to_str().ok()).and_then(next_of);
-        // The token is for this host alone.
-        let next =
-            next.and_then(|next| Url::parse(next).ok()).filter(|next| next.host_str().map(ToOwned::to_owned) == host);
+        let link = response.headers().get(LINK).and_then(|link| link.to_str().ok()).and_then(next_of);
+        let next = link.map(|link| following(&url, link)).transpose().map_err(|()| {
+            bad(format!("{} can't be listed: the hub's answer names a next page that is no URL", self.asked.shown))
+        })?;
         let mut response = response;
         let mut text = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|error| self.asked.broken(&error))? {
@@ -250,6 +270,16 @@ impl Hub<'_> {
             .map_err(|error| bad(format!("{}: the hub's answer is not understood: {error}", self.asked.shown)))?;
         Ok((parsed, next))
     }
+}
+
+/// The page `link`, which comes after the one at `url`, at the same hub: the token is for it alone, and one behind a
+/// proxy may call itself otherwise.
+fn following(url: &Url, link: &str) -> Result<Url, ()> {
+    let named = url.join(link).map_err(drop)?;
+    let mut next = url.clone();
+    next.set_path(named.path());
+    next.set_query(named.query());
+    Ok(next)
 }
 
 /// The URL that is `rel="next"`.
@@ -298,6 +328,14 @@ mod tests {
     fn listings_go_on() {
         assert_eq!(next_of("<https://h/a?cursor=1>; rel=\"next\""), Some("https://h/a?cursor=1"));
         assert_eq!(next_of("<https://h/a>; rel=\"prev\""), None);
+        let first = Url::parse("https://hub:8443/api/tree?recursive=true").expect("a URL");
+        let next = |link: &str| following(&first, link).map(String::from);
+        // Never elsewhere, and never without TLS.
+        for link in ["https://evil/api/tree?cursor=1", "http://hub/api/tree?cursor=1", "//evil/api/tree?cursor=1"] {
+            assert_eq!(next(link).as_deref(), Ok("https://hub:8443/api/tree?cursor=1"), "{link}");
+        }
+        assert_eq!(next("?cursor=2").as_deref(), Ok("https://hub:8443/api/tree?cursor=2"));
+        assert!(next("https://[").is_err());
         assert_eq!(below("a", "a/b"), Some("b"));
         assert_eq!(below("a/b", "a/b"), Some("b"));
         assert_eq!(below("a", "ab"), None);

@@ -17,7 +17,7 @@ use std::{
 use futures::{FutureExt as _, future::BoxFuture};
 use sha2::{Digest as _, Sha256};
 
-use super::uri::{bad, decode, file_name};
+use super::uri::{bad, decode, file_name, redacted};
 use crate::{
     agent::{disk, options::Blocking},
     domain::copy::{Failure, FailureClass, Progress},
@@ -42,20 +42,21 @@ impl LocalSource {
     }
 
     fn path(&self, uri: &str) -> Result<PathBuf, Failure> {
+        let shown = redacted(uri);
         let path = match uri.strip_prefix("file://") {
             None => PathBuf::from(uri),
             Some(rest) => {
                 let rest = rest.strip_prefix("localhost").unwrap_or(rest);
                 if !rest.starts_with('/') {
-                    return Err(bad(format!("{uri} names another host; a file URI here begins with file:///")));
+                    return Err(bad(format!("{shown} names another host; a file URI here begins with file:///")));
                 }
-                PathBuf::from(decode(rest).ok_or_else(|| bad(format!("{uri} has escapes that give no text")))?)
+                PathBuf::from(decode(rest).ok_or_else(|| bad(format!("{shown} has escapes that give no text")))?)
             }
         };
         match (&self.base, path.is_absolute()) {
             (_, true) => Ok(path),
             (Some(base), false) => Ok(base.join(path)),
-            (None, false) => Err(bad(format!("{uri} is a relative path; give an absolute one"))),
+            (None, false) => Err(bad(format!("{shown} is a relative path; give an absolute one"))),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::error::Error;
 use super::transfer::Trouble;
 use crate::domain::{
     copy::{Failure, FailureClass},
-    secret::Credentials,
+    secret::{Credentials, Secret, scrubbed},
 };
 
 /// Longest text of a store that is passed on.
@@ -30,8 +30,8 @@ pub(super) struct Asked {
 pub(super) enum With {
     /// None.
     Nothing,
-    /// Those of the machine or of the process's environment.
-    Own,
+    /// Those of the machine or of the process's environment, with those of them that are known here.
+    Own(Vec<Secret>),
     /// A secret.
     Secret(Credentials),
 }
@@ -41,14 +41,14 @@ impl With {
     fn words(&self) -> String {
         match self {
             Self::Nothing => "without credentials".to_owned(),
-            Self::Own => "with the agent's own credentials".to_owned(),
+            Self::Own(_) => "with the agent's own credentials".to_owned(),
             Self::Secret(credentials) => format!("with {}", credentials.name),
         }
     }
 
     const fn advice(&self) -> &'static str {
         match self {
-            Self::Nothing | Self::Own => "name a secret that may read it with secretName",
+            Self::Nothing | Self::Own(_) => "name a secret that may read it with secretName",
             Self::Secret(_) => "correct the secret, or what its owner may read",
         }
     }
@@ -56,7 +56,8 @@ impl With {
     /// `text` without what must not be seen.
     pub(super) fn scrubbed(&self, text: &str) -> String {
         match self {
-            Self::Nothing | Self::Own => text.to_owned(),
+            Self::Nothing => text.to_owned(),
+            Self::Own(values) => scrubbed(text, values.iter().map(Secret::expose)),
             Self::Secret(credentials) => credentials.scrubbed(text),
         }
     }
@@ -223,7 +224,6 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::domain::secret::Secret;
 
     #[test]
     fn what_stores_say_is_found_in_their_bodies() {
@@ -249,5 +249,8 @@ mod tests {
             "s3://b/k may not be read with secret \"minio\": the store answered 403 Forbidden, *** is wrong; correct \
              the secret, or what its owner may read"
         );
+        let asked = Asked { with: With::Own(vec![Secret::new("hunter33")]), ..asked };
+        let trouble = asked.refused(&Refusal::Busy, "hunter33 is tired");
+        assert!(!trouble.failure.message.contains("hunter33"), "{trouble:?}");
     }
 }

@@ -39,6 +39,12 @@ impl Uri {
         if text.chars().any(char::is_control) {
             return Err(bad(format!("the storage URI {} has control characters in it", redacted(text))));
         }
+        if describes(text) {
+            return Err(bad(
+                "the storage URI describes a remote, which can have credentials in it, so it is not repeated here; put \
+                 the description into a secret, name that in secretName, and write REMOTE:PATH",
+            ));
+        }
         let (address, pinned) = match text.rsplit_once("#sha256=") {
             None => (text, None),
             Some((address, digest)) if digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit()) => {
@@ -48,12 +54,7 @@ impl Uri {
                 return Err(bad(format!("the digest in {} is not one; #sha256= takes 64 hex digits", redacted(text))));
             }
         };
-        let scheme = match address.split_once("://") {
-            Some((scheme, _)) if scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b)) => {
-                scheme.to_ascii_lowercase()
-            }
-            _ => String::new(),
-        };
+        let scheme = split(address).map_or_else(String::new, |(scheme, _)| scheme.to_ascii_lowercase());
         let path = address.split(['?', '#']).next().unwrap_or_default();
         if path.split(['/', '\\']).any(|part| decode(part).as_deref() == Some("..")) {
             return Err(bad(format!("the storage URI {} has a '..' in it; give the path itself", redacted(text))));
@@ -61,6 +62,20 @@ impl Uri {
         let remote = remote(address).filter(|_| scheme.is_empty()).map(ToOwned::to_owned);
         Ok(Self { scheme, remote, address: address.to_owned(), pinned })
     }
+}
+
+/// The scheme of `uri`, as it is written, and what comes after it.
+pub(super) fn split(uri: &str) -> Option<(&str, &str)> {
+    let sound = |scheme: &str| scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+    uri.split_once("://").filter(|(scheme, _)| !scheme.is_empty() && sound(scheme))
+}
+
+/// Whether `uri` says how a remote is to be opened, as rclone's command line lets one: `:sftp,pass=...:PATH`,
+/// `box,token=...:PATH`. A path may begin with a slash and then go on as it likes.
+fn describes(uri: &str) -> bool {
+    let Some((before, _)) = uri.split_once(':') else { return false };
+    let option = |text: &str| text.split_once('=').is_some_and(|(name, _)| !name.is_empty());
+    before.is_empty() || (!before.starts_with('/') && before.split(',').skip(1).any(option))
 }
 
 /// The name in front of the first colon, if it can be a remote's. One letter alone is another system's disk.
@@ -133,15 +148,25 @@ pub(super) fn file_name(name: &str) -> Option<&str> {
 /// A URI for people: without user, password, query and fragment, which may carry secrets.
 pub(crate) fn redacted(uri: &str) -> String {
     const SHOWN: usize = 200;
-    let plain = match uri.split_once("://") {
-        None => uri.to_owned(),
+    let plain = match split(uri) {
+        _ if describes(uri) => "the description of a remote".to_owned(),
+        None => uri.split('?').next().unwrap_or_default().to_owned(),
         Some((scheme, rest)) => {
             let rest = rest.split(['?', '#']).next().unwrap_or_default();
-            let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
             // A user and a password; for some, what a part of the store is called.
             let named = matches!(scheme, "hf" | "abfs" | "abfss" | "wasb" | "wasbs");
-            let host = host.rsplit_once('@').filter(|_| !named).map_or(host, |(_, host)| host);
-            format!("{scheme}://{host}{path}")
+            let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+            // A password with a slash in it ends the host too early.
+            let odd = |port: &str| !port.bytes().all(|b| b.is_ascii_digit());
+            let cut = host.split_once(':').filter(|(host, port)| !host.starts_with('[') && odd(port));
+            match (host.rsplit_once('@'), cut) {
+                _ if named => format!("{scheme}://{rest}"),
+                (Some((_, host)), _) => format!("{scheme}://{host}{path}"),
+                (None, Some((user, _))) => {
+                    format!("{scheme}://{}", rest.rsplit_once('@').map_or(user, |(_, rest)| rest))
+                }
+                (None, None) => format!("{scheme}://{rest}"),
+            }
         }
     };
     match plain.char_indices().nth(SHOWN) {
@@ -161,7 +186,7 @@ mod tests {
         assert_eq!(uri("file:///a").scheme, "file");
         assert_eq!(uri("GS://bucket/a").scheme, "gs");
         assert_eq!(uri("dropbox:models/a").remote.as_deref(), Some("dropbox"));
-        for path in ["/a:b", "s3://a:b", "a/b:c", "c:\\models", ":sftp,ssh=x:/y", "a,b:c"] {
+        for path in ["/a:b", "s3://a:b", "a/b:c", "c:\\models", "/a,b=c:d", "a,b:c"] {
             assert_eq!(uri(path).remote, None, "{path}");
         }
         let digest = "AB".repeat(32);
@@ -208,6 +233,21 @@ mod tests {
     #[test]
     fn secrets_are_not_shown() {
         assert_eq!(redacted("https://me:pw@h:1/a/b?token=t#f"), "https://h:1/a/b");
+        assert_eq!(redacted("https://me:p/w@h:1/a?token=t"), "https://h:1/a");
+        assert_eq!(redacted("https://me:p?w@h/a"), "https://me");
+        assert_eq!(redacted("https://[::1]:1/a@b"), "https://[::1]:1/a@b");
+        assert_eq!(redacted("s3://b/a@b"), "s3://b/a@b");
         assert_eq!(redacted("/plain/path"), "/plain/path");
+    }
+
+    #[test]
+    fn what_describes_a_remote_is_refused_and_not_repeated() {
+        for uri in
+            [":sftp,pass=hunter22:/y", "box,token=hunter22:a", "s3,secret_access_key=hunter22://b/k", ":hunter22"]
+        {
+            let failure = Uri::parse(uri).expect_err(uri);
+            assert!(!failure.message.contains("hunter22") && failure.message.contains("secretName"), "{failure:?}");
+            assert!(!redacted(uri).contains("hunter22"), "{uri}");
+        }
     }
 }

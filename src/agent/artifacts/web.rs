@@ -16,7 +16,10 @@ use super::{
     transfer::{Answer, Opened, Origin, Trouble, Wanted},
     uri::bad,
 };
-use crate::domain::{copy::Failure, secret::Secret};
+use crate::domain::{
+    copy::Failure,
+    secret::{Credentials, Secret},
+};
 
 /// Longest silence of a server.
 pub(super) const SILENCE: Duration = Duration::from_secs(60);
@@ -40,6 +43,8 @@ pub(super) fn client() -> Result<Client, Failure> {
         .connect_timeout(CONNECT)
         .read_timeout(SILENCE)
         .redirect(reqwest::redirect::Policy::limited(REDIRECTS))
+        // Where a redirect leads is not to learn the URL that it came from, which may be signed.
+        .referer(false)
         .build()
         .map_err(|error| bad(format!("HTTP downloads can't be set up: {error}")))
 }
@@ -63,6 +68,14 @@ impl Login {
             Self::User(user, password) => request.basic_auth(user, Some(password.expose())),
         }
     }
+}
+
+/// Whether `secret` is for the server of `url`, by its scheme, host and port; nothing when it names no server. Over TLS,
+/// where it does not say.
+pub(super) fn is_for(secret: &Credentials, url: &Url) -> Option<bool> {
+    let place = secret.get(&["url", "host"])?;
+    let place = if place.contains("://") { place.to_owned() } else { format!("https://{place}") };
+    Some(Url::parse(&place).is_ok_and(|place| place.has_host() && place.origin() == url.origin()))
 }
 
 /// Files by their URLs.
@@ -195,5 +208,35 @@ mod tests {
         };
         assert_eq!(tag_of(&headers("\"a\"")).as_deref(), Some("\"a\""));
         assert_eq!(tag_of(&headers("W/\"a\"")).as_deref(), Some("Thu, 26 Nov 2026 15:25:52 GMT"));
+    }
+    /// One answer to one request, whose head comes back.
+    async fn once(answer: String) -> (String, tokio::task::JoinHandle<String>) {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound").to_string();
+        let served = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("a client");
+            let mut head = String::new();
+            while !head.contains("\r\n\r\n") {
+                let mut bytes = [0; 1024];
+                let read = stream.read(&mut bytes).await.expect("a request");
+                head += &String::from_utf8_lossy(&bytes[..read]);
+            }
+            stream.write_all(answer.as_bytes()).await.expect("answered");
+            head.to_ascii_lowercase()
+        });
+        (address, served)
+    }
+
+    #[tokio::test]
+    async fn where_a_redirect_leads_learns_neither_the_url_nor_the_login() {
+        let (cdn, asked) = once("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n".to_owned()).await;
+        let moved = format!("HTTP/1.1 302 Found\r\nlocation: http://{cdn}/m\r\ncontent-length: 0\r\n\r\n");
+        let (server, _served) = once(moved).await;
+        let login = Login::Token(Secret::new("hunter22"));
+        let get = login.on(client().expect("a client").get(format!("http://{server}/m?signature=hunter33")));
+        assert_eq!(get.send().await.expect("an answer").status(), StatusCode::OK);
+        let head = asked.await.expect("asked");
+        assert!(!head.contains("hunter") && !head.contains("referer"), "{head}");
     }
 }

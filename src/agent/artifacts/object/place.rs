@@ -57,18 +57,37 @@ impl Place {
         let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
         // container@account.host
         let (bucket, account) = match (kind, bucket.split_once('@')) {
-            (Kind::Azure, Some((container, host))) => {
-                (container, host.split('.').next().filter(|account| !account.is_empty()).map(ToOwned::to_owned))
-            }
+            (Kind::Azure, Some((container, host))) => (container, host.split('.').next()),
             _ => (bucket, None),
         };
-        if bucket.is_empty() || bucket.contains(['@', ':', '?', '#']) {
+        // Both become parts of the address that credentials are sent to.
+        if !sound_bucket(bucket) {
             return Err(bad(format!("{shown} names no bucket; it is written {scheme}://BUCKET/PATH")));
         }
+        if account.is_some_and(|account| !sound_account(account)) {
+            return Err(bad(format!(
+                "{shown} names no storage account: one has 3 to 24 small letters and digits; correct what is behind the @"
+            )));
+        }
+        let account = account.map(ToOwned::to_owned);
         let key = path.trim_matches('/').to_owned();
         let folder = key.is_empty() || path.ends_with('/');
         Ok(Self { kind, bucket: bucket.to_owned(), key, folder, account })
     }
+}
+
+/// Whether a bucket or container can have this name. Old ones have more in theirs than new ones may.
+fn sound_bucket(name: &str) -> bool {
+    const LONGEST: usize = 255;
+    let within = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    let plain = name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.bytes().all(within);
+    // Azure has these of its own.
+    (plain && name.len() <= LONGEST) || matches!(name, "$root" | "$web" | "$logs")
+}
+
+/// Whether a storage account of Azure's can have this name.
+fn sound_account(name: &str) -> bool {
+    (3..=24).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
 }
 
 /// A store, ready to be asked.
@@ -88,6 +107,7 @@ pub(super) fn open(
 ) -> Result<Opened, Failure> {
     let settled = settle(place, credentials, environment)?;
     let (retry, client) = (never(), client(settled.endpoint()));
+    let at = settled.endpoint().map(redacted);
     let store: Result<Arc<dyn ObjectStore>, _> = match place.kind {
         Kind::S3 => {
             let mut builder = AmazonS3Builder::new().with_client_options(client);
@@ -120,14 +140,21 @@ pub(super) fn open(
     let with = match credentials {
         Some(credentials) => With::Secret(credentials.clone()),
         None if settled.anonymous => With::Nothing,
-        None => With::Own,
+        None => {
+            With::Own(settled.options.into_iter().filter(|(name, _)| opens(name)).map(|(_, value)| value).collect())
+        }
     };
     let store = store.map_err(|error| {
         let why = super::super::refusal::deepest(&error).unwrap_or_else(|| error.to_string());
         let message = format!("the store of bucket {} can't be used: {}", place.bucket, with.scrubbed(&why));
         Failure { class: FailureClass::Authorisation, message }
     })?;
-    Ok(Opened { store, with, at: settled.endpoint().map(redacted) })
+    Ok(Opened { store, with, at })
+}
+
+/// Whether the value of a setting opens something, and may not be seen.
+fn opens(name: &str) -> bool {
+    ["key", "token", "secret", "sas", "password"].iter().any(|word| name.contains(word))
 }
 
 fn unknown(place: &Place) -> Failure {
@@ -347,6 +374,28 @@ mod tests {
         assert_eq!((azure.key.as_str(), azure.folder), ("iris/m.onnx", false));
         assert!(place("s3://bucket").folder);
         for bad in ["s3://", "s3:///a", "s3://a@b/c", "gs://?x"] {
+            assert!(Place::parse(bad).is_err(), "{bad}");
+        }
+        assert_eq!(place("az://$web/a").bucket, "$web");
+    }
+
+    #[test]
+    fn no_part_of_a_uri_names_another_host() {
+        for bad in [
+            "az://c@evil%2Ecom?/k",
+            "az://c@/k",
+            "az://c@Evil/k",
+            "az://c@evil:8080/k",
+            "az://c@x@y/k",
+            "az://c%2F..%2F..@acc/k",
+            "abfss://c@ac.dfs.core.windows.net/k",
+            "s3://evil%2Ecom%2F/k",
+            "s3://evil.com\\/k",
+            "s3://../k",
+            "gs://.b/k",
+            "s3://b c/k",
+            "az://$x/k",
+        ] {
             assert!(Place::parse(bad).is_err(), "{bad}");
         }
     }

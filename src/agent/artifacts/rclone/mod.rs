@@ -74,7 +74,7 @@ impl RcloneSource {
         let credentials = request.credentials.as_ref();
         let inline = credentials.is_some_and(|credentials| credentials.name == INLINE);
         let remote = Remote::parse(&request.uri, credentials, inline)?;
-        let with = request.credentials.clone().map_or(With::Own, With::Secret);
+        let with = request.credentials.clone().map_or_else(|| With::Own(Vec::new()), With::Secret);
         let asked = Asked { shown: redacted(&request.uri), with, at: None };
         self.transfers.patience.insist(|| self.copy(&remote, &asked, &request, &progress)).await
     }
