@@ -15,7 +15,7 @@ use std::{
     collections::BTreeSet,
     fmt::Write as _,
     io::Read as _,
-    os::unix::process::ExitStatusExt as _,
+    os::unix::{fs::PermissionsExt as _, process::ExitStatusExt as _},
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{
@@ -296,6 +296,29 @@ async fn a_server_that_ends_comes_back_with_what_it_had_and_says_what_it_said() 
     assert!(log.lines().any(|line| line.contains("listening on") && line.contains("py-0")), "{log}");
     wharf.stop().await;
     assert!(!runs(second), "a server ends with its agent");
+}
+
+#[tokio::test]
+async fn a_server_has_none_of_the_agent_s_credentials_but_those_that_the_registry_gives_it() {
+    let place = Place::new();
+    let mut home = Home::new(&place.registry(1, "", &["AWS_REGION"])).env("PLAIN", "hunter-plain");
+    for name in [
+        "WHARF_SECRET_MINIO",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_REGION",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "RCLONE_CONFIG_PASS",
+    ] {
+        home = home.env(name, "hunter22");
+    }
+    let wharf = home.up().await;
+    until("the server runs", || !place.pids().is_empty()).await;
+    let environ = std::fs::read_to_string(format!("/proc/{}/environ", place.pids()[0])).unwrap();
+    assert!(!environ.contains("hunter22"), "{}", environ.replace('\0', "\n"));
+    assert!(environ.contains("PLAIN=hunter-plain") && environ.split('\0').any(|pair| pair == "AWS_REGION=1"));
+    drop(wharf);
 }
 
 #[tokio::test]
@@ -587,6 +610,9 @@ async fn an_independent_server_outlives_the_agent_and_is_taken_up_without_a_relo
     let wharf = home.up().await;
     available(&wharf, &place.model("a", "")).await;
     let server = answered_by(&wharf, "a").await;
+    // Its environment may have credentials in it.
+    let kept = home.path().join("agent/py-0/server.json");
+    assert_eq!(std::fs::metadata(&kept).unwrap().permissions().mode() & 0o777, 0o600);
     wharf.kill();
     assert!(runs(server), "it lives on");
     let wharf = home.up().await;

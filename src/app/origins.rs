@@ -68,7 +68,8 @@ impl Origins {
         let mut sources: Vec<Arc<dyn ArtifactSource>> =
             vec![Arc::new(LocalSource::new(None, Blocking::Pool)), Arc::new(http), Arc::new(objects), Arc::new(hub)];
         if options.rclone != RcloneUse::Never {
-            let hidden = self.environment.iter().map(|(name, _)| name).filter(|name| name.starts_with(SECRET_PREFIX));
+            let names = self.environment.iter().map(|(name, _)| name);
+            let hidden = names.filter(|name| name.starts_with(SECRET_PREFIX) || *name == "HF_TOKEN");
             let rclone = RcloneOptions {
                 program: settings.rclone_program.clone(),
                 config: named(&settings.rclone_config),

@@ -25,7 +25,7 @@ use super::{
     proc::{session, started},
 };
 use crate::{
-    agent::procfs::Proc,
+    agent::{artifacts::SECRET_PREFIX, disk, procfs::Proc},
     domain::memory::Bytes,
     settings::registry::{self, Lifetime},
 };
@@ -36,6 +36,11 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const SHIM: Duration = Duration::from_secs(5);
 /// How often it is looked whether a program still runs that is not a child.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// How the names of variables begin that are the agent's credentials: secrets, and what opens stores and hubs. A program
+/// runs what models bring, and is not to have them.
+const PRIVATE: [&str; 7] =
+    [SECRET_PREFIX, "AWS_", "AZURE_", "GOOGLE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RCLONE_"];
 
 /// A program that runs, or ran.
 #[derive(Debug)]
@@ -197,7 +202,14 @@ impl Child {
         }
         std::fs::create_dir_all(&launch.repository)?;
         let mut command = Command::new(&launch.shim);
-        command.arg0("wharf").arg("shim").envs(&wanted.env);
+        command.arg0("wharf").arg("shim");
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if PRIVATE.iter().any(|begin| text.starts_with(begin)) {
+                command.env_remove(&name);
+            }
+        }
+        command.envs(&wanted.env);
         if let Some(workdir) = &wanted.workdir {
             command.current_dir(workdir);
         }
@@ -205,7 +217,7 @@ impl Child {
             Lifetime::Agent => Self::bound(launch, command, &wanted.argv),
             Lifetime::Independent => {
                 let text = serde_json::to_vec(&kept(ports, &wanted))?;
-                std::fs::write(kept_at(&launch.data_dir), text)?;
+                disk::write_whole(&kept_at(&launch.data_dir), &text)?;
                 Self::alone(launch, command, &wanted.argv)
             }
         }
