@@ -518,6 +518,72 @@ async fn a_download_of_rclone_s_that_nobody_wants_is_stopped() {
     assert!(wire.take() < 16 << 20, "not all of it came");
 }
 
+#[tokio::test]
+async fn what_rclone_fetches_keeps_to_the_limit_while_it_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    // It does not say how large its file is, and does not end.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let answer = |request: axum::extract::Request| async move {
+        let response = axum::response::Response::builder();
+        if request.uri().path() == "/models/" {
+            let page = "<html><body><a href=\"size\">size</a></body></html>";
+            return response.header("content-type", "text/html").body(axum::body::Body::from(page)).unwrap();
+        }
+        if request.method() == axum::http::Method::HEAD {
+            return response.body(axum::body::Body::empty()).unwrap();
+        }
+        let chunks = futures::stream::repeat_with(|| Ok::<_, std::io::Error>(vec![b' '; 64 << 10]));
+        response.body(axum::body::Body::from_stream(chunks)).unwrap()
+    };
+    let mut server = tokio::task::JoinSet::new();
+    server.spawn(async move { axum::serve(listener, axum::Router::new().fallback(answer)).await.unwrap() });
+    let text = format!("type: http\nparameters: {{url: 'http://{address}'}}");
+    std::fs::write(folder.path().join("endless"), text).unwrap();
+    let setup = Setup { limit: 4 << 20, ..Setup::new(folder.path()) };
+    let (world, mut session) = setup.world().await;
+    let said = outcome(&mut session, 1, "endless:models", secret("endless")).await.expect_err("without an end");
+    assert!(said.contains("larger than the limit of 4194304 bytes"), "{said}");
+    let staging = world.options.data_dir.join("artifacts/staging");
+    let size = |folder: PathBuf| -> u64 {
+        let mut folders = vec![folder];
+        let mut bytes = 0;
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                match entry.file_type() {
+                    Ok(kind) if kind.is_dir() => folders.push(entry.path()),
+                    _ => bytes += entry.metadata().map_or(0, |meta| meta.len()),
+                }
+            }
+        }
+        bytes
+    };
+    assert_eq!(size(staging), 0, "nothing of it stays, and nothing more comes");
+}
+
+#[tokio::test]
+async fn two_downloads_of_rclone_s_never_write_into_one_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let s3 = S3::start();
+    s3.put("models/m/size", &artifact(16 << 20, 0));
+    let wire = Wire::to(&s3.address).await;
+    std::fs::write(folder.path().join("minio"), S3::secret(&wire.address, "ACCESSKEY1", "SECRETKEY1")).unwrap();
+    wire.slow();
+    let (world, mut session) = Setup::new(folder.path()).world().await;
+    let copy = generation(1, 1, 1);
+    session.obeyed(&[register(copy, "minio:models/m", secret("minio"))]).await;
+    session.until(copy, |report| matches!(report, Report::Downloading(progress) if progress.done > 0)).await;
+    session.obeyed(&[unregister("m1", copy, Duration::from_secs(1))]).await;
+    session.unloaded(copy).await;
+    // At once, into the same folder, and of something else by now.
+    let newer = artifact(1 << 20, 1);
+    s3.put("models/m/size", &newer);
+    let again = generation(1, 1, 2);
+    session.obeyed(&[register(again, "minio:models/m", secret("minio"))]).await;
+    session.available(again).await;
+    assert!(std::fs::read(world.folder_of("m1_1").join("size")).unwrap() == newer);
+}
+
 // === Errors ===
 
 /// The words of a failure without what differs from run to run.

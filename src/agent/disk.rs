@@ -99,6 +99,17 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Bytes of all files below `folder`, as far as it can be read.
+pub(crate) fn size(folder: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(folder) else { return 0 };
+    let sizes = entries.flatten().map(|entry| match entry.file_type() {
+        Ok(kind) if kind.is_dir() => size(&entry.path()),
+        Ok(_) => entry.metadata().map_or(0, |meta| meta.len()),
+        Err(_) => 0,
+    });
+    sizes.fold(0, u64::saturating_add)
+}
+
 /// One copy, as kept over a restart of the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Kept {

@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::{
-    transfer::{Wanted, below},
+    transfer::{Wanted, below, strong},
     uri::bad,
 };
 use crate::{
@@ -31,6 +31,7 @@ const NOTED: u64 = 32 << 20;
 /// What is kept beside a part.
 #[derive(Debug, Serialize, Deserialize)]
 struct Note {
+    /// The digest of where it is from, which can have credentials in it.
     at: String,
     tag: Option<String>,
     bytes: u64,
@@ -60,13 +61,14 @@ impl Part {
     pub(super) async fn open(request: &FetchRequest, wanted: &Wanted) -> Result<Self, Failure> {
         let path = below(&request.into, &wanted.path)?;
         let note = request.notes.join(disk::hex(&Sha256::digest(&wanted.path)));
-        let (there, at) = (path.clone(), wanted.at.clone());
+        let at = disk::hex(&Sha256::digest(&wanted.at));
+        let (there, from) = (path.clone(), at.clone());
         let beside = note.clone();
         let found = disk::run(Blocking::Pool, move || {
             if let Some(parent) = there.parent() {
                 std::fs::create_dir_all(parent)?;
             }
-            Ok(find(&there, &beside, &at))
+            Ok(find(&there, &beside, &from))
         });
         let found = found.await.map_err(|error| written(&path, &error))?;
         let opened = OpenOptions::new().write(true).create(true).truncate(false).open(&path).await;
@@ -78,20 +80,9 @@ impl Part {
             }
             _ => (Sha256::new(), None, 0, false),
         };
-        let mut part = Self {
-            path,
-            note,
-            at: wanted.at.clone(),
-            file,
-            digest,
-            tag,
-            bytes,
-            noted: bytes,
-            whole,
-            resumed: bytes > 0,
-        };
+        let mut part = Self { path, note, at, file, digest, tag, bytes, noted: bytes, whole, resumed: bytes > 0 };
         // Without a tag nothing says that the rest would be of the same content.
-        if part.tag.is_none() || (whole && part.whole(wanted).is_none()) {
+        if part.tag.as_deref().is_none_or(|tag| !strong(tag)) || (whole && part.whole(wanted).is_none()) {
             part.start_over().await?;
         } else {
             part.place().await.map_err(|error| written(&part.path, &error))?;
@@ -112,6 +103,11 @@ impl Part {
     /// What comes from now on has this tag.
     pub(super) fn is_now(&mut self, tag: Option<String>) {
         self.tag = tag;
+    }
+
+    /// Whether it has all the bytes that were announced, of the content that was.
+    pub(super) fn all(&self, wanted: &Wanted) -> bool {
+        self.bytes > 0 && wanted.tag.is_some() && self.tag == wanted.tag && wanted.bytes == Some(self.bytes)
     }
 
     /// The digest, if nothing is missing and nothing of it can have changed.
@@ -165,7 +161,13 @@ impl Part {
         };
         self.noted = self.bytes;
         let text = serde_json::to_vec(&note).unwrap_or_default();
-        tokio::fs::write(&self.note, text).await.map_err(|error| written(&self.note, &error))
+        let write = async {
+            let mut options = OpenOptions::new();
+            let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&self.note).await?;
+            file.write_all(&text).await?;
+            file.flush().await
+        };
+        write.await.map_err(|error| written(&self.note, &error))
     }
 
     /// Its digest, now that all of it came; nothing when only what was there from before can be to blame that it

@@ -5,7 +5,7 @@
 
 use std::error::Error;
 
-use super::transfer::Trouble;
+use super::transfer::{Cure, Trouble};
 use crate::domain::{
     copy::{Failure, FailureClass},
     secret::{Credentials, Secret, scrubbed},
@@ -74,6 +74,8 @@ pub(super) enum Refusal {
     NoBucket,
     /// It changed while it was read.
     Changed,
+    /// It has not the part that was asked for.
+    Shorter,
     /// Nobody answered.
     Unreachable,
     /// It took too long.
@@ -90,7 +92,8 @@ impl Refusal {
         match status {
             401 | 403 => Self::Forbidden,
             404 | 410 => Self::Missing,
-            412 | 416 => Self::Changed,
+            412 => Self::Changed,
+            416 => Self::Shorter,
             408 | 504 => Self::Slow,
             429 | 500..=599 => Self::Busy,
             _ => Self::Other,
@@ -104,33 +107,33 @@ impl Asked {
         let (shown, words) = (&self.shown, self.with.words());
         let said = clip(&self.with.scrubbed(said));
         let at = self.at.as_ref().map_or_else(String::new, |at| format!(" at {at}"));
-        let (class, passing, message) = match refusal {
+        let (class, cure, message) = match refusal {
             Refusal::Forbidden => (
                 FailureClass::Authorisation,
-                false,
+                Cure::Nothing,
                 format!("{shown} may not be read {words}: the store{at} answered {said}; {}", self.with.advice()),
             ),
             Refusal::Missing => (
                 FailureClass::Artifact,
-                false,
+                Cure::Nothing,
                 format!("{shown} does not exist: the store{at} answered {said}; correct storageUri, or upload it"),
             ),
             Refusal::NoBucket => (
                 FailureClass::Artifact,
-                false,
+                Cure::Nothing,
                 format!(
                     "the bucket of {shown} does not exist: the store{at} answered {said}; correct storageUri, or the \
                      store's endpoint and region"
                 ),
             ),
-            Refusal::Changed => (
+            Refusal::Changed | Refusal::Shorter => (
                 FailureClass::Artifact,
-                true,
+                if *refusal == Refusal::Changed { Cure::Look } else { Cure::Anew },
                 format!("{shown} changed while it was fetched: the store{at} answered {said}; it is tried again"),
             ),
             Refusal::Unreachable => (
                 FailureClass::Artifact,
-                true,
+                Cure::Time,
                 format!(
                     "{shown} can't be fetched: the store{at} can't be reached, {said}; check its name and endpoint, and \
                      the network of the agent"
@@ -138,21 +141,21 @@ impl Asked {
             ),
             Refusal::Slow => (
                 FailureClass::Timeout,
-                true,
+                Cure::Time,
                 format!("{shown} can't be fetched: the store{at} took too long, {said}; it is tried again"),
             ),
             Refusal::Busy => (
                 FailureClass::Artifact,
-                true,
+                Cure::Time,
                 format!("{shown} can't be fetched now: the store{at} answered {said}; it is tried again"),
             ),
             Refusal::Other => (
                 FailureClass::Artifact,
-                false,
+                Cure::Nothing,
                 format!("{shown} can't be fetched {words}: the store{at} answered {said}"),
             ),
         };
-        Trouble { failure: Failure { class, message }, passing }
+        Trouble { failure: Failure { class, message }, cure }
     }
 
     /// What an HTTP client met before there was an answer, or within it.
@@ -176,7 +179,7 @@ impl Asked {
     fn cut(&self, cause: &str) -> Trouble {
         let message =
             format!("{} broke off: {}; it is gone on with at the next try", self.shown, self.with.scrubbed(cause));
-        Trouble { failure: Failure { class: FailureClass::Artifact, message }, passing: true }
+        Trouble { failure: Failure { class: FailureClass::Artifact, message }, cure: Cure::Time }
     }
 }
 

@@ -67,7 +67,7 @@ impl Patience {
                 Err(trouble) => {
                     tries += 1;
                     match self.pause(tries) {
-                        Some(pause) if trouble.passing => tokio::time::sleep(pause).await,
+                        Some(pause) if trouble.cure != Cure::Nothing => tokio::time::sleep(pause).await,
                         _ => return Err(trouble.failure),
                     }
                 }
@@ -121,14 +121,14 @@ impl Transfers {
     /// Fetches all of `files` into the folder of `request`.
     ///
     /// # Errors
-    /// The first failure ends the others.
+    /// The first trouble ends the others. What time or a new beginning helps against was waited for already.
     pub(super) async fn fetch(
         &self,
         origin: &dyn Origin,
         files: &[Wanted],
         request: &FetchRequest,
         progress: &ProgressSink,
-    ) -> Result<Vec<Arrived>, Failure> {
+    ) -> Result<Vec<Arrived>, Trouble> {
         let total = files.iter().try_fold(0_u64, |sum, file| Some(sum.saturating_add(file.bytes?)));
         let tally = Tally { done: AtomicU64::new(0), total, limits: request.limits, progress: Arc::clone(progress) };
         within(request, files.len(), total.unwrap_or_default())?;
@@ -152,7 +152,7 @@ impl Transfers {
         file: &Wanted,
         request: &FetchRequest,
         tally: &Tally,
-    ) -> Result<Arrived, Failure> {
+    ) -> Result<Arrived, Trouble> {
         // The semaphore is never closed.
         let _permit = self.files.acquire().await;
         self.file(origin, file, request, tally).await
@@ -164,7 +164,7 @@ impl Transfers {
         file: &Wanted,
         request: &FetchRequest,
         tally: &Tally,
-    ) -> Result<Arrived, Failure> {
+    ) -> Result<Arrived, Trouble> {
         let mut part = Part::open(request, file).await?;
         tally.add(part.bytes());
         if let Some(sha256) = part.whole(file) {
@@ -188,9 +188,15 @@ impl Transfers {
             };
             part.note().await?;
             tries = if part.bytes() > before { 1 } else { tries + 1 };
-            match self.patience.pause(tries) {
-                Some(pause) if trouble.passing => tokio::time::sleep(pause).await,
-                _ => return Err(trouble.failure),
+            let (failure, cure) = (trouble.failure, trouble.cure);
+            match (cure, self.patience.pause(tries)) {
+                (Cure::Look, _) => return Err(Trouble { failure, cure }),
+                (Cure::Nothing, _) | (Cure::Time | Cure::Anew, None) => return Err(failure.into()),
+                (Cure::Anew, Some(_)) if part.bytes() > 0 => {
+                    tally.take_back(part.bytes());
+                    part.start_over().await?;
+                }
+                (Cure::Time | Cure::Anew, Some(pause)) => tokio::time::sleep(pause).await,
             }
         }
     }
@@ -203,17 +209,32 @@ impl Transfers {
         part: &mut Part,
         tally: &Tally,
     ) -> Result<Pulled, Trouble> {
-        let Opened::Stream(mut answer) = origin.open(file, part.bytes(), part.tag().as_deref()).await? else {
+        // All that was announced is there, and there is no rest to ask for.
+        if part.all(file) {
+            return Ok(Pulled::Whole);
+        }
+        // Without a tag nothing would say that the rest is of the same content.
+        let tag = part.tag().filter(|tag| strong(tag));
+        let from = if tag.is_some() { part.bytes() } else { 0 };
+        let Opened::Stream(mut answer) = origin.open(file, from, tag.as_deref()).await? else {
             return Ok(Pulled::Unchanged);
         };
         let shown = origin.shown(file);
+        if answer.from > 0 && (tag.is_none() || answer.tag != tag) {
+            tally.take_back(part.bytes());
+            part.start_over().await?;
+            match origin.open(file, 0, None).await? {
+                Opened::Stream(anew) => answer = anew,
+                Opened::Unchanged => return Ok(Pulled::Unchanged),
+            }
+        }
         if answer.from == 0 {
             // A new file, or one that is not any more what its beginning was taken from.
             tally.take_back(part.bytes());
             part.start_over().await?;
         } else if answer.from != part.bytes() {
             let message = format!("{shown} can't be gone on with: the store sent another part than was asked for");
-            return Err(Trouble { failure: bad(message), passing: false });
+            return Err(Trouble { failure: bad(message), cure: Cure::Nothing });
         }
         part.is_now(answer.tag.take());
         let whole = answer.total.or(file.bytes);
@@ -232,12 +253,12 @@ impl Transfers {
         match whole {
             Some(whole) if part.bytes() < whole => {
                 let message = format!("{shown} broke off after {} of {whole} bytes", part.bytes());
-                Err(Trouble { failure: bad(message), passing: true })
+                Err(Trouble { failure: bad(message), cure: Cure::Time })
             }
             Some(whole) if part.bytes() > whole => {
                 let message = format!("{shown} has {} bytes, and {whole} were announced", part.bytes());
                 part.start_over().await?;
-                Err(Trouble { failure: bad(message), passing: false })
+                Err(Trouble { failure: bad(message), cure: Cure::Nothing })
             }
             _ => Ok(Pulled::Whole),
         }
@@ -256,7 +277,8 @@ pub(super) fn within(request: &FetchRequest, files: usize, bytes: u64) -> Result
     Ok(())
 }
 
-fn too_large(shown: &str, limits: FetchLimits) -> Failure {
+/// That an artifact has more bytes than it may.
+pub(super) fn too_large(shown: &str, limits: FetchLimits) -> Failure {
     bad(format!(
         "{shown} is larger than the limit of {} bytes; raise agent.max_artifact if that is right",
         limits.bytes
@@ -335,16 +357,35 @@ pub(super) struct Answer {
     pub(super) chunks: BoxStream<'static, Result<Bytes, Trouble>>,
 }
 
-/// A failure, and whether it may pass by itself.
+/// What may help against trouble.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cure {
+    /// Nothing that the agent does.
+    Nothing,
+    /// Time.
+    Time,
+    /// The file once more from its beginning.
+    Anew,
+    /// Another look at what files there are.
+    Look,
+}
+
+/// A failure, and what may help.
 #[derive(Debug)]
 pub(super) struct Trouble {
     pub(super) failure: Failure,
-    pub(super) passing: bool,
+    pub(super) cure: Cure,
+}
+
+impl From<Trouble> for Failure {
+    fn from(trouble: Trouble) -> Self {
+        trouble.failure
+    }
 }
 
 impl From<Failure> for Trouble {
     fn from(failure: Failure) -> Self {
-        Self { failure, passing: false }
+        Self { failure, cure: Cure::Nothing }
     }
 }
 
@@ -400,6 +441,11 @@ impl Pace {
     }
 }
 
+/// Whether two contents with this tag have the same bytes. A weak one may stand for other bytes.
+pub(super) fn strong(tag: &str) -> bool {
+    !tag.starts_with("W/")
+}
+
 /// The file of `path` below `folder`, with its parents.
 pub(super) fn below(folder: &Path, path: &str) -> Result<PathBuf, Failure> {
     if path.split('/').any(|part| super::uri::file_name(part).is_none()) {
@@ -436,6 +482,149 @@ mod tests {
         clock.0.store(60_000_000, Relaxed);
         assert_eq!(pace.reserve(1000), Duration::ZERO);
         assert_eq!(pace.reserve(1000), second);
+    }
+
+    /// A store that answers as it is told to.
+    struct Told {
+        answers: Mutex<Vec<Result<Answer, Trouble>>>,
+        asked: Mutex<Vec<(u64, Option<String>)>>,
+    }
+
+    impl Origin for Told {
+        fn open<'a>(
+            &'a self,
+            _: &'a Wanted,
+            from: u64,
+            tag: Option<&'a str>,
+        ) -> BoxFuture<'a, Result<Opened, Trouble>> {
+            self.asked.lock().expect("sound").push((from, tag.map(ToOwned::to_owned)));
+            let answer = self.answers.lock().expect("sound").remove(0);
+            Box::pin(async { answer.map(Opened::Stream) })
+        }
+
+        fn shown(&self, file: &Wanted) -> String {
+            file.path.clone()
+        }
+    }
+
+    /// Bytes from `from` on, of so many, and whether the connection breaks after them.
+    fn part(from: u64, total: u64, tag: Option<&str>, bytes: &'static [u8], breaks: bool) -> Result<Answer, Trouble> {
+        let broke = Trouble { failure: bad("broke"), cure: Cure::Time };
+        let mut chunks = vec![Ok(Bytes::from_static(bytes))];
+        if breaks {
+            chunks.push(Err(broke));
+        }
+        let chunks = futures::stream::iter(chunks).boxed();
+        Ok(Answer { from, total: Some(total), tag: tag.map(ToOwned::to_owned), chunks })
+    }
+
+    fn refused(cure: Cure) -> Result<Answer, Trouble> {
+        Err(Trouble { failure: bad("refused"), cure })
+    }
+
+    /// What becomes of one file, what is on disk then, and what was asked: from which byte, with which tag.
+    async fn fetched(
+        folder: &Path,
+        wanted: &Wanted,
+        answers: Vec<Result<Answer, Trouble>>,
+    ) -> (Result<Vec<Arrived>, Trouble>, Vec<u8>, Vec<(u64, Option<String>)>) {
+        let (into, notes) = (folder.join("files"), folder.join("notes"));
+        std::fs::create_dir_all(&into).expect("dir");
+        std::fs::create_dir_all(&notes).expect("dir");
+        let limits = FetchLimits { bytes: 100, files: 1 };
+        let request = FetchRequest { uri: "s3://b/k".to_owned(), credentials: None, known: None, into, notes, limits };
+        let patience = Patience { tries: 3, first: Duration::ZERO, most: Duration::ZERO };
+        let transfers = Transfers::new(1, 0, Arc::new(Hand(AtomicU64::new(0)))).with_patience(patience);
+        let origin = Told { answers: Mutex::new(answers), asked: Mutex::default() };
+        let progress: ProgressSink = Arc::new(|_| {});
+        let done = transfers.fetch(&origin, std::slice::from_ref(wanted), &request, &progress).await;
+        let content = std::fs::read(request.into.join("m")).unwrap_or_default();
+        (done, content, origin.asked.into_inner().expect("sound"))
+    }
+
+    fn wanted(bytes: Option<u64>, tag: Option<&str>) -> Wanted {
+        let (path, at) = ("m".to_owned(), "https://h/m?token=hunter22".to_owned());
+        Wanted { path, at, bytes, tag: tag.map(ToOwned::to_owned), sha256: None }
+    }
+
+    fn asked(all: &[(u64, Option<&str>)]) -> Vec<(u64, Option<String>)> {
+        all.iter().map(|(from, tag)| (*from, tag.map(ToOwned::to_owned))).collect()
+    }
+
+    #[tokio::test]
+    async fn two_versions_are_never_mixed() {
+        for other in [Some("\"2\""), None, Some("W/\"1\"")] {
+            let folder = tempfile::tempdir().expect("dir");
+            // A server that sends a part of what is there now, whatever it was asked for.
+            let answers = vec![
+                part(0, 6, Some("\"1\""), b"aaa", true),
+                part(3, 6, other, b"bbb", false),
+                part(0, 6, other, b"bbbbbb", false),
+            ];
+            let (done, content, came) = fetched(folder.path(), &wanted(None, None), answers).await;
+            assert!(done.is_ok(), "{other:?}: {done:?}");
+            assert_eq!(content, b"bbbbbb", "{other:?}");
+            assert_eq!(came, asked(&[(0, None), (3, Some("\"1\"")), (0, None)]), "{other:?}");
+        }
+        let folder = tempfile::tempdir().expect("dir");
+        let same = vec![part(0, 6, Some("\"1\""), b"aaa", true), part(3, 6, Some("\"1\""), b"aaa", false)];
+        assert_eq!(fetched(folder.path(), &wanted(None, None), same).await.1, b"aaaaaa");
+    }
+
+    #[tokio::test]
+    async fn what_has_no_strong_tag_is_asked_for_from_its_beginning() {
+        for tag in [None, Some("W/\"1\"")] {
+            let folder = tempfile::tempdir().expect("dir");
+            let answers = vec![part(0, 6, tag, b"aaa", true), part(0, 6, tag, b"bbbbbb", false)];
+            let (done, content, came) = fetched(folder.path(), &wanted(None, None), answers).await;
+            assert!(done.is_ok(), "{done:?}");
+            assert_eq!((content.as_slice(), came), (&b"bbbbbb"[..], asked(&[(0, None), (0, None)])));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_part_that_the_store_has_not_is_begun_anew() {
+        let folder = tempfile::tempdir().expect("dir");
+        let one = Some("\"1\"");
+        let answers = vec![part(0, 9, one, b"aaa", true), refused(Cure::Anew), part(0, 2, Some("\"2\""), b"bb", false)];
+        let (done, content, came) = fetched(folder.path(), &wanted(None, None), answers).await;
+        assert!(done.is_ok(), "{done:?}");
+        assert_eq!((content.as_slice(), came), (&b"bb"[..], asked(&[(0, None), (3, one), (0, None)])));
+        // And not for ever.
+        let folder = tempfile::tempdir().expect("dir");
+        let never = (0..3).map(|_| refused(Cure::Anew)).collect();
+        assert!(fetched(folder.path(), &wanted(None, None), never).await.0.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_part_with_all_that_was_announced_is_whole() {
+        let folder = tempfile::tempdir().expect("dir");
+        let one = Some("\"1\"");
+        // It broke before anybody knew that nothing was missing.
+        let answers = vec![part(0, 3, one, b"aaa", true)];
+        let (done, content, came) = fetched(folder.path(), &wanted(Some(3), one), answers).await;
+        assert!(done.is_ok(), "{done:?}");
+        assert_eq!((content.as_slice(), came.len()), (&b"aaa"[..], 1));
+    }
+
+    #[tokio::test]
+    async fn what_changed_since_it_was_listed_is_not_asked_for_again() {
+        let folder = tempfile::tempdir().expect("dir");
+        let (done, _, came) = fetched(folder.path(), &wanted(Some(3), Some("\"1\"")), vec![refused(Cure::Look)]).await;
+        assert_eq!(done.expect_err("changed").cure, Cure::Look);
+        assert_eq!(came.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn what_is_noted_of_a_part_has_no_address_in_it_and_is_nobody_else_s() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().expect("dir");
+        let answers = (0..3).map(|_| part(0, 6, None, b"aaa", true)).collect();
+        assert!(fetched(folder.path(), &wanted(None, None), answers).await.0.is_err());
+        let notes: Vec<_> = std::fs::read_dir(folder.path().join("notes")).expect("notes").flatten().collect();
+        assert_eq!(notes.len(), 1);
+        assert!(!std::fs::read_to_string(notes[0].path()).expect("a note").contains("hunter22"));
+        assert_eq!(notes[0].metadata().expect("a file").permissions().mode() & 0o777, 0o600);
     }
 
     #[test]

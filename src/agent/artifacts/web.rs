@@ -92,13 +92,18 @@ pub(super) struct Web<'a> {
 }
 
 impl Web<'_> {
+    /// The tag of what `response` has of `file`.
+    fn tag(&self, file: &Wanted, response: &Response) -> Option<String> {
+        if self.commit { file.tag.clone() } else { tag_of(response.headers()) }
+    }
+
     async fn ask(&self, file: &Wanted, from: u64, tag: Option<&str>) -> Result<Opened, Trouble> {
         let asked = Asked { shown: self.shown(file), ..self.asked.clone() };
         let url = Url::parse(&file.at).map_err(|error| bad(format!("{} is not a URL: {error}", asked.shown)))?;
         // Compressed bytes have other numbers.
         let mut get = self.login.on(self.client.get(url)).header(ACCEPT_ENCODING, "identity");
         match (from, tag, self.known) {
-            (1.., _, _) if self.commit => get = get.header(RANGE, format!("bytes={from}-")),
+            (1.., Some(_), _) if self.commit => get = get.header(RANGE, format!("bytes={from}-")),
             (1.., Some(tag), _) => get = get.header(RANGE, format!("bytes={from}-")).header(IF_RANGE, tag),
             (_, _, Some(known)) => get = get.header(unless(known), known),
             _ => {}
@@ -109,7 +114,7 @@ impl Web<'_> {
             StatusCode::OK => Answer {
                 from: 0,
                 total: response.content_length(),
-                tag: if self.commit { file.tag.clone() } else { tag_of(response.headers()) },
+                tag: self.tag(file, &response),
                 chunks: futures::stream::empty().boxed(),
             },
             StatusCode::PARTIAL_CONTENT => {
@@ -117,7 +122,7 @@ impl Web<'_> {
                 let (from, total) = range.and_then(range_of).ok_or_else(|| {
                     bad(format!("{} can't be gone on with: the server does not say which part it sent", asked.shown))
                 })?;
-                Answer { from, total, tag: tag.map(ToOwned::to_owned), chunks: futures::stream::empty().boxed() }
+                Answer { from, total, tag: self.tag(file, &response), chunks: futures::stream::empty().boxed() }
             }
             _ => return Err(refused(response, &asked).await),
         };

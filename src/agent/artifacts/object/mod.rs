@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use self::place::{Place, SCHEMES};
 use super::{
     refusal::{Asked, Refusal, deepest, said},
-    transfer::{Answer, Arrived, Opened, Origin, Transfers, Trouble, Wanted, within},
+    transfer::{Answer, Arrived, Opened, Origin, Transfers, Trouble, Wanted, strong, within},
     uri::{bad, redacted},
 };
 use crate::{
@@ -49,13 +49,34 @@ impl ObjectSource {
         let opened = place::open(&place, request.credentials.as_ref(), &self.environment)?;
         let asked = Asked { shown: redacted(&request.uri), with: opened.with, at: opened.at };
         let origin = Bucket { store: opened.store, asked };
-        let found = self.transfers.patience.insist(|| origin.find(&place, request.limits.files)).await?;
+        self.all(&place, &origin, &request, &progress).await
+    }
+
+    async fn all(
+        &self,
+        place: &Place,
+        origin: &Bucket,
+        request: &FetchRequest,
+        progress: &ProgressSink,
+    ) -> Result<Fetched, Failure> {
+        // What changed since it was listed is listed anew.
+        self.transfers.patience.insist(|| self.copy(place, origin, request, progress)).await
+    }
+
+    async fn copy(
+        &self,
+        place: &Place,
+        origin: &Bucket,
+        request: &FetchRequest,
+        progress: &ProgressSink,
+    ) -> Result<Fetched, Trouble> {
+        let found = origin.find(place, request.limits.files).await?;
         let tag = tag(&found);
         if request.known.as_ref() == Some(&tag) {
             return Ok(Fetched::Unchanged);
         }
-        within(&request, found.len(), found.iter().filter_map(|file| file.bytes).sum())?;
-        let arrived = self.transfers.fetch(&origin, &found, &request, &progress).await?;
+        within(request, found.len(), found.iter().filter_map(|file| file.bytes).sum())?;
+        let arrived = self.transfers.fetch(origin, &found, request, progress).await?;
         Ok(Fetched::Files { tag: Some(tag), files: arrived.into_iter().filter_map(Arrived::file).collect() })
     }
 }
@@ -136,7 +157,7 @@ impl Bucket {
 
     async fn ask(&self, file: &Wanted, from: u64, tag: Option<&str>) -> Result<Opened, Trouble> {
         let location = Location::parse(&file.at).map_err(|error| bad(format!("{}: {error}", file.path)))?;
-        let if_match = tag.or(file.tag.as_deref()).map(ToOwned::to_owned);
+        let if_match = tag.or(file.tag.as_deref()).filter(|tag| strong(tag)).map(ToOwned::to_owned);
         let whole = GetOptions { if_match, ..GetOptions::default() };
         let rest = GetOptions { range: (from > 0).then_some(GetRange::Offset(from)), ..whole.clone() };
         let got = match self.store.get_opts(&location, rest).await {
@@ -147,8 +168,9 @@ impl Bucket {
             got => got,
         };
         let got = got.map_err(|error| self.refused(&error))?;
-        let (from, total, tag) =
-            (got.range.start, Some(got.meta.size), got.meta.e_tag.clone().or_else(|| file.tag.clone()));
+        let (from, total) = (got.range.start, Some(got.meta.size));
+        // Of a part only what the store says of that part counts.
+        let tag = got.meta.e_tag.clone().or_else(|| file.tag.clone().filter(|_| from == 0));
         let asked = Asked { shown: self.shown(file), ..self.asked.clone() };
         let chunks = got.into_stream().map(move |chunk| chunk.map_err(|error| asked.broke_off(&error))).boxed();
         Ok(Opened::Stream(Answer { from, total, tag, chunks }))
@@ -252,5 +274,40 @@ mod tests {
         assert_eq!(below("a/b", "a/b/c/d").as_deref(), Some("c/d"));
         assert_eq!(below("a/b", "a/bc"), None);
         assert_eq!(below("", "a"), Some("a".to_owned()));
+    }
+    #[tokio::test]
+    async fn what_changes_after_it_was_listed_is_listed_anew() {
+        use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+        let store = Arc::new(object_store::memory::InMemory::new());
+        let put = |content: &'static [u8]| {
+            let key = Location::from("m");
+            futures::executor::block_on(store.put(&key, content.into())).expect("put");
+        };
+        put(b"older");
+        let folder = tempfile::tempdir().expect("dir");
+        let (into, notes) = (folder.path().join("files"), folder.path().join("notes"));
+        std::fs::create_dir(&into).expect("dir");
+        std::fs::create_dir(&notes).expect("dir");
+        let limits = crate::ports::FetchLimits { bytes: 100, files: 1 };
+        let request = FetchRequest { uri: "s3://b/m".to_owned(), credentials: None, known: None, into, notes, limits };
+        let transfers = Arc::new(Transfers::new(1, 0, Arc::new(crate::ports::SystemClock::new())));
+        let source = ObjectSource::new([], transfers).expect("a source");
+        let asked = Asked { shown: "s3://b/m".to_owned(), with: super::super::refusal::With::Nothing, at: None };
+        let origin = Bucket { store: Arc::clone(&store) as _, asked };
+        // Told of nothing yet, when the file is about to be asked for.
+        let looks = AtomicU32::new(0);
+        let fetched = {
+            let store = Arc::clone(&store);
+            let progress: ProgressSink = Arc::new(move |now| {
+                if now.done == 0 && looks.fetch_add(1, SeqCst) == 0 {
+                    let key = Location::from("m");
+                    futures::executor::block_on(store.put(&key, b"newer!".as_slice().into())).expect("put");
+                }
+            });
+            let place = Place::parse(&request.uri).expect("a place");
+            source.all(&place, &origin, &request, &progress).await
+        };
+        assert!(matches!(fetched, Ok(Fetched::Files { .. })), "{fetched:?}");
+        assert_eq!(std::fs::read(request.into.join("m")).expect("there"), b"newer!");
     }
 }

@@ -4,10 +4,12 @@
 //! copied again, and each is digested here before it counts.
 
 mod call;
+mod folder;
+mod job;
 mod program;
 mod remote;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc};
 
 use futures::{FutureExt as _, future::BoxFuture};
 use serde::Deserialize;
@@ -17,12 +19,13 @@ use sha2::{Digest as _, Sha256};
 pub use self::program::RcloneOptions;
 use self::{
     call::CallError,
+    job::Job,
     program::{Program, Running, number},
     remote::Remote,
 };
 use super::{
     refusal::{Asked, Refusal, With},
-    transfer::{Transfers, Trouble, below, within},
+    transfer::{Cure, Transfers, Trouble, below, within},
     uri::{bad, redacted},
 };
 use crate::{
@@ -35,8 +38,6 @@ use crate::{
 pub(super) const SCHEME: &str = "rclone";
 /// The name of credentials that come with a model.
 pub(super) const INLINE: &str = "the model's rclone configuration";
-/// The first and the longest pause between two looks at a job.
-const LOOK: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 
 /// Fetches through the rclone program.
 #[derive(Debug)]
@@ -95,16 +96,30 @@ impl RcloneSource {
         let total = found.files.iter().try_fold(0_u64, |sum, file| Some(sum + u64::try_from(file.size).ok()?));
         within(request, found.files.len(), total.unwrap_or_default())?;
         let into = std::path::absolute(&request.into).unwrap_or_else(|_| request.into.clone());
+        let mut job = Job::new(&running, &into);
+        // What an earlier try started may still write there.
+        job.quiet(asked).await?;
+        let (folder, paths) = (into.clone(), found.files.iter().map(|file| file.path.clone()).collect());
+        let there = disk::run(Blocking::Pool, move || folder::tidy(&folder, &paths)).await?;
         let (method, mut input) = if found.single {
             let (fs, name) = remote.parent();
             ("operations/copyfile", json!({ "srcFs": fs, "srcRemote": name, "dstFs": into, "dstRemote": name }))
         } else {
             ("sync/copy", json!({ "srcFs": remote.whole(), "dstFs": into }))
         };
-        input["_async"] = json!(true);
-        let job = ask(&running, asked, remote, method, &input).await?;
-        let job = number(&job, "jobid").ok_or_else(|| bad(format!("{}: rclone's answer names no job", asked.shown)))?;
-        finish(running, job, asked, remote, |bytes| progress(Progress { done: bytes, total })).await?;
+        (input["_async"], input["_group"]) = (json!(true), json!(job.group));
+        let before = job.bytes(asked, remote).await?;
+        job.started();
+        let answer = ask(&running, asked, remote, method, &input).await?;
+        let id = number(&answer, "jobid");
+        let id = id.ok_or_else(|| bad(format!("{}: rclone's answer names no job", asked.shown)))?;
+        let copied = job.finish(id, asked, remote, (&into, request.limits), |bytes| {
+            let done = bytes.saturating_sub(before);
+            progress(Progress { done, total });
+            // Files of an earlier try that are written anew count twice until they are looked at.
+            there.saturating_add(done) > request.limits.bytes
+        });
+        copied.await?;
         self.program.proved().await;
         let (shown, limit) = (asked.shown.clone(), request.limits.bytes);
         let files = disk::run(Blocking::Pool, move || digests(&into, &found.files, &shown, limit)).await?;
@@ -162,55 +177,12 @@ async fn ask(running: &Running, asked: &Asked, remote: &Remote, method: &str, in
     running.address.call(method, input).await.map_err(|error| trouble(asked, remote, error))
 }
 
-/// Stops a job unless it ended.
-struct Job {
-    running: Arc<Running>,
-    id: Option<u64>,
-}
-
-impl Drop for Job {
-    fn drop(&mut self) {
-        if let Some(id) = self.id {
-            self.running.stop(id);
-        }
-    }
-}
-
-/// Waits for a job. Whoever sets the deadline of the fetch gives it up, and then it is stopped.
-async fn finish(
-    running: Arc<Running>,
-    id: u64,
-    asked: &Asked,
-    remote: &Remote,
-    tell: impl Fn(u64),
-) -> Result<(), Trouble> {
-    let mut job = Job { running, id: Some(id) };
-    let mut pause = LOOK.0;
-    loop {
-        let status = ask(&job.running, asked, remote, "job/status", &json!({ "jobid": id })).await?;
-        let stats = ask(&job.running, asked, remote, "core/stats", &json!({ "group": format!("job/{id}") })).await?;
-        if let Some(bytes) = number(&stats, "bytes") {
-            tell(bytes);
-        }
-        if status["finished"] == json!(true) {
-            job.id = None;
-            if status["success"] == json!(true) {
-                return Ok(());
-            }
-            let said = status["error"].as_str().unwrap_or("it does not say why").to_owned();
-            return Err(trouble(asked, remote, CallError::Failed(said)));
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LOOK.1);
-    }
-}
-
 /// What rclone said, in the words of the agent.
 fn trouble(asked: &Asked, remote: &Remote, error: CallError) -> Trouble {
     let said = match error {
         CallError::Gone(problem) => {
             let failure = Failure { class: FailureClass::Runtime, message: format!("{}: {problem}", asked.shown) };
-            return Trouble { failure, passing: true };
+            return Trouble { failure, cure: Cure::Time };
         }
         CallError::Failed(said) => said,
     };
@@ -263,7 +235,7 @@ fn digests(into: &Path, files: &[Listed], shown: &str, limit: u64) -> Result<Vec
         let path = below(into, &listed.path)?;
         let missing = |why: &str| Trouble {
             failure: bad(format!("{} of {shown} was not copied whole: {why}; it is tried again", listed.path)),
-            passing: true,
+            cure: Cure::Time,
         };
         let mut file = std::fs::File::open(&path).map_err(|error| missing(&error.to_string()))?;
         let mut digest = Sha256::new();

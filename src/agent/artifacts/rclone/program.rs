@@ -90,17 +90,17 @@ struct State {
 #[derive(Debug)]
 pub(super) struct Running {
     pub(super) address: Address,
-    stops: mpsc::Sender<u64>,
+    stops: mpsc::Sender<String>,
     /// Closed when dropped, which ends the program.
     _alive: Option<ChildStdin>,
     _tasks: JoinSet<()>,
 }
 
 impl Running {
-    /// Has a job stopped, soon.
-    pub(super) fn stop(&self, job: u64) {
-        if self.stops.try_send(job).is_err() {
-            tracing::warn!(job, "a download of rclone's can't be stopped; it goes on to its end");
+    /// Has the jobs of a group stopped, soon.
+    pub(super) fn stop(&self, group: String) {
+        if self.stops.try_send(group).is_err() {
+            tracing::warn!("a download of rclone's can't be stopped; it goes on until its folder is used again");
         }
     }
 }
@@ -139,7 +139,8 @@ impl Program {
     async fn start(&self) -> Result<(Running, Child), Failure> {
         let folder = std::path::absolute(&self.options.folder).unwrap_or_else(|_| self.options.folder.clone());
         let socket = folder.join("socket");
-        prepare(&folder, &socket).map_err(|error| {
+        let cache = folder.join("cache");
+        prepare(&folder, &[&socket, &cache]).map_err(|error| {
             let message = format!("rclone can't be started: the folder {} can't be used: {error}", folder.display());
             failed(message)
         })?;
@@ -270,9 +271,14 @@ fn run(address: Address, alive: Option<ChildStdin>, mut said: Said) -> Running {
     tasks.spawn(async move { while let Ok(Some(_)) = said.next_segment().await {} });
     let at = address.clone();
     tasks.spawn(async move {
-        while let Some(job) = stopping.recv().await {
-            if let Err(CallError::Gone(problem)) = at.call("job/stop", &json!({ "jobid": job })).await {
-                tracing::warn!(job, problem, "a download of rclone's can't be stopped");
+        while let Some(group) = stopping.recv().await {
+            let input = json!({ "group": group });
+            let first = at.call("job/stopgroup", &input).await;
+            // The call that started it may have been on its way.
+            tokio::time::sleep(LOOK).await;
+            let stopped = at.call("job/stopgroup", &input).await.or(first);
+            if let Err(CallError::Gone(problem) | CallError::Failed(problem)) = stopped {
+                tracing::warn!(problem, "a download of rclone's can't be stopped");
             }
         }
     });
@@ -283,10 +289,11 @@ fn failed(message: String) -> Failure {
     Failure { class: FailureClass::Runtime, message }
 }
 
-fn prepare(folder: &Path, socket: &Path) -> io::Result<()> {
+/// Makes the folder the agent's alone, and removes what an earlier program left there.
+fn prepare(folder: &Path, left: &[&Path]) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     fs::set_permissions(folder, Permissions::from_mode(0o700))?;
-    crate::agent::disk::remove(socket)
+    left.iter().try_for_each(|path| crate::agent::disk::remove(path))
 }
 
 fn password() -> Result<Secret, String> {
