@@ -654,6 +654,95 @@ fn large(bytes: usize) -> Vec<u8> {
     ModelProto { ir_version: 8, opset_import: vec![opset], graph: Some(graph), ..Default::default() }.encode_to_vec()
 }
 
+/// A model that goes round as often as it is told to.
+fn looping() -> Vec<u8> {
+    use prost::Message as _;
+    use tract_onnx::pb::{
+        AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorShapeProto, TypeProto,
+        ValueInfoProto, attribute_proto::AttributeType, tensor_shape_proto::Dimension, tensor_shape_proto::dimension,
+        type_proto,
+    };
+    let value = |name: &str, elem_type: i32, dims: &[i64]| {
+        let dim = |length: &i64| Dimension { value: Some(dimension::Value::DimValue(*length)), ..Default::default() };
+        let shape = TensorShapeProto { dim: dims.iter().map(dim).collect() };
+        let tensor = type_proto::Tensor { elem_type, shape: Some(shape) };
+        ValueInfoProto {
+            name: name.to_owned(),
+            r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..Default::default() }),
+            ..Default::default()
+        }
+    };
+    let node = |op: &str, input: &[&str], output: &str| NodeProto {
+        input: input.iter().map(|name| (*name).to_owned()).collect(),
+        output: vec![output.to_owned()],
+        op_type: op.to_owned(),
+        ..Default::default()
+    };
+    let (float, int64, boolean) = (1, 7, 9);
+    let body = GraphProto {
+        name: "body".to_owned(),
+        node: vec![node("Identity", &["go_on"], "goes_on"), node("Neg", &["before"], "after")],
+        input: vec![value("turn", int64, &[]), value("go_on", boolean, &[]), value("before", float, &[1])],
+        output: vec![value("goes_on", boolean, &[]), value("after", float, &[1])],
+        ..Default::default()
+    };
+    let mut turns = node("Loop", &["n", "", "x"], "y");
+    turns.attribute.push(AttributeProto {
+        name: "body".to_owned(),
+        r#type: AttributeType::Graph as i32,
+        g: Some(body),
+        ..Default::default()
+    });
+    let graph = GraphProto {
+        name: "g".to_owned(),
+        node: vec![turns],
+        input: vec![value("n", int64, &[1]), value("x", float, &[1])],
+        output: vec![value("y", float, &[1])],
+        ..Default::default()
+    };
+    let opset = OperatorSetIdProto { domain: String::new(), version: 17 };
+    ModelProto { ir_version: 8, opset_import: vec![opset], graph: Some(graph), ..Default::default() }.encode_to_vec()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_of_onnx_runtime_that_does_not_end_is_ended_and_keeps_no_other_waiting() {
+    const LIMIT: Duration = Duration::from_secs(5);
+    let repository = tempfile::tempdir().unwrap();
+    for name in ["loop", "other"] {
+        fs::create_dir(repository.path().join(name)).unwrap();
+        fs::write(repository.path().join(name).join("model.onnx"), looping()).unwrap();
+    }
+    let options = Options {
+        repository: repository.path().to_owned(),
+        execution: Execution::Pool { threads: 2 },
+        limits: Limits { inference: LIMIT, ..Limits::default() },
+    };
+    let runtime = Runtime::with(options, onnx_runtime());
+    for name in ["loop", "other"] {
+        assert_eq!(load(&runtime, name).await.status, 200);
+    }
+    let turns = |turns: i64| {
+        json!({ "inputs": [
+            { "name": "n", "datatype": "INT64", "shape": [1], "data": [turns] },
+            { "name": "x", "datatype": "FP32", "shape": [1], "data": [1.0] },
+        ] })
+    };
+    let for_ever = turns(i64::MAX);
+    let stuck = futures::future::join_all((0..4).map(|_| infer(&runtime, "loop", &for_ever)));
+    let few = turns(3);
+    let meanwhile = async {
+        let answer = infer(&runtime, "other", &few).await;
+        assert_eq!(answer.status, 200, "the pool has room for others: {:?}", answer.json());
+        assert_eq!(answer.json()["outputs"][0]["data"], json!([-1.0]));
+    };
+    let (stuck, ()) = futures::join!(stuck, meanwhile);
+    assert!(stuck.iter().all(|answer| answer.status == 504), "each took too long");
+    // It is ended, not only given up.
+    let answer = infer(&runtime, "loop", &turns(2)).await;
+    assert_eq!(answer.status, 200, "{:?}", answer.json());
+    assert_eq!(answer.json()["outputs"][0]["data"], json!([1.0]));
+}
+
 #[tokio::test]
 async fn what_a_model_of_onnx_runtime_took_is_free_after_its_unload() {
     const BYTES: u64 = 128 << 20;

@@ -12,6 +12,7 @@ use super::{
     datatype::Datatype,
     failure::{Failure, Kind},
     plan::{Plan, Port},
+    stop::Stop,
     tensor::{self, Claim, converted, elements},
 };
 use crate::rpc::proto::inference::{
@@ -162,10 +163,10 @@ impl GrpcInferenceService for Service {
 async fn infer(shared: &Shared, request: ModelInferRequest) -> Result<ModelInferResponse, Failure> {
     let plan = shared.plan(&request.model_name, &request.model_version)?;
     let limit = shared.limits.body_bytes;
-    shared.infer(plan, move |plan| run(plan, request, limit)).await
+    shared.infer(plan, move |plan, stop| run(plan, request, limit, stop)).await
 }
 
-fn run(plan: &Plan, request: ModelInferRequest, limit: usize) -> Result<ModelInferResponse, Failure> {
+fn run(plan: &Plan, request: ModelInferRequest, limit: usize, stop: &Stop) -> Result<ModelInferResponse, Failure> {
     let raw = !request.raw_input_contents.is_empty();
     let (came, wanted) = (request.raw_input_contents.len(), request.inputs.len());
     if raw && came != wanted {
@@ -197,7 +198,7 @@ fn run(plan: &Plan, request: ModelInferRequest, limit: usize) -> Result<ModelInf
     }
     inputs.sort_by_key(|(index, _)| *index);
     let inputs = inputs.into_iter().map(|(_, tensor)| tensor).collect();
-    let results = plan.run(inputs, &places)?;
+    let results = plan.run(inputs, &places, stop)?;
     // The typed contents have no field for FP16.
     let raw = raw || places.iter().any(|place| plan.outputs[*place].datatype == Datatype::Fp16);
     let mut outputs = Vec::with_capacity(results.len());

@@ -17,6 +17,7 @@ mod registry;
 mod repository;
 mod rest;
 mod serve;
+mod stop;
 mod tensor;
 
 use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
@@ -38,6 +39,7 @@ use self::{
     plan::Plan,
     registry::{Listed, Registry},
     repository::Repository,
+    stop::Stop,
 };
 use crate::{
     domain::memory,
@@ -177,13 +179,20 @@ impl Shared {
         ))
     }
 
-    /// Does `job` with a plan, in its turn.
+    /// Does `job` with a plan, in its turn. It is told to stop when its time is over, or its caller is gone.
     async fn infer<T: Send + 'static>(
         &self,
         plan: Arc<Plan>,
-        job: impl FnOnce(&Plan) -> Result<T, Failure> + Send + 'static,
+        job: impl FnOnce(&Plan, &Stop) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
-        let run = self.inferences.run(move || job(&plan));
+        let (stop, of) = (Stop::default(), Arc::clone(&plan));
+        let _caller = stop.caller();
+        let run = self.inferences.run_in(plan.turn.as_ref(), move || {
+            if stop.said() {
+                return Err(Failure::new(Kind::Deadline, "nobody waits for the inference any more"));
+            }
+            job(&of, &stop)
+        });
         deadline(self.limits.inference, "the inference", run).await
     }
 

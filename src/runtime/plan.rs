@@ -14,7 +14,9 @@ use tract_onnx::prelude::Tensor;
 use super::{
     datatype::Datatype,
     engine::{Engine, Loaded, RunError, Runnable},
+    execute::Turn,
     failure::{Failure, Kind, panic_message},
+    stop::Stop,
 };
 
 /// One axis of a tensor that a model takes or gives.
@@ -70,6 +72,8 @@ pub(crate) struct Plan {
     pub(crate) memory_bytes: u64,
     /// What runs it, as metadata says it.
     pub(crate) platform: &'static str,
+    /// Whose turn it is, where its runs have to take turns.
+    pub(super) turn: Option<Turn>,
     runnable: Box<dyn Runnable>,
 }
 
@@ -93,9 +97,10 @@ impl Plan {
     pub(crate) fn load(engine: &dyn Engine, name: &str, file: &Path) -> Result<Self, Failure> {
         let shown = file.display();
         let problem = match catch_unwind(AssertUnwindSafe(|| engine.load(file))) {
-            Ok(Ok(Loaded { inputs, outputs, artifact_bytes, memory_bytes, runnable })) => {
+            Ok(Ok(Loaded { inputs, outputs, artifact_bytes, memory_bytes, takes_turns, runnable })) => {
                 let (name, platform) = (name.to_owned(), engine.platform());
-                return Ok(Self { name, inputs, outputs, artifact_bytes, memory_bytes, platform, runnable });
+                let turn = takes_turns.then(Turn::default);
+                return Ok(Self { name, inputs, outputs, artifact_bytes, memory_bytes, platform, turn, runnable });
             }
             Ok(Err(problem)) => problem,
             Err(panic) => format!("can't be compiled: {}", panic_message(&*panic)),
@@ -109,15 +114,15 @@ impl Plan {
     }
 
     /// Runs the model on `inputs`, in the engine's order, and returns the outputs at `wanted`. Takes as long as
-    /// the model takes.
+    /// the model takes, or until `stop` is said where the engine can be stopped.
     ///
     /// # Errors
     /// When the model fails on these inputs.
-    pub(crate) fn run(&self, inputs: Vec<Tensor>, wanted: &[usize]) -> Result<Vec<Tensor>, Failure> {
+    pub(crate) fn run(&self, inputs: Vec<Tensor>, wanted: &[usize], stop: &Stop) -> Result<Vec<Tensor>, Failure> {
         let name = &self.name;
         let failed =
             |said: &str| Failure::new(Kind::Internal, format!("model {name:?} failed on these inputs: {said}"));
-        match catch_unwind(AssertUnwindSafe(|| self.runnable.run(inputs, wanted))) {
+        match catch_unwind(AssertUnwindSafe(|| self.runnable.run(inputs, wanted, stop))) {
             Ok(Ok(outputs)) => Ok(outputs),
             Ok(Err(RunError::Refused(said))) => {
                 Err(Failure::invalid(format!("model {name:?} can't be run on these inputs: {said}")))

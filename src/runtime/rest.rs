@@ -142,10 +142,10 @@ async fn infer(
     let body = read(shared, headers, body).await?;
     let limit = shared.limits.body_bytes;
     let answer = shared
-        .infer(plan, move |plan| {
+        .infer(plan, move |plan, stop| {
             let mut call = wire::read(plan, &body, header, limit)?;
             drop(body);
-            let outputs = plan.run(std::mem::take(&mut call.inputs), &call.wanted)?;
+            let outputs = plan.run(std::mem::take(&mut call.inputs), &call.wanted, stop)?;
             wire::write(plan, &call, outputs)
         })
         .await?;

@@ -12,7 +12,7 @@ use std::{fmt, path::Path, sync::Arc};
 
 use tract_onnx::prelude::Tensor;
 
-use super::plan::Port;
+use super::{plan::Port, stop::Stop};
 
 /// What to do about a model whose output is a sequence of maps, which the protocol has no datatype for.
 const ZIPMAP: &str =
@@ -40,17 +40,19 @@ pub(crate) struct Loaded {
     pub(crate) artifact_bytes: u64,
     /// Bytes of memory that it takes between requests: no less, and where the engine does not tell, more.
     pub(crate) memory_bytes: u64,
+    /// Whether its runs have to take turns.
+    pub(crate) takes_turns: bool,
     pub(crate) runnable: Box<dyn Runnable>,
 }
 
 /// Runs one model, for any number of requests at once.
 pub(crate) trait Runnable: Send + Sync {
     /// Runs it on `inputs`, in the engine's order, and returns the outputs at `wanted` as clients are told they are.
-    /// Takes as long as the model takes, and may panic.
+    /// Takes as long as the model takes, or until `stop` is said where the engine can be stopped; and may panic.
     ///
     /// # Errors
     /// What the engine said.
-    fn run(&self, inputs: Vec<Tensor>, wanted: &[usize]) -> Result<Vec<Tensor>, RunError>;
+    fn run(&self, inputs: Vec<Tensor>, wanted: &[usize], stop: &Stop) -> Result<Vec<Tensor>, RunError>;
 }
 
 /// Why a model gave no answer.

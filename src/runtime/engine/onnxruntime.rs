@@ -14,7 +14,7 @@ use ort::{
     environment::{Environment, GlobalThreadPoolOptions},
     ep,
     logging::LogLevel,
-    session::{OutputSelector, RunOptions, Session, SessionInputValue},
+    session::{RunOptions, Session, SessionInputValue},
     value::{DynValue, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType},
 };
 use tract_onnx::prelude::{Datum, Tensor, f16};
@@ -24,6 +24,7 @@ use crate::runtime::{
     datatype::Datatype,
     failure::{Failure, clip, explain, panic_message},
     plan::{Dim, Port},
+    stop::Stop,
     tensor,
 };
 
@@ -179,7 +180,7 @@ impl Engine for OnnxRuntime {
             session: Mutex::new(session),
         });
         let memory_bytes = artifact_bytes.saturating_mul(KEPT).saturating_add(SESSION);
-        Ok(Loaded { inputs, outputs, artifact_bytes, memory_bytes, runnable })
+        Ok(Loaded { inputs, outputs, artifact_bytes, memory_bytes, takes_turns: true, runnable })
     }
 }
 
@@ -249,21 +250,25 @@ struct Model {
     takes: Vec<String>,
     gives: Vec<String>,
     datatypes: Vec<Datatype>,
-    /// One request at a time: the crate doesn't trust the library with more, and one uses all cores.
+    /// One request at a time: the crate doesn't trust the library with more, and one uses all cores. Requests take turns
+    /// before they come here, so nobody waits for this.
     session: Mutex<Session>,
 }
 
 impl Runnable for Model {
-    fn run(&self, inputs: Vec<Tensor>, wanted: &[usize]) -> Result<Vec<Tensor>, RunError> {
+    fn run(&self, inputs: Vec<Tensor>, wanted: &[usize], stop: &Stop) -> Result<Vec<Tensor>, RunError> {
         let values = inputs.iter().map(value).collect::<Result<Vec<_>, _>>()?;
         let named: Vec<(&str, SessionInputValue<'_>)> = self.takes.iter().map(String::as_str).zip(values).collect();
-        let mut selected = OutputSelector::no_default();
-        for place in wanted {
-            selected = selected.with(self.gives[*place].as_str());
-        }
-        let options = RunOptions::new().map_err(|error| failed(&error))?.with_outputs(selected);
+        // All outputs are made: options that choose among them can't be shared with whoever ends the run.
+        let options = Arc::new(RunOptions::new().map_err(|error| failed(&error))?);
+        let ended = Arc::clone(&options);
+        let _heeding = stop.heed(move || {
+            if let Err(error) = ended.terminate() {
+                tracing::debug!(error = said(&error), "a run can't be ended");
+            }
+        });
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        let outputs = session.run_with_options(named, &options).map_err(|error| failed(&error))?;
+        let outputs = session.run_with_options(named, &*options).map_err(|error| failed(&error))?;
         let output = |place: &usize| {
             let name = &self.gives[*place];
             let value = outputs.get(name).ok_or_else(|| RunError::Failed(format!("there is no output {name:?}")))?;

@@ -25,6 +25,7 @@ use crate::runtime::{
     datatype::Datatype,
     failure::{clip, explain},
     plan::{Dim, Port},
+    stop::Stop,
 };
 
 /// What to do about a model that tract can't run.
@@ -74,6 +75,7 @@ impl Engine for Tract {
             outputs,
             artifact_bytes,
             memory_bytes,
+            takes_turns: false,
             runnable: Box::new(Compiled { runnable, datatypes }),
         })
     }
@@ -87,7 +89,7 @@ struct Compiled {
 }
 
 impl Runnable for Compiled {
-    fn run(&self, inputs: Vec<Tensor>, wanted: &[usize]) -> Result<Vec<Tensor>, RunError> {
+    fn run(&self, inputs: Vec<Tensor>, wanted: &[usize], _: &Stop) -> Result<Vec<Tensor>, RunError> {
         let run = || {
             let inputs = inputs.into_iter().map(IntoTValue::into_tvalue).collect();
             let mut outputs: Vec<_> = self.runnable.run(inputs)?.into_iter().map(Some).collect();
