@@ -75,11 +75,11 @@ pub(crate) struct Artifacts {
     blocking: Blocking,
     clock: Arc<dyn Clock>,
     metrics: Arc<Metrics>,
-    shelf: Mutex<Shelf>,
+    shelf: Arc<Mutex<Shelf>>,
     flights: Mutex<HashMap<String, Flight>>,
     idle: Arc<Mutex<Idle>>,
     /// Held while the shelves on disk change, so that no blob is removed that another artifact just took.
-    writing: tokio::sync::Mutex<()>,
+    writing: Arc<tokio::sync::Mutex<()>>,
 }
 
 type Landing = Shared<BoxFuture<'static, Result<Arc<Manifest>, Failure>>>;
@@ -164,10 +164,10 @@ impl Artifacts {
             blocking: options.blocking,
             clock,
             metrics,
-            shelf: Mutex::default(),
+            shelf: Arc::default(),
             flights: Mutex::default(),
             idle: Arc::default(),
-            writing: tokio::sync::Mutex::default(),
+            writing: Arc::default(),
         }
     }
 
@@ -209,14 +209,7 @@ impl Artifacts {
     async fn sweep(&self) {
         let (root, idle, now) = (self.root.clone(), Arc::clone(&self.idle), self.clock.now());
         let (keep, most) = (self.keep_downloads, self.limits.bytes);
-        let swept = disk::run(self.blocking, move || {
-            // Out of the way before anybody else may take it up; removing takes longer.
-            let mut idle = idle.lock().unwrap_or_else(PoisonError::into_inner);
-            let over = idle.over(now, keep, most);
-            let aside: Vec<_> = over.iter().map(|key| Folders::of(&root, key).set_aside()).collect();
-            drop(idle);
-            aside.into_iter().try_for_each(|aside| disk::remove(&aside?))
-        });
+        let swept = disk::run(self.blocking, move || staging::sweep(&root, &idle, now, keep, most));
         if let Err(error) = swept.await {
             tracing::warn!(%error, "what a broken download left can't be removed");
         }
@@ -323,6 +316,8 @@ impl Artifacts {
             notes: folders.notes.clone(),
             limits: self.limits,
         };
+        // What an earlier download of it fetched may still be on its way onto the shelf.
+        drop(self.writing.lock().await);
         self.idle().take(&key);
         let left = Left::new(&self, &key);
         let make = folders.clone();
@@ -418,29 +413,25 @@ impl Artifacts {
 
     /// Puts fetched files onto the shelf, and makes room for them.
     async fn store(&self, manifest: Manifest, from: PathBuf) -> Result<Arc<Manifest>, Failure> {
-        let manifest = Arc::new(manifest);
-        let _writing = self.writing.lock().await;
-        let (dropped, fits) = self.shelf().place(Arc::clone(&manifest), self.clock.now(), self.most_bytes);
-        self.metrics.artifacts_dropped.add(dropped.artifacts);
-        let (root, kept) = (self.root.clone(), Arc::clone(&manifest));
+        let (manifest, now, most) = (Arc::new(manifest), self.clock.now(), self.most_bytes);
+        let writing = Arc::clone(&self.writing).lock_owned().await;
+        let (root, shelf, kept) = (self.root.clone(), Arc::clone(&self.shelf), Arc::clone(&manifest));
+        // All of it, once it has begun: nobody may be waiting any more when the disk is done.
         let stored = disk::run(self.blocking, move || {
-            shelf::discard(&root, &dropped);
-            if fits { shelf::write(&root, &kept, &from) } else { Ok(()) }
-        })
-        .await;
-        match stored {
-            Ok(()) if fits => Ok(manifest),
-            Ok(()) => Err(bad(format!(
-                "the artifact has {} bytes, and what is in use leaves no room for it in the artifact cache of {} \
-                 bytes; make the cache larger",
-                manifest.bytes(),
-                self.most_bytes
-            ))),
-            Err(failure) => {
-                self.shelf().forget(&manifest.key);
-                Err(failure)
-            }
+            let _writing = writing;
+            shelf::store(&root, &shelf, &kept, &from, now, most)
+        });
+        let (dropped, fits) = stored.await?;
+        self.metrics.artifacts_dropped.add(dropped);
+        if fits {
+            return Ok(manifest);
         }
+        Err(bad(format!(
+            "the artifact has {} bytes, and what is in use leaves no room for it in the artifact cache of {} bytes; \
+             make the cache larger",
+            manifest.bytes(),
+            self.most_bytes
+        )))
     }
 
     /// Puts the folder `to` together from an artifact, as `runtime` wants it: whole, or not at all. How often the
@@ -479,4 +470,39 @@ fn key(spec: &ModelSpec) -> String {
     };
     digest.update(format!("{}\0{:?}\0{}\0{}", spec.uri.trim(), spec.artifact_version, storage.0, storage.1));
     disk::hex(&digest.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        domain::{memory::Resources, names::ReplicaId},
+        ports::SystemClock,
+    };
+
+    #[tokio::test]
+    async fn the_shelf_is_locked_until_the_disk_is_done_whoever_waits() {
+        let data = tempfile::tempdir().expect("dir");
+        let replica = ReplicaId::new("onnx".parse().expect("a name"), 0);
+        let options = Options::new(replica, Resources::primary(Bytes(1)), data.path().to_owned());
+        let clock = Arc::new(SystemClock::new());
+        let artifacts = Artifacts::new(&options, Vec::new(), clock, Arc::default());
+        artifacts.open().await.expect("opened");
+        // Who opens this to read it waits until somebody writes.
+        let from = data.path().join("from");
+        std::fs::create_dir(&from).expect("dir");
+        let made = std::process::Command::new("mkfifo").arg(from.join("m")).status();
+        assert!(made.expect("mkfifo").success());
+        let kept = Kept { path: "m".to_owned(), bytes: 1, sha256: "0".repeat(64) };
+        let manifest = Manifest { key: "k".to_owned(), uri: String::new(), tag: None, files: vec![kept] };
+        let mut storing = Box::pin(artifacts.store(manifest, from.clone()));
+        assert!(futures::poll!(&mut storing).is_pending());
+        drop(storing);
+        assert!(artifacts.writing.try_lock().is_err(), "the disk is not done");
+        let writer = std::fs::OpenOptions::new().write(true).open(from.join("m"));
+        drop(writer.expect("opened"));
+        let locked = tokio::time::timeout(Duration::from_secs(30), artifacts.writing.lock()).await;
+        drop(locked.expect("the disk is done"));
+        assert_eq!(artifacts.size(), (0, 0), "and what could not be kept is not on the shelf");
+    }
 }

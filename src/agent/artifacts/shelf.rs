@@ -6,7 +6,7 @@ use std::{
     io,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -99,7 +99,7 @@ pub(super) struct Shelf {
 pub(super) struct Dropped {
     manifests: Vec<String>,
     blobs: Vec<String>,
-    pub(super) artifacts: u64,
+    artifacts: u64,
 }
 
 impl Shelf {
@@ -139,7 +139,7 @@ impl Shelf {
     }
 
     /// Forgets an artifact; what it alone had comes back.
-    pub(super) fn forget(&mut self, key: &str) -> Vec<String> {
+    fn forget(&mut self, key: &str) -> Vec<String> {
         let Some((manifest, _)) = self.manifests.remove(key) else { return Vec::new() };
         let mut orphans = Vec::new();
         for file in &manifest.files {
@@ -156,7 +156,7 @@ impl Shelf {
 
     /// Takes `manifest` in. Others that nobody uses go, the one unused for longest first, until all fits into
     /// `most` bytes; when it can't, `manifest` itself is not taken in and the answer says so.
-    pub(super) fn place(&mut self, manifest: Arc<Manifest>, now: Instant, most: u64) -> (Dropped, bool) {
+    fn place(&mut self, manifest: Arc<Manifest>, now: Instant, most: u64) -> (Dropped, bool) {
         let key = manifest.key.clone();
         let mut dropped = Dropped::default();
         let mut orphans = self.forget(&key);
@@ -228,8 +228,32 @@ pub(super) fn whole(root: &Path, manifest: &Manifest) -> bool {
         .all(|file| fs::metadata(blob(root, &file.sha256)).is_ok_and(|meta| meta.is_file() && meta.len() == file.bytes))
 }
 
+/// Puts `manifest` and its files, which are in `from`, onto the shelf, and makes room for them in `most` bytes. How many
+/// others had to go, and whether it fits.
+///
+/// # Errors
+/// When the disk fails; nothing of `manifest` is left then.
+pub(super) fn store(
+    root: &Path,
+    shelf: &Mutex<Shelf>,
+    manifest: &Arc<Manifest>,
+    from: &Path,
+    now: Instant,
+    most: u64,
+) -> Result<(u64, bool), Failure> {
+    let lock = || shelf.lock().unwrap_or_else(PoisonError::into_inner);
+    let (dropped, fits) = lock().place(Arc::clone(manifest), now, most);
+    discard(root, &dropped);
+    if fits && let Err(failure) = write(root, manifest, from) {
+        let blobs = lock().forget(&manifest.key);
+        discard(root, &Dropped { manifests: vec![manifest.key.clone()], blobs, artifacts: 0 });
+        return Err(failure);
+    }
+    Ok((dropped.artifacts, fits))
+}
+
 /// Moves the files of `manifest` out of `from` onto the shelf, durably, and the manifest last.
-pub(super) fn write(root: &Path, manifest: &Manifest, from: &Path) -> Result<(), Failure> {
+fn write(root: &Path, manifest: &Manifest, from: &Path) -> Result<(), Failure> {
     let place = |file: &Kept| -> io::Result<()> {
         let (source, target) = (from.join(&file.path), blob(root, &file.sha256));
         let opened = File::open(&source)?;
@@ -252,7 +276,7 @@ pub(super) fn write(root: &Path, manifest: &Manifest, from: &Path) -> Result<(),
 }
 
 /// Removes what left the shelf. What can't be removed now is removed at the next start.
-pub(super) fn discard(root: &Path, dropped: &Dropped) {
+fn discard(root: &Path, dropped: &Dropped) {
     let manifests = dropped.manifests.iter().map(|key| manifest_file(root, key));
     for path in manifests.chain(dropped.blobs.iter().map(|digest| blob(root, digest))) {
         if let Err(error) = disk::remove(&path) {
@@ -305,4 +329,43 @@ pub(super) fn lay_out(root: &Path, manifest: &Manifest, layout: &Layout, to: &Pa
         fs::rename(&beside, to)
     };
     build().map_err(|error| disk::failure("the model's folder can't be prepared", to, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(folder)
+            .expect("a folder")
+            .map(|entry| entry.expect("readable").file_name().into_string().expect("text"))
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_can_t_be_kept_whole_leaves_nothing() {
+        let root = tempfile::tempdir().expect("dir");
+        let shelf = Mutex::new(open(root.path()).expect("opened"));
+        let from = root.path().join("from");
+        fs::create_dir(&from).expect("dir");
+        let manifest = |key: &str, paths: &[&str]| {
+            let files = paths.iter().map(|path| {
+                fs::write(from.join(path), path).expect("written");
+                let sha256 = disk::hex(&Sha256::digest(path));
+                Kept { path: (*path).to_owned(), bytes: path.len() as u64, sha256 }
+            });
+            Arc::new(Manifest { key: key.to_owned(), uri: String::new(), tag: None, files: files.collect() })
+        };
+        let now = Instant::from_micros(0);
+        let first = manifest("first", &["shared"]);
+        assert_eq!(store(root.path(), &shelf, &first, &from, now, 100), Ok((0, true)));
+        let broken = manifest("second", &["shared", "new", "absent"]);
+        fs::remove_file(from.join("absent")).expect("removed");
+        assert!(store(root.path(), &shelf, &broken, &from, now, 100).is_err());
+        assert_eq!(names(&root.path().join("blobs")), [first.files[0].sha256.clone()], "what the other has stays");
+        assert_eq!(names(&root.path().join("manifests")), ["first.json"]);
+        assert_eq!(shelf.lock().expect("sound").size(), (6, 1));
+    }
 }

@@ -5,9 +5,11 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs::{self, Permissions},
+    io,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -30,7 +32,9 @@ impl Folders {
 
     pub(super) fn make(&self) -> io::Result<()> {
         fs::create_dir_all(&self.files)?;
-        fs::create_dir_all(&self.notes)
+        fs::create_dir_all(&self.notes)?;
+        // What is private in a store is nobody else's on its way either.
+        self.whole.parent().map_or(Ok(()), |staging| fs::set_permissions(staging, Permissions::from_mode(0o700)))
     }
 
     pub(super) fn remove(&self) -> io::Result<()> {
@@ -49,23 +53,13 @@ impl Folders {
 
     /// Bytes in it.
     pub(super) fn bytes(&self) -> u64 {
-        size(&self.whole)
+        disk::size(&self.whole)
     }
 }
 
-fn size(folder: &Path) -> u64 {
-    let Ok(entries) = fs::read_dir(folder) else { return 0 };
-    let sizes = entries.flatten().map(|entry| match entry.file_type() {
-        Ok(kind) if kind.is_dir() => size(&entry.path()),
-        Ok(_) => entry.metadata().map_or(0, |meta| meta.len()),
-        Err(_) => 0,
-    });
-    sizes.fold(0, u64::saturating_add)
-}
-
-/// What broken downloads left.
+/// What broken downloads left: since when, and how many bytes, once somebody has measured it.
 #[derive(Debug, Default)]
-pub(super) struct Idle(BTreeMap<String, (Instant, u64)>);
+pub(super) struct Idle(BTreeMap<String, (Instant, Option<u64>)>);
 
 impl Idle {
     /// What was left by the process before this one; everything else there is removed.
@@ -81,7 +75,7 @@ impl Idle {
             match entry.file_name().into_string() {
                 Ok(key) if entry.file_type()?.is_dir() && key.len() == 64 => {
                     let bytes = Folders::of(root, &key).bytes();
-                    idle.0.insert(key, (now, bytes));
+                    idle.0.insert(key, (now, Some(bytes)));
                 }
                 _ => disk::remove(&entry.path())?,
             }
@@ -90,8 +84,20 @@ impl Idle {
     }
 
     /// A download broke and left so many bytes.
-    pub(super) fn add(&mut self, key: String, bytes: u64, now: Instant) {
+    pub(super) fn add(&mut self, key: String, bytes: Option<u64>, now: Instant) {
         self.0.insert(key, (now, bytes));
+    }
+
+    /// Those that nobody has measured.
+    pub(super) fn unmeasured(&self) -> Vec<String> {
+        self.0.iter().filter(|(_, (_, bytes))| bytes.is_none()).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// It has so many bytes, unless it is gone on with by now.
+    pub(super) fn measured(&mut self, key: &str, bytes: u64) {
+        if let Some((_, measured)) = self.0.get_mut(key) {
+            *measured = Some(bytes);
+        }
     }
 
     /// It is gone on with.
@@ -102,7 +108,7 @@ impl Idle {
     /// Those whose time is over, and the oldest of those that are too much.
     pub(super) fn over(&mut self, now: Instant, keep: Duration, most: u64) -> Vec<String> {
         let mut by_age: Vec<(Instant, String, u64)> =
-            self.0.iter().map(|(key, (since, bytes))| (*since, key.clone(), *bytes)).collect();
+            self.0.iter().map(|(key, (since, bytes))| (*since, key.clone(), bytes.unwrap_or_default())).collect();
         by_age.sort();
         let mut bytes = by_age.iter().fold(0_u64, |sum, (_, _, bytes)| sum.saturating_add(*bytes));
         let mut over = Vec::new();
@@ -115,6 +121,26 @@ impl Idle {
         }
         over
     }
+}
+
+/// Removes what is over, as [`Idle::over`] has it; each folder whatever became of the one before.
+///
+/// # Errors
+/// The first folder's that can't be removed.
+pub(super) fn sweep(root: &Path, idle: &Mutex<Idle>, now: Instant, keep: Duration, most: u64) -> io::Result<()> {
+    let lock = || idle.lock().unwrap_or_else(PoisonError::into_inner);
+    let unmeasured = lock().unmeasured();
+    for key in unmeasured {
+        let bytes = Folders::of(root, &key).bytes();
+        lock().measured(&key, bytes);
+    }
+    // Out of the way before anybody else may take it up; removing takes longer.
+    let mut idle = lock();
+    let over = idle.over(now, keep, most);
+    let aside: Vec<_> = over.iter().map(|key| Folders::of(root, key).set_aside()).collect();
+    drop(idle);
+    let removed: Vec<_> = aside.into_iter().map(|aside| disk::remove(&aside?)).collect();
+    removed.into_iter().collect()
 }
 
 /// Says in the end that a download left its folders behind, also when it was given up.
@@ -130,7 +156,7 @@ impl Left {
 
     pub(super) fn keep(self, bytes: u64) {
         let now = self.artifacts.clock.now();
-        self.artifacts.idle().add(self.key.clone(), bytes, now);
+        self.artifacts.idle().add(self.key.clone(), Some(bytes), now);
         self.nothing();
     }
 
@@ -143,8 +169,8 @@ impl Drop for Left {
     fn drop(&mut self) {
         if !self.key.is_empty() {
             let (key, now) = (std::mem::take(&mut self.key), self.artifacts.clock.now());
-            // How much it is, nobody has measured; it counts once it is taken up or its time is over.
-            self.artifacts.idle().add(key, 0, now);
+            // How much it is, is measured where files may be read.
+            self.artifacts.idle().add(key, None, now);
         }
     }
 }
@@ -158,14 +184,43 @@ mod tests {
         const HOUR: Duration = Duration::from_secs(3600);
         let at = |minute: u64| Instant::from_micros(0) + Duration::from_secs(60 * minute);
         let mut idle = Idle::default();
-        idle.add("a".to_owned(), 4, at(0));
-        idle.add("b".to_owned(), 4, at(30));
-        idle.add("c".to_owned(), 4, at(31));
-        idle.add("d".to_owned(), 4, at(32));
+        idle.add("a".to_owned(), Some(4), at(0));
+        idle.add("b".to_owned(), Some(4), at(30));
+        idle.add("c".to_owned(), Some(4), at(31));
+        idle.add("d".to_owned(), Some(4), at(32));
         idle.take("d");
         assert_eq!(idle.over(at(59), HOUR, 12), Vec::<String>::new());
         assert_eq!(idle.over(at(60), HOUR, 12), ["a"]);
         assert_eq!(idle.over(at(60), HOUR, 7), ["b"]);
         assert_eq!(idle.over(at(99), HOUR, 7), ["c"]);
+    }
+    #[test]
+    fn a_download_that_was_given_up_counts_and_one_that_stays_keeps_no_other() {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let root = tempfile::tempdir().expect("dir");
+        let at = |minute: u64| Instant::from_micros(0) + Duration::from_secs(60 * minute);
+        let leave = |key: &str| {
+            let folders = Folders::of(root.path(), key);
+            folders.make().expect("made");
+            fs::write(folders.files.join("m"), [0; 8]).expect("written");
+        };
+        let there = |key: &str| Folders::of(root.path(), key).whole.exists();
+        for key in ["a", "b", "c", "d"] {
+            leave(key);
+        }
+        let mode = fs::metadata(root.path().join("staging")).expect("a folder").permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        let mut idle = Idle::default();
+        idle.add("a".to_owned(), None, at(0));
+        idle.add("b".to_owned(), None, at(1));
+        let idle = Mutex::new(idle);
+        sweep(root.path(), &idle, at(2), HOUR, 8).expect("swept");
+        assert!(!there("a") && there("b"), "the older of two that are too much");
+        // Nobody can move one that is no folder's name.
+        idle.lock().expect("sound").add(format!("b{}", "x".repeat(300)), Some(1), at(0));
+        idle.lock().expect("sound").add("c".to_owned(), Some(8), at(1));
+        assert!(sweep(root.path(), &idle, at(90), HOUR, 8).is_err(), "it is told");
+        assert!(!there("b") && !there("c"), "and the others are gone");
+        assert!(there("d"), "one that is gone on with");
     }
 }
