@@ -2,13 +2,13 @@
 # CARGO_TARGET_DIR is respected.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove lint fmt clippy doc clients servers
+.PHONY: help demo test prove bench bench-quick lint fmt clippy doc clients servers
 
 CARGO ?= cargo
 target := $(or $(CARGO_TARGET_DIR),target)
 
 help: ## list these
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## play the life of a model in one process, and check what is promised
 	$(CARGO) build --bin wharf
@@ -21,13 +21,21 @@ prove: clients servers ## every test in full counts; writes docs/proof.md from s
 	rm -f docs/proof.md
 	WHARF_PROVE=1 WHARF_PROOF=$(CURDIR)/docs/proof.md $(CARGO) test --no-fail-fast
 
+bench: ## every figure beside its goal and its rival; keeps them under benches/results
+	$(CARGO) build --release --workspace
+	$(target)/release/wharf-bench run
+
+bench-quick: ## a few minutes of it: fails where a ratio is worse than in the last result that was kept
+	$(CARGO) build --release --workspace
+	$(target)/release/wharf-bench run --quick
+
 lint: fmt clippy doc ## formatting, clippy and documentation, warnings denied
 
 fmt:
-	$(CARGO) fmt --check
+	$(CARGO) fmt --all --check
 
 clippy:
-	$(CARGO) clippy --all-targets -- -D warnings
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 doc:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps
