@@ -229,6 +229,7 @@ fn rounds(scale: &Scale, point: Point, contestants: &[&Contestant], picks: &[Pic
                 protocol: point.protocol,
                 picks: picks[which.min(picks.len() - 1)].clone(),
                 body: point.body,
+                payload: None,
                 connections: point.connections,
                 streams: point.streams,
                 warm_up: scale.warm_up,

@@ -5,6 +5,7 @@ use std::{
     io::Write as _,
     net::SocketAddr,
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -45,6 +46,8 @@ pub(crate) struct Plan {
     pub(crate) picks: Picks,
     /// Bytes of a request's body; for gRPC, of its tensor.
     pub(crate) body: usize,
+    /// What REST sends in place of a tensor of that size.
+    pub(crate) payload: Option<Arc<[u8]>>,
     pub(crate) connections: usize,
     /// Requests at a time on each connection; REST has one.
     pub(crate) streams: usize,
@@ -148,24 +151,40 @@ pub(crate) async fn run(plan: Plan, probe: &dyn Fn() -> anyhow::Result<Duration>
 async fn rest(plan: Plan, shared: Rc<Shared>) -> anyhow::Result<()> {
     let mut io = TcpStream::connect(plan.to).await?;
     io.set_nodelay(true)?;
-    let body = json(plan.body);
+    let body = plan.payload.as_deref().map_or_else(|| json(plan.body), <[u8]>::to_vec);
     let mut request = Vec::with_capacity(plan.body + 512);
     let mut buffer = vec![0; 256 * 1024];
     while !shared.stop.get() {
         let model = plan.picks.get(shared.turn());
-        request.clear();
-        write!(
-            request,
-            "POST /v2/models/{model}/infer HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n\
-             seldon-model: {model}\r\ncontent-length: {}\r\n\r\n",
-            body.len()
-        )?;
-        request.extend_from_slice(&body);
+        write_request(&mut request, model, &body)?;
         let began = Instant::now();
         timeout(PATIENCE, ask(&mut io, &request, &mut buffer)).await.context("no answer in time")??;
         shared.note(began);
     }
     Ok(())
+}
+
+fn write_request(request: &mut Vec<u8>, model: &str, body: &[u8]) -> std::io::Result<()> {
+    request.clear();
+    write!(
+        request,
+        "POST /v2/models/{model}/infer HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n\
+         seldon-model: {model}\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    )?;
+    request.extend_from_slice(body);
+    Ok(())
+}
+
+/// Asks `model` once; answers whether it answered.
+///
+/// # Errors
+/// When nobody is there.
+pub(crate) async fn once(to: SocketAddr, model: &str, body: &[u8]) -> anyhow::Result<bool> {
+    let mut io = TcpStream::connect(to).await?;
+    let mut request = Vec::new();
+    write_request(&mut request, model, body)?;
+    Ok(timeout(PATIENCE, ask(&mut io, &request, &mut vec![0; 64 * 1024])).await?.is_ok())
 }
 
 async fn ask(io: &mut TcpStream, request: &[u8], buffer: &mut [u8]) -> anyhow::Result<()> {

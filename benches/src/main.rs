@@ -17,16 +17,19 @@
 //! Results are kept in `benches/results`, by date and commit.
 
 mod backend;
+mod control;
 mod envoy;
 mod floor;
 mod gateway;
 mod load;
 mod models;
+mod placement;
 mod plot;
 mod proc;
 mod raw;
 mod report;
 mod routes;
+mod up;
 
 use std::{
     fs,
@@ -64,13 +67,23 @@ enum Role {
         /// Fewer points and shorter rounds; compares with what was kept, and keeps nothing.
         #[arg(long)]
         quick: bool,
-        /// Only these parts.
+        /// A million models too; it takes 8 GiB and some minutes.
+        #[arg(long)]
+        huge: bool,
+        /// Only these parts: gateway, placement, control, start, overcommit.
         #[arg(long, value_delimiter = ',')]
         only: Vec<String>,
     },
     /// Answers with what it was asked.
     #[command(hide = true)]
     Backend { at: SocketAddr },
+    /// Plays a scheduler with its agents.
+    #[command(hide = true)]
+    Control {
+        dir: PathBuf,
+        #[command(flatten)]
+        fleet: control::Fleet,
+    },
     /// Forwards and does nothing else.
     #[command(hide = true)]
     Floor { rest: SocketAddr, grpc: SocketAddr, to: SocketAddr },
@@ -78,8 +91,9 @@ enum Role {
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().role {
-        Role::Run { quick, only } => run(quick, &only),
+        Role::Run { quick, huge, only } => run(quick, huge, &only),
         Role::Backend { at } => alone(backend::serve(at)),
+        Role::Control { dir, fleet } => control::play(&dir, fleet),
         Role::Floor { rest, grpc, to } => alone(floor::serve(rest, grpc, to)),
     };
     match done {
@@ -98,7 +112,7 @@ fn alone(part: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     tokio::task::LocalSet::new().block_on(&runtime, part)
 }
 
-fn run(quick: bool, only: &[String]) -> anyhow::Result<()> {
+fn run(quick: bool, huge: bool, only: &[String]) -> anyhow::Result<()> {
     let this = std::env::current_exe()?;
     if std::env::var_os(PINNED).is_none() {
         let words = std::env::args_os().skip(1);
@@ -124,6 +138,18 @@ fn run(quick: bool, only: &[String]) -> anyhow::Result<()> {
     if wanted("gateway") {
         let scale = if quick { Scale::quick() } else { Scale::full() };
         gateway::measure(&places, &scale, &mut report)?;
+    }
+    if wanted("placement") {
+        placement::measure(quick, &mut report)?;
+    }
+    if wanted("control") {
+        control::measure(&places, quick, huge, &mut report)?;
+    }
+    if wanted("start") {
+        up::start(&places, quick, &mut report)?;
+    }
+    if wanted("overcommit") {
+        up::overcommit(&places, quick, &mut report)?;
     }
     report.seconds = began.elapsed().as_secs_f64();
     println!("\n{}\n{}", report.table(), report.origin());

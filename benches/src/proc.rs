@@ -26,12 +26,17 @@ pub(crate) struct Proc {
 impl Proc {
     /// Starts `command` on `core`; what it says goes to a file in `dir`.
     pub(crate) fn start(name: &str, core: usize, command: &[String], dir: &Path) -> anyhow::Result<Self> {
+        Self::start_on(name, &core.to_string(), command, dir)
+    }
+
+    /// The same on any `cores`, as `taskset -c` has them.
+    pub(crate) fn start_on(name: &str, cores: &str, command: &[String], dir: &Path) -> anyhow::Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let file = File::create(&log)?;
         // `taskset` becomes the program, so the process that is started here is the one that is measured.
         let child = Command::new("taskset")
             .arg("-c")
-            .arg(core.to_string())
+            .arg(cores)
             .args(command)
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
@@ -103,6 +108,12 @@ pub(crate) fn memory(id: u32) -> anyhow::Result<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
     let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
     Ok(kib * 1024)
+}
+
+/// All cores of this machine, whatever this process may use.
+pub(crate) fn all_cores() -> String {
+    let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    if online.trim().is_empty() { format!("{LOAD_CORE}-{PROXY_CORE}") } else { online.trim().to_owned() }
 }
 
 /// An address of loopback that was free a moment ago.
