@@ -26,10 +26,12 @@ use wharf::{
 };
 
 /// Blocks that no test can run as they are, each with where what they say is run all the same.
-const NOT_RUN: [(&str, &str); 5] = [
+const NOT_RUN: [(&str, &str); 7] = [
     ("make demo\n", "it builds and runs `wharf demo`, as tests/demo.rs does"),
     ("make lint\n", "it is run beside the tests, not within them"),
     ("make test\n", "it is what runs this test"),
+    ("make bench\n", "it takes the machine for itself, for many minutes"),
+    ("make bench-quick\n", "it takes the machine for itself"),
     ("cargo install --path .\n", "building is what comes before this test"),
     ("cargo deny check\n", "it needs the advisory database from the network; deny_toml_is_read checks the file"),
 ];
