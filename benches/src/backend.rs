@@ -78,7 +78,8 @@ async fn rest(mut io: TcpStream) -> anyhow::Result<()> {
             }
         }
         // The answer's head is written over the request's, in front of the body.
-        let answer = format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", head.content);
+        let answer =
+            format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", head.content);
         if answer.len() <= head.length {
             let from = head.length - answer.len();
             buffer[from..head.length].copy_from_slice(answer.as_bytes());
@@ -96,7 +97,8 @@ type Trailers = std::future::Ready<Option<Result<HeaderMap, Infallible>>>;
 
 async fn echo(request: Request<Incoming>) -> Result<Response<WithTrailers<Full<Bytes>, Trailers>>, hyper::Error> {
     let body = request.into_body().collect().await?.to_bytes();
-    let trailers = HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"))]);
+    let trailers =
+        HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"))]);
     let body = Full::new(body).with_trailers(std::future::ready(Some(Ok(trailers))));
     let mut response = Response::new(body);
     response.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));

@@ -130,11 +130,9 @@ fn wharf(places: &Places, backend: &Backend, count: usize) -> anyhow::Result<Con
     let (listen, http, scheduler) = (free()?, free()?, free()?);
     routes::play(scheduler, count, backend.at)?;
     let mut words = vec![places.wharf.display().to_string(), "gateway".to_owned()];
-    for setting in [
-        format!("gateway.listen={listen}"),
-        format!("gateway.http={http}"),
-        format!("gateway.scheduler={scheduler}"),
-    ] {
+    for setting in
+        [format!("gateway.listen={listen}"), format!("gateway.http={http}"), format!("gateway.scheduler={scheduler}")]
+    {
         words.extend(["--set".to_owned(), setting]);
     }
     let mut process = Proc::start(&format!("wharf-{count}"), PROXY_CORE, &words, &places.dir)?;
@@ -217,7 +215,12 @@ fn size(bytes: usize) -> String {
 }
 
 /// Rounds of all contestants, one after another; answers the outcomes of each.
-fn rounds(scale: &Scale, point: Point, contestants: &[&Contestant], picks: &[Picks]) -> anyhow::Result<Vec<Vec<Outcome>>> {
+fn rounds(
+    scale: &Scale,
+    point: Point,
+    contestants: &[&Contestant],
+    picks: &[Picks],
+) -> anyhow::Result<Vec<Vec<Outcome>>> {
     let mut outcomes = vec![Vec::new(); contestants.len()];
     for round in 0..scale.rounds {
         for turn in 0..contestants.len() {
@@ -288,7 +291,13 @@ fn compare(scale: &Scale, point: Point, contestants: &[&Contestant]) -> anyhow::
         rows.push(row(&format!("{id}: throughput"), "req/s", &rate.0, Some((name, &rate.1)), None));
         for (share, percent) in [(0.5, "p50"), (0.99, "p99")] {
             let (a, b) = (each(ours, |o| o.latency(share)), each(theirs, |o| o.latency(share)));
-            rows.push(row(&format!("{id}: {percent}, {} at a time", point.connections * point.streams), "us", &a, Some((name, &b)), None));
+            rows.push(row(
+                &format!("{id}: {percent}, {} at a time", point.connections * point.streams),
+                "us",
+                &a,
+                Some((name, &b)),
+                None,
+            ));
         }
         let resident = |contestant: &Contestant| contestant.process(point.protocol).map(Proc::memory).transpose();
         if let (Some(a), Some(b)) = (resident(contestants[0])?, resident(contestant)?) {
@@ -323,7 +332,8 @@ pub(crate) fn measure(places: &Places, scale: &Scale, report: &mut Report) -> an
     for &count in &scale.models {
         let wharf = wharf(places, &backend, count)?;
         let envoy = places.envoy.as_ref().map(|program| envoy(places, program, &backend, count)).transpose()?;
-        let contestants: Vec<&Contestant> = [Some(&wharf), Some(&floor), envoy.as_ref()].into_iter().flatten().collect();
+        let contestants: Vec<&Contestant> =
+            [Some(&wharf), Some(&floor), envoy.as_ref()].into_iter().flatten().collect();
         for protocol in [Protocol::Rest, Protocol::Grpc] {
             let spreads = if count == 1 { &[Spread::Uniform][..] } else { &scale.spreads };
             for &spread in spreads {
@@ -344,7 +354,13 @@ pub(crate) fn measure(places: &Places, scale: &Scale, report: &mut Report) -> an
         }
     }
     report.rows.extend(alike(places, scale, &backend)?);
-    plot::draw(&places.plots.join("gateway-cost.svg"), "CPU time per request by number of models", "models", "us", &lines)?;
+    plot::draw(
+        &places.plots.join("gateway-cost.svg"),
+        "CPU time per request by number of models",
+        "models",
+        "us",
+        &lines,
+    )?;
     Ok(())
 }
 
@@ -359,7 +375,8 @@ fn added(scale: &Scale, contestants: &[&Contestant], backend: &Backend) -> anyho
         let outcomes = rounds(scale, point, &all, &[Picks::new(1, Spread::Uniform)])?;
         let p50 = |which: usize| each(&outcomes[which], |outcome| outcome.latency(0.5));
         let base = p50(all.len() - 1);
-        let above = |which: usize| p50(which).iter().zip(&base).map(|(with, without)| with - without).collect::<Vec<_>>();
+        let above =
+            |which: usize| p50(which).iter().zip(&base).map(|(with, without)| with - without).collect::<Vec<_>>();
         let ours = above(0);
         for (which, contestant) in contestants.iter().enumerate().skip(1) {
             let theirs = above(which);

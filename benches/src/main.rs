@@ -167,7 +167,13 @@ fn run(quick: bool, huge: bool, only: &[String]) -> anyhow::Result<()> {
 /// One row on one line, while it is measured.
 fn line(row: &Row) -> String {
     let rival = row.rival.as_ref().map_or_else(String::new, |rival| {
-        format!("{} {:.1}, ratio {:.3} ±{:.1} %", rival.name, rival.measure.median, rival.ratio.median, rival.ratio.spread * 100.0)
+        format!(
+            "{} {:.1}, ratio {:.3} ±{:.1} %",
+            rival.name,
+            rival.measure.median,
+            rival.ratio.median,
+            rival.ratio.spread * 100.0
+        )
     });
     let met = row.met().map_or("", |met| if met { "met" } else { "MISSED" });
     format!("{:<60} {:>10.1} {:<6} {rival} {met}", row.what, row.wharf.median, row.unit)

@@ -66,11 +66,6 @@ impl Proc {
         Ok(())
     }
 
-    /// The id of the process.
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// The CPU time of all its threads that live.
     pub(crate) fn cpu(&self) -> anyhow::Result<Duration> {
         cpu(self.child.id())

@@ -1,6 +1,10 @@
 //! Figures, each beside its goal and its rival: printed, kept, and compared with those kept before.
 
-use std::{fmt::Write as _, fs, path::Path, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
@@ -171,7 +175,7 @@ impl Report {
             });
             let met = row.met().map_or("", |met| if met { "yes" } else { "**no**" });
             let wharf = with_unit(row.wharf, &row.unit);
-            drop(writeln!(text, "| {} | {wharf} | {rival} | {ratio} | {goal} | {met} |", row.what));
+            text += &format!("| {} | {wharf} | {rival} | {ratio} | {goal} | {met} |\n", row.what);
         }
         text
     }
@@ -200,7 +204,12 @@ impl Report {
         let Ok(entries) = fs::read_dir(dir) else { return Ok(None) };
         let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
         // Of one day the one that was written last.
-        let written = |path: &PathBuf| (path.file_name().map(|n| n.to_string_lossy()[..10.min(n.len())].to_owned()), fs::metadata(path).and_then(|m| m.modified()).ok());
+        let written = |path: &PathBuf| {
+            (
+                path.file_name().map(|n| n.to_string_lossy()[..10.min(n.len())].to_owned()),
+                fs::metadata(path).and_then(|m| m.modified()).ok(),
+            )
+        };
         let newest = files.filter(|path| path.extension().is_some_and(|e| e == "json")).max_by_key(written);
         newest.map(|path| read(&path)).transpose()
     }

@@ -9,7 +9,8 @@ use futures::{Stream, StreamExt as _, stream};
 use tokio_stream::wrappers::{IntervalStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 use wharf::rpc::proto::routes::{
-    Endpoint, GatewayMessage, Ping, Route, RoutesMessage, Table, Target, Welcome, routes_message::Message,
+    Endpoint, GatewayMessage, Ping, Route, RoutesMessage, Table, Target, Welcome,
+    routes_message::Message,
     routes_server::{Routes, RoutesServer},
 };
 

@@ -153,8 +153,20 @@ pub(crate) fn start(places: &Places, quick: bool, report: &mut Report) -> anyhow
     }
     let binary = [fs::metadata(&places.wharf)?.len() as f64 / 1_048_576.0];
     let rows = [
-        row("`wharf up` to the first answer, with a model to submit and load", "s", &first, None, Some(Goal::at_most(1.0))),
-        row("`wharf up` to the first answer, with the model in its journal", "s", &again, None, Some(Goal::at_most(1.0))),
+        row(
+            "`wharf up` to the first answer, with a model to submit and load",
+            "s",
+            &first,
+            None,
+            Some(Goal::at_most(1.0)),
+        ),
+        row(
+            "`wharf up` to the first answer, with the model in its journal",
+            "s",
+            &again,
+            None,
+            Some(Goal::at_most(1.0)),
+        ),
         row("`wharf up`, idle: memory", "MiB", &idle, None, Some(Goal::at_most(50.0))),
         row("the program, stripped", "MiB", &binary, None, Some(Goal::at_most(60.0))),
     ];
