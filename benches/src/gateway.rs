@@ -14,7 +14,7 @@ use crate::{
     models::{Picks, Spread},
     plot::{self, Line},
     proc::{LOAD_CORE, PROXY_CORE, Proc, free},
-    report::{Goal, Measure, Report, Rival, Row},
+    report::{Goal, Measure, Report, Row, row},
     routes,
 };
 
@@ -250,25 +250,6 @@ fn rounds(
 
 fn each(outcomes: &[Outcome], what: impl Fn(&Outcome) -> f64) -> Vec<f64> {
     outcomes.iter().map(what).collect()
-}
-
-/// A row for Wharf's `ours` beside `theirs`.
-pub(crate) fn row(what: &str, unit: &str, ours: &[f64], rival: Option<(&str, &[f64])>, goal: Option<Goal>) -> Row {
-    let rival = rival.map(|(name, theirs)| Rival {
-        name: name.to_owned(),
-        measure: Measure::of(theirs),
-        ratio: Measure::ratio(ours, theirs),
-    });
-    let id = rival.as_ref().map_or_else(|| what.to_owned(), |rival| format!("{what} / {}", rival.name));
-    Row {
-        id,
-        what: what.to_owned(),
-        unit: unit.to_owned(),
-        wharf: Measure::of(ours),
-        rival,
-        goal,
-        more_is_better: unit.ends_with("/s"),
-    }
 }
 
 /// Compares at one point; answers the rows, and each contestant's CPU time per request.

@@ -19,6 +19,7 @@
 mod backend;
 mod control;
 mod envoy;
+mod fleet;
 mod floor;
 mod gateway;
 mod load;
@@ -82,7 +83,7 @@ enum Role {
     Control {
         dir: PathBuf,
         #[command(flatten)]
-        fleet: control::Fleet,
+        fleet: fleet::Fleet,
     },
     /// Forwards and does nothing else.
     #[command(hide = true)]
@@ -93,7 +94,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().role {
         Role::Run { quick, huge, only } => run(quick, huge, &only),
         Role::Backend { at } => alone(backend::serve(at)),
-        Role::Control { dir, fleet } => control::play(&dir, fleet),
+        Role::Control { dir, fleet } => self::fleet::play(&dir, fleet),
         Role::Floor { rest, grpc, to } => alone(floor::serve(rest, grpc, to)),
     };
     match done {

@@ -13,9 +13,8 @@ use wharf::domain::{
 };
 
 use crate::{
-    gateway::row,
     models::Random,
-    report::{Goal, Report},
+    report::{Goal, Report, row},
 };
 
 /// Replicas in each server.

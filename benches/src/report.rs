@@ -105,6 +105,25 @@ impl Row {
     }
 }
 
+/// A row for Wharf's `ours` beside `theirs`.
+pub(crate) fn row(what: &str, unit: &str, ours: &[f64], rival: Option<(&str, &[f64])>, goal: Option<Goal>) -> Row {
+    let rival = rival.map(|(name, theirs)| Rival {
+        name: name.to_owned(),
+        measure: Measure::of(theirs),
+        ratio: Measure::ratio(ours, theirs),
+    });
+    let id = rival.as_ref().map_or_else(|| what.to_owned(), |rival| format!("{what} / {}", rival.name));
+    Row {
+        id,
+        what: what.to_owned(),
+        unit: unit.to_owned(),
+        wharf: Measure::of(ours),
+        rival,
+        goal,
+        more_is_better: unit.ends_with("/s"),
+    }
+}
+
 /// Where figures come from.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Machine {

@@ -21,11 +21,11 @@ use wharf::rpc::{
 };
 
 use crate::{
-    gateway::{Places, row},
+    gateway::Places,
     load::{self, Outcome, Plan, Protocol},
     models::{self, Picks, Spread},
     proc::{self, Proc},
-    report::{Goal, Report, Row},
+    report::{Goal, Report, Row, row},
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
