@@ -203,7 +203,8 @@ impl Core {
                     return Ok(());
                 }
                 sleep(pause).await;
-                pause = (pause * 2).min(LONGEST);
+                // A request waits: what it waits too long for is a small part of what it waits for anyway.
+                pause = (pause + pause / 8).min(LONGEST);
             }
         };
         let within = self.patience(self.options.probe_deadline);

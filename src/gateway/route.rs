@@ -10,7 +10,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     hash::{BuildHasherDefault, Hasher},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use arc_swap::ArcSwap;
@@ -39,6 +42,8 @@ type Shard = HashMap<ModelName, Arc<Entry>, BuildHasherDefault<Fnv>>;
 #[derive(Debug)]
 pub struct Table {
     shards: Box<[ArcSwap<Shard>]>,
+    /// A bit for each shard that has routes: with few models, who looks through the table reads few shards.
+    occupied: Box<[AtomicU64]>,
     epochs: Epochs,
     /// Grows with every change, for those who wait for one.
     changed: watch::Sender<u64>,
@@ -97,6 +102,7 @@ impl Table {
         let empty = Arc::new(Shard::default());
         Self {
             shards: (0..SHARDS).map(|_| ArcSwap::new(Arc::clone(&empty))).collect(),
+            occupied: (0..SHARDS / 64).map(|_| AtomicU64::new(0)).collect(),
             epochs: Epochs::default(),
             changed: watch::Sender::new(0),
             held: Mutex::default(),
@@ -158,8 +164,8 @@ impl Table {
             shards[shard].insert(entry.model.clone(), entry);
         }
         held.models = shards.iter().map(HashMap::len).sum();
-        for (shard, new) in self.shards.iter().zip(shards) {
-            shard.store(Arc::new(new));
+        for (shard, new) in shards.into_iter().enumerate() {
+            self.put(shard, new);
         }
         self.mark(&mut held, snapshot.epoch)
     }
@@ -189,9 +195,20 @@ impl Table {
                 after.remove(&model);
             }
             held.models = held.models + after.len() - before.len();
-            self.shards[shard].store(Arc::new(after));
+            self.put(shard, after);
         }
         Some(self.mark(&mut held, changes.epoch))
+    }
+
+    /// Puts `after` in the place of a shard. The lock on `held` is taken: there is one writer.
+    fn put(&self, shard: usize, after: Shard) {
+        let (word, bit) = (&self.occupied[shard / 64], 1 << (shard % 64));
+        if after.is_empty() {
+            word.fetch_and(!bit, Ordering::Relaxed);
+        } else {
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
+        self.shards[shard].store(Arc::new(after));
     }
 
     fn mark(&self, held: &mut Held, epoch: Epoch) -> Turn {
@@ -261,9 +278,12 @@ impl Table {
 
     /// Calls `visit` for each route until it answers false, in an order of the table's own.
     pub(super) fn visit(&self, mut visit: impl FnMut(&Arc<Entry>) -> bool) {
-        for shard in &self.shards {
-            for entry in shard.load().values() {
-                if !visit(entry) {
+        for (word, shards) in self.occupied.iter().zip(self.shards.chunks(64)) {
+            let mut occupied = word.load(Ordering::Relaxed);
+            while occupied != 0 {
+                let shard = &shards[occupied.trailing_zeros() as usize];
+                occupied &= occupied - 1;
+                if !shard.load().values().all(&mut visit) {
                     return;
                 }
             }

@@ -123,7 +123,8 @@ impl Runtime for Triton {
     }
 
     fn unload<'a>(&'a self, served: &'a str) -> BoxFuture<'a, Result<(), Failure>> {
-        const LONGEST: Duration = Duration::from_millis(200);
+        // Somebody may wait for the memory.
+        const LONGEST: Duration = Duration::from_millis(50);
         async move {
             self.repository.unload(served).await?;
             let mut pause = Duration::from_millis(5);
