@@ -47,7 +47,9 @@ struct Tried {
 
 impl Tried {
     fn start(settings: &[(&str, &str)]) -> Self {
-        let up = Up::start(settings);
+        // A scheduler that starts waits one lease for gateways of the one before it.
+        let settings = [&[("scheduler.gateway_lease", "1s")], settings].concat();
+        let up = Up::start(&settings);
         up.load("iris", &models().join("iris-1"));
         infer(&up);
         let mut tried = Self {

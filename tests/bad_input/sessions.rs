@@ -103,7 +103,7 @@ async fn gateway(address: &str, words: Vec<Option<GatewayWord>>) -> Result<Optio
 
 #[tokio::test]
 async fn gateways_that_say_what_cannot_be() {
-    let tried = Tried::start(&[("scheduler.gateway_lease", "1s")]);
+    let tried = Tried::start(&[]);
     let agents = &tried.up.agents;
     let acknowledged = GatewayWord::Acknowledged(routes::Acknowledged { epoch: u64::MAX });
     for word in [None, Some(acknowledged.clone())] {
