@@ -1,9 +1,14 @@
 //! A copy that rclone makes, from before its start to after its end.
 //!
 //! The rule of this module: two copies never write into one folder. rclone knows each by a name that is made of its
-//! folder, so what is still going on there can be asked for and stopped, whoever began it.
+//! folder and a number, so what is still going on there can be asked for and stopped, whoever began it; and a stop that
+//! comes late stops no other copy.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -34,6 +39,8 @@ const QUIET: Duration = Duration::from_secs(30);
 /// The job of one folder. It is stopped when this goes, unless it ended.
 pub(super) struct Job {
     running: Arc<Running>,
+    /// How the names of all jobs of the folder begin.
+    folder: String,
     /// What rclone knows it by.
     pub(super) group: String,
     goes_on: bool,
@@ -50,8 +57,9 @@ impl Drop for Job {
 impl Job {
     /// The one of the folder `into`, which has not begun yet.
     pub(super) fn new(running: &Arc<Running>, into: &Path) -> Self {
-        let group = format!("wharf-{}", disk::hex(&Sha256::digest(into.as_os_str().as_encoded_bytes())));
-        Self { running: Arc::clone(running), group, goes_on: false }
+        let folder = format!("wharf-{}-", disk::hex(&Sha256::digest(into.as_os_str().as_encoded_bytes())));
+        let group = format!("{folder}{}", running.jobs.fetch_add(1, Ordering::Relaxed));
+        Self { running: Arc::clone(running), folder, group, goes_on: false }
     }
 
     /// It is asked for now. Whether rclone heard that, nobody knows until it answers.
@@ -59,8 +67,8 @@ impl Job {
         self.goes_on = true;
     }
 
-    /// Bytes that rclone has copied for this folder so far, in all tries.
-    pub(super) async fn bytes(&self, asked: &Asked, remote: &Remote) -> Result<u64, Trouble> {
+    /// Bytes that rclone has copied so far.
+    async fn bytes(&self, asked: &Asked, remote: &Remote) -> Result<u64, Trouble> {
         let stats = ask(&self.running, asked, remote, "core/stats", &json!({ "group": self.group })).await?;
         Ok(number(&stats, "bytes").unwrap_or_default())
     }
@@ -72,8 +80,8 @@ impl Job {
             cure: Cure::Time,
         };
         let waited = async {
-            while self.busy().await? {
-                self.running.address.call("job/stopgroup", &json!({ "group": self.group })).await?;
+            while let Some(group) = self.busy().await? {
+                self.running.address.call("job/stopgroup", &json!({ "group": group })).await?;
                 tokio::time::sleep(LOOK.0).await;
             }
             Ok(())
@@ -85,22 +93,25 @@ impl Job {
         }
     }
 
-    /// Whether a job of the group has not ended.
-    async fn busy(&self) -> Result<bool, CallError> {
+    /// The name of a job of the folder that has not ended.
+    async fn busy(&self) -> Result<Option<String>, CallError> {
         let list = self.running.address.call("job/list", &json!({})).await?;
         // Every call is a job, and those that ended stay listed for a while. Older ones don't tell them apart.
         let ids = list.get("runningIds").or_else(|| list.get("jobids"));
         for id in ids.and_then(Value::as_array).into_iter().flatten() {
             match self.running.address.call("job/status", &json!({ "jobid": id })).await {
-                Ok(status) if status["group"] == json!(self.group) && status["finished"] != json!(true) => {
-                    return Ok(true);
+                Ok(status) if status["finished"] != json!(true) => {
+                    let group = status["group"].as_str().filter(|group| group.starts_with(&self.folder));
+                    if let Some(group) = group {
+                        return Ok(Some(group.to_owned()));
+                    }
                 }
                 // One that ended is forgotten after a while.
                 Ok(_) | Err(CallError::Failed(_)) => {}
                 Err(gone @ CallError::Gone(_)) => return Err(gone),
             }
         }
-        Ok(false)
+        Ok(None)
     }
 
     /// Waits for the job `id`. `tell` is told of its bytes, and says whether they may be too many. Whoever sets the

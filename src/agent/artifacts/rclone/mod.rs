@@ -108,13 +108,11 @@ impl RcloneSource {
             ("sync/copy", json!({ "srcFs": remote.whole(), "dstFs": into }))
         };
         (input["_async"], input["_group"]) = (json!(true), json!(job.group));
-        let before = job.bytes(asked, remote).await?;
         job.started();
         let answer = ask(&running, asked, remote, method, &input).await?;
         let id = number(&answer, "jobid");
         let id = id.ok_or_else(|| bad(format!("{}: rclone's answer names no job", asked.shown)))?;
-        let copied = job.finish(id, asked, remote, (&into, request.limits), |bytes| {
-            let done = bytes.saturating_sub(before);
+        let copied = job.finish(id, asked, remote, (&into, request.limits), |done| {
             progress(Progress { done, total });
             // Files of an earlier try that are written anew count twice until they are looked at.
             there.saturating_add(done) > request.limits.bytes

@@ -9,7 +9,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -90,6 +90,8 @@ struct State {
 #[derive(Debug)]
 pub(super) struct Running {
     pub(super) address: Address,
+    /// How many jobs have got their names.
+    pub(super) jobs: AtomicU64,
     stops: mpsc::Sender<String>,
     /// Closed when dropped, which ends the program.
     _alive: Option<ChildStdin>,
@@ -282,7 +284,7 @@ fn run(address: Address, alive: Option<ChildStdin>, mut said: Said) -> Running {
             }
         }
     });
-    Running { address, stops, _alive: alive, _tasks: tasks }
+    Running { address, jobs: AtomicU64::new(0), stops, _alive: alive, _tasks: tasks }
 }
 
 fn failed(message: String) -> Failure {
