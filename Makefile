@@ -2,7 +2,7 @@
 # CARGO_TARGET_DIR is respected.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-mlserver reload-overhead test prove lint fmt clippy doc clients servers
+.PHONY: help demo demo-mlserver reload-overhead test prove bench bench-quick soak lint fmt clippy doc clients servers
 
 CARGO ?= cargo
 target := $(or $(CARGO_TARGET_DIR),target)
@@ -29,13 +29,25 @@ prove: clients servers ## every test in full counts; writes docs/proof.md from s
 	rm -f docs/proof.md
 	WHARF_PROVE=1 WHARF_PROOF=$(CURDIR)/docs/proof.md $(CARGO) test --no-fail-fast
 
+bench: ## every figure beside its goal and its rival; keeps them under benches/results
+	$(CARGO) build --release --workspace
+	$(target)/release/wharf-bench run
+
+bench-quick: ## a few minutes of it: fails where a ratio is worse than in the last result that was kept
+	$(CARGO) build --release --workspace
+	$(target)/release/wharf-bench run --quick
+
+soak: ## half an hour of everything at once, with 10,000 models; says what is left of it
+	$(CARGO) build --release --workspace
+	$(target)/release/wharf-bench soak
+
 lint: fmt clippy doc ## formatting, clippy and documentation, warnings denied
 
 fmt:
-	$(CARGO) fmt --check
+	$(CARGO) fmt --all --check
 
 clippy:
-	$(CARGO) clippy --all-targets -- -D warnings
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 doc:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps

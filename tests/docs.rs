@@ -26,11 +26,14 @@ use wharf::{
 };
 
 /// Blocks that no test can run as they are, each with where what they say is run all the same.
-const NOT_RUN: [(&str, &str); 7] = [
+const NOT_RUN: [(&str, &str); 10] = [
     ("make demo\n", "it builds and runs `wharf demo`, as tests/demo.rs does"),
     ("make demo-mlserver\n", "it builds and runs `wharf demo` with what it installs, as tests/demo.rs does"),
     ("make reload-overhead\n", "it runs tests/overhead.rs in full counts"),
     ("make lint\n", "it is run beside the tests, not within them"),
+    ("make bench\n", "it takes the machine for itself, for many minutes"),
+    ("make soak\n", "it takes the machine for itself, for half an hour"),
+    ("make bench-quick\n", "it takes the machine for itself"),
     ("make test\n", "it is what runs this test"),
     ("cargo install --path .\n", "building is what comes before this test"),
     ("cargo deny check\n", "it needs the advisory database from the network; deny_toml_is_read checks the file"),
@@ -456,7 +459,7 @@ fn product(folder: &Path, text: &mut String) {
 #[test]
 fn the_page_of_metrics_names_what_is_exported_and_nothing_else() {
     let page = read("docs/metrics.md");
-    let named: BTreeSet<String> = ["## The scheduler", "## A gateway", "## An agent"]
+    let named: BTreeSet<String> = ["## Every process", "## The scheduler", "## A gateway", "## An agent"]
         .iter()
         .filter(|heading| page.contains(**heading))
         .flat_map(|heading| first_cells(&page, heading))

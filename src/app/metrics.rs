@@ -18,6 +18,18 @@ fn counter(name: &'static str, help: &'static str, labels: Vec<(&'static str, St
     Sample { name, help, labels, value, grows: true }
 }
 
+/// What the process itself has, whatever its roles.
+///
+/// # Panics
+/// Outside an asynchronous runtime.
+pub fn expose_process(metrics: &Metrics) {
+    let runtime = tokio::runtime::Handle::current();
+    metrics.expose(Box::new(move || {
+        let tasks = runtime.metrics().num_alive_tasks() as u64;
+        vec![gauge("wharf_tasks", "Tasks of connections, sessions and requests that are alive", vec![], tasks)]
+    }));
+}
+
 /// Models, copies and replicas by state, and memory by replica.
 pub fn expose_scheduler(metrics: &Metrics, links: &Arc<Links>) {
     let links = Arc::clone(links);

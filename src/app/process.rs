@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     World,
     fleet::Fleet,
-    metrics::{expose_agent, expose_gateway, expose_scheduler},
+    metrics::{expose_agent, expose_gateway, expose_process, expose_scheduler},
     origins::Origins,
     page::Page,
     replica::{self, DoorAt},
@@ -118,6 +118,9 @@ pub struct Places {
 
 impl Process {
     /// A process with these settings, that ends when `shutdown` is cancelled, or by `fatal` when it can't go on.
+    ///
+    /// # Panics
+    /// Outside an asynchronous runtime.
     #[must_use]
     pub fn new(settings: Settings, roles: &[Role], shutdown: CancellationToken, fatal: Fatal) -> Self {
         let network: Arc<dyn Network> = Arc::new(TcpNetwork);
@@ -125,6 +128,7 @@ impl Process {
         let options = ClientOptions { connect_timeout: settings.gateway.connect_timeout, ..ClientOptions::default() };
         let connections = Connections::new(Arc::clone(&network), Arc::clone(&clock), options);
         let metrics = Arc::new(Metrics::new(roles, settings.metrics.per_model));
+        expose_process(&metrics);
         let fatal = Fatally(fatal);
         let tasks = JoinSet::new();
         let origins = Origins::default();

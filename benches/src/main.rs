@@ -1,0 +1,230 @@
+//! What is fast in Wharf, and against whom: `make bench` measures, prints one table, and keeps it.
+//!
+//! # Method
+//!
+//! - The programs are those that people run: `wharf` of the release profile and Envoy of its own release, each a process
+//!   of its own with its settings at their defaults. Only what stands around them is made here: the load, the backend
+//!   that answers with what it was asked, the scheduler's side of the stream of routes ([`routes`]), and a forwarder
+//!   that does nothing else ([`floor`]).
+//! - What is measured has one core, and everything else the other one. CPU time is what the kernel counted for the
+//!   process's threads, not what a clock saw; so it holds on a machine that is busy with other things too.
+//! - The load is a closed loop over connections that are kept. A request that fails ends the run.
+//! - Contestants take turns, round by round. A figure is the median of its rounds; ± is half the distance between their
+//!   quartiles. A ratio is taken round by round too, and has a spread of its own.
+//! - Times belong to one machine, so `make bench-quick` compares ratios with the last result that was kept, and fails
+//!   where one became worse by more than the noise of both runs.
+//!
+//! Results are kept in `benches/results`, by date and commit.
+
+mod backend;
+mod control;
+mod envoy;
+mod fleet;
+mod floor;
+mod gateway;
+mod load;
+mod models;
+mod placement;
+mod plot;
+mod proc;
+mod raw;
+mod report;
+mod routes;
+mod soak;
+mod up;
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+    time::Instant,
+};
+
+use anyhow::{Context as _, ensure};
+use clap::{Parser, Subcommand};
+
+use self::{
+    gateway::{Places, Scale},
+    report::{Report, Row},
+};
+
+/// Set in the environment of the process that is on its core.
+const PINNED: &str = "WHARF_BENCH_PINNED";
+/// Where results are kept.
+const RESULTS: &str = "benches/results";
+/// Where people read them, and between which marks.
+const PLOTS: &str = "docs/plots";
+const PAGE: &str = "docs/performance.md";
+const TABLE: &str = "table";
+const SOAK: &str = "soak";
+
+#[derive(Debug, Parser)]
+#[command(about = "What is fast in Wharf, and against whom")]
+struct Arguments {
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// Measures, prints the table, and keeps it.
+    Run {
+        /// Fewer points and shorter rounds; compares with what was kept, and keeps nothing.
+        #[arg(long)]
+        quick: bool,
+        /// A million models too; it takes 8 GiB and some minutes.
+        #[arg(long)]
+        huge: bool,
+        /// Only these parts: gateway, placement, control, start, overcommit.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<String>,
+    },
+    /// Runs everything at once for half an hour, and looks what is left.
+    Soak {
+        #[arg(long, default_value_t = 30)]
+        minutes: u64,
+        #[arg(long, default_value_t = 10_000)]
+        models: usize,
+    },
+    /// Answers with what it was asked.
+    #[command(hide = true)]
+    Backend { at: SocketAddr },
+    /// Plays a scheduler with its agents.
+    #[command(hide = true)]
+    Control {
+        dir: PathBuf,
+        #[command(flatten)]
+        fleet: fleet::Fleet,
+    },
+    /// Forwards and does nothing else.
+    #[command(hide = true)]
+    Floor { rest: SocketAddr, grpc: SocketAddr, to: SocketAddr },
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().role {
+        Role::Run { quick, huge, only } => run(quick, huge, &only),
+        Role::Soak { minutes, models } => soak(minutes, models),
+        Role::Backend { at } => alone(backend::serve(at)),
+        Role::Control { dir, fleet } => self::fleet::play(&dir, fleet),
+        Role::Floor { rest, grpc, to } => alone(floor::serve(rest, grpc, to)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a part that ends with whoever started it, on one thread.
+fn alone(part: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    proc::end_with_parent();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    tokio::task::LocalSet::new().block_on(&runtime, part)
+}
+
+/// Runs `part` on the load's core, with what it needs, and prints the table of what it reports.
+fn pinned(
+    plots: Option<&str>,
+    part: impl FnOnce(&Places, &mut Report) -> anyhow::Result<()>,
+) -> anyhow::Result<Report> {
+    let this = std::env::current_exe()?;
+    if std::env::var_os(PINNED).is_none() {
+        let words = std::env::args_os().skip(1);
+        let mut pinned = Command::new("taskset");
+        pinned.arg("-c").arg(proc::LOAD_CORE.to_string()).arg(&this).args(words).env(PINNED, "1");
+        return Err(pinned.exec()).context("can't start taskset (of util-linux)");
+    }
+    let began = Instant::now();
+    ensure!(Path::new("benches/Cargo.toml").exists(), "run it where Wharf's Cargo.toml is");
+    let wharf = this.with_file_name("wharf");
+    ensure!(wharf.exists(), "{} is not built: cargo build --release", wharf.display());
+    let dir = std::env::temp_dir().join(format!("wharf-bench-{}", std::process::id()));
+    fs::create_dir_all(&dir)?;
+    let mut report = Report::begin();
+    part(&Places { wharf, this, dir: dir.clone(), plots: plots.map(PathBuf::from) }, &mut report)?;
+    report.seconds = began.elapsed().as_secs_f64();
+    println!("\n{}\n{}", report.table(), report.origin());
+    fs::remove_dir_all(&dir)?;
+    Ok(report)
+}
+
+fn run(quick: bool, huge: bool, only: &[String]) -> anyhow::Result<()> {
+    let results = Path::new(RESULTS);
+    let report = pinned((!quick).then_some(PLOTS), |places, report| {
+        let wanted = |part: &str| only.is_empty() || only.iter().any(|wanted| wanted == part);
+        if wanted("gateway") {
+            let scale = if quick { Scale::quick() } else { Scale::full() };
+            gateway::measure(places, &scale, report)?;
+        }
+        if wanted("placement") {
+            placement::measure(places, quick, report)?;
+        }
+        if wanted("control") {
+            control::measure(places, quick, huge, report)?;
+        }
+        if wanted("start") {
+            up::start(places, quick, report)?;
+        }
+        if wanted("overcommit") {
+            up::overcommit(places, quick, report)?;
+        }
+        Ok(())
+    })?;
+    if quick {
+        return compare(&report, results);
+    }
+    if only.is_empty() {
+        page(Path::new(PAGE), TABLE, &report)?;
+    }
+    println!("kept as {}", report.keep(results)?.display());
+    Ok(())
+}
+
+fn soak(minutes: u64, models: usize) -> anyhow::Result<()> {
+    let report = pinned(None, |places, report| soak::run(places, minutes, models, report))?;
+    page(Path::new(PAGE), SOAK, &report)?;
+    println!("kept as {}", report.keep(&Path::new(RESULTS).join("soak"))?.display());
+    Ok(())
+}
+
+/// One row on one line, while it is measured.
+fn line(row: &Row) -> String {
+    let rival = row.rival.as_ref().map_or_else(String::new, |rival| {
+        format!(
+            "{} {:.1}, ratio {:.3} ±{:.1} %",
+            rival.name,
+            rival.measure.median,
+            rival.ratio.median,
+            rival.ratio.spread * 100.0
+        )
+    });
+    let met = row.met().map_or("", |met| if met { "met" } else { "MISSED" });
+    format!("{:<60} {:>10.1} {:<6} {rival} {met}", row.what, row.wharf.median, row.unit)
+}
+
+fn compare(report: &Report, results: &Path) -> anyhow::Result<()> {
+    let Some(before) = Report::last(results)? else {
+        println!("nothing to compare with: `make bench` keeps a result");
+        return Ok(());
+    };
+    let worse = report.worse_than(&before);
+    println!("compared with {} at {}", before.date, before.commit);
+    ensure!(worse.is_empty(), "worse than before:\n{}", worse.join("\n"));
+    println!("no ratio is worse than its noise explains");
+    Ok(())
+}
+
+/// Puts the table of `report` into the page, between the marks named `mark`.
+fn page(path: &Path, mark: &str, report: &Report) -> anyhow::Result<()> {
+    let Ok(text) = fs::read_to_string(path) else { return Ok(()) };
+    let (begin, end) = (format!("<!-- {mark} -->\n"), format!("<!-- end of {mark} -->\n"));
+    let (Some(from), Some(to)) = (text.find(&begin).map(|at| at + begin.len()), text.find(&end)) else { return Ok(()) };
+    let table = format!("\n{}\n\n{}\n", report.origin(), report.table());
+    fs::write(path, format!("{}{table}{}", &text[..from], &text[to..]))?;
+    Ok(())
+}

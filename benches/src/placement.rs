@@ -1,0 +1,159 @@
+//! What a decision of the placement costs as the fleet grows: the domain's own function, on one thread, beside itself in
+//! a small fleet and beside a scan.
+//!
+//! The scan is what a scheduler without an index does: it asks every replica whether it is well, capable and has room, and
+//! takes the one with the most of it. All that it asks lies side by side in memory; so it is faster than one that asks
+//! objects, and it keeps no account of what it decides.
+
+use std::time::Instant as Watch;
+
+use anyhow::Context as _;
+use wharf::domain::{
+    memory::{Bytes, Resources},
+    names::{ModelName, ReplicaId, ServerName},
+    placement::{Capabilities, Placement, PlacementRequest, ReplicaFacts},
+    replica::ReplicaState,
+    time::Instant,
+    version::{Generation, Uid, Version},
+};
+
+use crate::{
+    gateway::Places,
+    models::Random,
+    plot,
+    report::{Goal, Report, row},
+};
+
+/// Replicas in each server.
+const SERVER: usize = 10;
+/// Bytes of each replica; copies take from 1 to 10.
+const CAPACITY: u64 = 1000;
+const NOW: Instant = Instant::from_micros(1_800_000_000_000_000);
+
+/// A fleet of which `full` percent are registered.
+fn fleet(replicas: usize, full: u64) -> anyhow::Result<Placement> {
+    let mut placement = Placement::default();
+    let capabilities = Capabilities::new(["onnx"]);
+    let mut random = Random(replicas as u64);
+    for number in 0..replicas {
+        let server = ServerName::new(&format!("server-{:05}", number / SERVER))?;
+        if number % SERVER == 0 {
+            placement.upsert_server(server.clone(), None);
+        }
+        let id = ReplicaId::new(server, (number % SERVER) as u32);
+        let facts = ReplicaFacts {
+            reported: Some(Resources::primary(Bytes(CAPACITY))),
+            capabilities: capabilities.clone(),
+            state: ReplicaState::Available,
+            runtime: "bench".to_owned(),
+            ..ReplicaFacts::default()
+        };
+        placement.upsert_replica(&id, facts);
+        // A few large copies; how full it is differs from replica to replica.
+        let target = full * CAPACITY / 100;
+        let mut left = target.saturating_sub(random.below(20) * u64::from(target > 100));
+        for part in 0..4 {
+            let need = if part == 3 { left } else { left / 2 };
+            left -= need;
+            if need > 0 {
+                let copy = (number * 4 + part) as u64;
+                let model = ModelName::new(&format!("held-{copy}"))?;
+                let generation = Generation { uid: Uid(copy + 1), version: Version(1), number: 1 };
+                placement.restore(&model, generation, &id, Resources::primary(Bytes(need)))?;
+            }
+        }
+    }
+    Ok(placement)
+}
+
+fn request(number: u64, random: &mut Random) -> anyhow::Result<PlacementRequest> {
+    let generation = Generation { uid: Uid((1 << 40) + number), version: Version(1), number: 1 };
+    let need = Resources::primary(Bytes(1 + random.below(10)));
+    let model = ModelName::new(&format!("asks-{number}"))?;
+    Ok(PlacementRequest { requirements: Capabilities::new(["onnx"]), ..PlacementRequest::new(model, generation, need) })
+}
+
+/// Microseconds for each of `count` decisions in a fleet that stays as full as it is.
+fn decide(placement: &mut Placement, count: u64) -> anyhow::Result<f64> {
+    let mut random = Random(7);
+    let mut spent = std::time::Duration::ZERO;
+    for number in 0..count {
+        let request = request(number, &mut random)?;
+        let began = Watch::now();
+        let decision = placement.place(&request, NOW);
+        spent += began.elapsed();
+        decision.replica().context("there is room for it")?;
+        placement.release(&request.model, request.generation);
+    }
+    Ok(spent.as_secs_f64() * 1e6 / count as f64)
+}
+
+/// A replica as the scan sees it.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    available: bool,
+    capabilities: u64,
+    room: u64,
+}
+
+/// Microseconds for each of `count` decisions by a scan of `replicas`.
+fn scan(replicas: usize, full: u64, count: u64) -> f64 {
+    let mut random = Random(replicas as u64);
+    let seen: Vec<Seen> = (0..replicas)
+        .map(|_| Seen { available: true, capabilities: 1, room: CAPACITY - full * CAPACITY / 100 + random.below(20) })
+        .collect();
+    let mut spent = std::time::Duration::ZERO;
+    for _ in 0..count {
+        let need = 1 + random.below(10);
+        let began = Watch::now();
+        let fit = seen.iter().enumerate().filter(|(_, seen)| {
+            std::hint::black_box(seen).available && seen.capabilities & 1 == 1 && seen.room >= need
+        });
+        std::hint::black_box(fit.max_by_key(|(_, seen)| seen.room));
+        spent += began.elapsed();
+    }
+    spent.as_secs_f64() * 1e6 / count as f64
+}
+
+/// All of it.
+pub(crate) fn measure(places: &Places, quick: bool, report: &mut Report) -> anyhow::Result<()> {
+    let (count, rounds) = if quick { (2000, 5) } else { (20_000, 7) };
+    let mut lines = Vec::new();
+    for (full, name) in [(0, "empty"), (50, "half full"), (95, "nearly full")] {
+        let sizes: &[usize] = if quick { &[100, 10_000] } else { &[10, 100, 1000, 10_000] };
+        let mut fleets = sizes.iter().map(|size| fleet(*size, full)).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut times = vec![Vec::new(); sizes.len()];
+        let mut scans = times.clone();
+        for _ in 0..rounds {
+            for (at, fleet) in fleets.iter_mut().enumerate() {
+                times[at].push(decide(fleet, count)?);
+                scans[at].push(scan(sizes[at], full, count.min(20_000_000 / sizes[at] as u64)));
+            }
+        }
+        let few = sizes.iter().position(|size| *size == 100).map(|at| times[at].clone()).unwrap_or_default();
+        for (size, times) in sizes.iter().zip(&times) {
+            let what = format!("a decision among {size} replicas, {name}");
+            let goal = (*size == 10_000).then(|| Goal::ratio_at_most(1.5));
+            let beside = row(&what, "us", times, Some(("100 replicas", &few)), goal);
+            plot::add(&mut lines, &format!("Wharf, {name}"), *size as f64, beside.wharf.median);
+            println!("{}", crate::line(&beside));
+            report.rows.push(beside);
+        }
+        for ((size, times), scans) in sizes.iter().zip(&times).zip(&scans) {
+            let what = format!("a decision among {size} replicas, {name}");
+            let beside = row(&what, "us", times, Some(("a scan", scans)), None);
+            if full == 50
+                && let Some(rival) = &beside.rival
+            {
+                plot::add(&mut lines, "a scan", *size as f64, rival.measure.median);
+            }
+            println!("{}", crate::line(&beside));
+            report.rows.push(beside);
+        }
+    }
+    if let Some(plots) = &places.plots {
+        let title = "Time per decision by number of replicas";
+        plot::draw(&plots.join("placement-cost.svg"), title, "replicas", "us", &lines)?;
+    }
+    Ok(())
+}
