@@ -22,7 +22,7 @@ use std::{
 };
 
 use futures::{FutureExt as _, future::BoxFuture};
-use http::{HeaderValue, Method, StatusCode};
+use http::{Method, StatusCode};
 use prost::Message as _;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -181,9 +181,7 @@ impl Gateway {
     fn traced(&self, mut request: Request) -> Request {
         if !request.headers().contains_key(TRACEPARENT) {
             let context = TraceContext::root(&mut || self.random.next(), false);
-            if let Ok(value) = HeaderValue::try_from(context.to_string()) {
-                request.headers_mut().insert(TRACEPARENT, value);
-            }
+            request.headers_mut().insert(TRACEPARENT, context.header());
         }
         request
     }

@@ -38,6 +38,7 @@ use crate::{
         replay::{Replay, SizeLimit},
         respond::too_large,
     },
+    telemetry::trace::random_id,
 };
 
 /// Under which name the door is to serve the request.
@@ -174,8 +175,7 @@ impl Gateway {
         if let Some(id) = headers.get(REQUEST_ID) {
             return id.clone();
         }
-        let id = hex(&[self.random.next(), self.random.next()]);
-        let id = HeaderValue::from_maybe_shared(bytes::Bytes::from(id)).unwrap_or(HeaderValue::from_static(""));
+        let id = random_id(&mut || self.random.next());
         headers.insert(REQUEST_ID, id.clone());
         id
     }
@@ -394,14 +394,4 @@ fn identified(mut response: Response, id: HeaderValue) -> Response {
 
 fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
-}
-
-/// Sixteen digits for each word.
-fn hex(words: &[u64]) -> Vec<u8> {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut text = Vec::with_capacity(words.len() * 16);
-    for byte in words.iter().flat_map(|word| word.to_be_bytes()) {
-        text.extend([DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
-    }
-    text
 }

@@ -78,7 +78,7 @@ pub(super) fn pick<'e>(
     let begun = || entry.shares.iter().find(|s| open(s) && tried.last().is_some_and(|last| last.version == s.version));
     let share = match same.or_else(begun) {
         Some(share) => share,
-        None => match entry.shares.as_ref() {
+        None => match entry.shares.as_slice() {
             [only] if open(only) => only,
             shares => {
                 let weights = shares.iter().map(|share| open(share).then_some(share.weight));
@@ -86,7 +86,7 @@ pub(super) fn pick<'e>(
             }
         },
     };
-    let place = match share.places.as_ref() {
+    let place = match share.places.as_slice() {
         [only] => only,
         places => {
             let suspect = |place: &Place| {

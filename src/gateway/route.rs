@@ -8,8 +8,9 @@
 //! change makes is marked only after its last shard ([`Epochs`]).
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    hash::{BuildHasherDefault, Hasher},
+    borrow::Borrow,
+    collections::{BTreeMap, HashSet},
+    hash::{BuildHasherDefault, Hash, Hasher},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -17,7 +18,9 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use http::HeaderValue;
+use smallvec::SmallVec;
 use tokio::sync::watch;
 
 use super::{
@@ -36,7 +39,31 @@ use crate::{
 /// A power of two.
 const SHARDS: usize = 4096;
 
-type Shard = HashMap<ModelName, Arc<Entry>, BuildHasherDefault<Fnv>>;
+type Shard = HashSet<Named, BuildHasherDefault<Fnv>>;
+
+/// An entry that is found by its model's name.
+#[derive(Clone, Debug)]
+struct Named(Arc<Entry>);
+
+impl Borrow<str> for Named {
+    fn borrow(&self) -> &str {
+        self.0.model.as_str()
+    }
+}
+
+impl Hash for Named {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.model.as_str().hash(state);
+    }
+}
+
+impl PartialEq for Named {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.model == other.0.model
+    }
+}
+
+impl Eq for Named {}
 
 /// Routes of all models.
 #[derive(Debug)]
@@ -66,11 +93,12 @@ pub(super) enum Missing {
     Unknown,
 }
 
-/// One model's route, ready for requests.
+/// One model's route, ready for requests. With one version of one copy, as most have, it is one piece of memory and
+/// one more with its texts: of many models, none is likely to be in the processor's cache.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) model: ModelName,
-    pub(super) shares: Box<[Share]>,
+    pub(super) shares: SmallVec<[Share; 1]>,
     pub(super) absence: Absence,
 }
 
@@ -83,7 +111,7 @@ pub(super) struct Share {
     pub(super) served: HeaderValue,
     /// What clients see of it: `:iris_2:`.
     pub(super) sticky: HeaderValue,
-    pub(super) places: Box<[Place]>,
+    pub(super) places: SmallVec<[Place; 1]>,
 }
 
 /// One endpoint.
@@ -117,7 +145,7 @@ impl Table {
 
     /// The route of the model named `name`.
     pub(super) fn get(&self, name: &str) -> Option<Arc<Entry>> {
-        self.shards[shard_of(name)].load().get(name).cloned()
+        self.shards[shard_of(name)].load().get(name).map(|named| Arc::clone(&named.0))
     }
 
     /// The route of the model named `name`. Who finds none waits for the change that is being applied, if there is
@@ -135,7 +163,7 @@ impl Table {
 
     /// Whether there is a route for `name`.
     pub(super) fn knows(&self, name: &str) -> bool {
-        self.shards[shard_of(name)].load().contains_key(name)
+        self.shards[shard_of(name)].load().contains(name)
     }
 
     /// Waits for a route of `entry`'s model other than `entry`. `None` when the model has none any more.
@@ -159,11 +187,10 @@ impl Table {
         let mut shards: Vec<Shard> = (0..SHARDS).map(|_| Shard::default()).collect();
         for route in snapshot.routes {
             let shard = shard_of(route.model.as_str());
-            let before = self.shards[shard].load().get(route.model.as_str()).cloned();
-            let entry = self.entry(route, before.as_deref());
-            shards[shard].insert(entry.model.clone(), entry);
+            let before = self.get(route.model.as_str());
+            shards[shard].insert(Named(self.entry(route, before.as_deref())));
         }
-        held.models = shards.iter().map(HashMap::len).sum();
+        held.models = shards.iter().map(HashSet::len).sum();
         for (shard, new) in shards.into_iter().enumerate() {
             self.put(shard, new);
         }
@@ -187,12 +214,11 @@ impl Table {
             let before = self.shards[shard].load_full();
             let mut after = Shard::clone(&before);
             for route in routes {
-                let known = before.get(&route.model);
-                let entry = self.entry(route, known.map(Arc::as_ref));
-                after.insert(entry.model.clone(), entry);
+                let known = before.get(route.model.as_str()).map(|named| named.0.as_ref());
+                after.replace(Named(self.entry(route, known)));
             }
             for model in removed {
-                after.remove(&model);
+                after.remove(model.as_str());
             }
             held.models = held.models + after.len() - before.len();
             self.put(shard, after);
@@ -224,8 +250,11 @@ impl Table {
             let mut places = shares.flat_map(|share| share.places.iter());
             places.find(|place| place.generation == generation).map(|place| Arc::clone(&place.pulse))
         };
+        let mut texts = Texts::new(&route);
         let shares = route.targets.into_iter().map(|target| {
+            let sticky = texts.next();
             let places = target.endpoints.into_iter().filter_map(|endpoint| {
+                let copy = texts.next();
                 let door = match self.doors.get(&endpoint.door) {
                     Ok(door) => door,
                     Err(error) => {
@@ -237,19 +266,20 @@ impl Table {
                 pulse.resident.store(endpoint.resident, Ordering::Relaxed);
                 Some(Place {
                     generation: endpoint.generation,
-                    copy: header(&endpoint.generation.to_string()),
+                    copy: header(copy),
                     replica: endpoint.replica,
                     door,
                     pulse,
                 })
             });
-            let served = served_name(&route.model, target.version);
+            let places = places.collect();
+            let served = sticky.slice(1..sticky.len() - 1);
             Share {
                 version: target.version,
                 weight: target.weight,
-                sticky: header(&format!(":{served}:")),
-                served: header(&served),
-                places: places.collect(),
+                sticky: header(sticky),
+                served: header(served),
+                places,
             }
         });
         Arc::new(Entry { shares: shares.collect(), model: route.model.clone(), absence: route.absence })
@@ -283,7 +313,7 @@ impl Table {
             while occupied != 0 {
                 let shard = &shards[occupied.trailing_zeros() as usize];
                 occupied &= occupied - 1;
-                if !shard.load().values().all(&mut visit) {
+                if !shard.load().iter().all(|named| visit(&named.0)) {
                     return;
                 }
             }
@@ -295,9 +325,38 @@ impl Table {
     }
 }
 
+/// The values of a route's headers, side by side in one piece of memory: for each version, what clients see of it, then
+/// each of its copies.
+struct Texts {
+    all: Bytes,
+    ends: std::vec::IntoIter<usize>,
+    from: usize,
+}
+
+impl Texts {
+    fn new(route: &Route) -> Self {
+        let (mut all, mut ends) = (String::new(), Vec::new());
+        for target in &route.targets {
+            all += &format!(":{}:", served_name(&route.model, target.version));
+            ends.push(all.len());
+            for endpoint in &target.endpoints {
+                all += &endpoint.generation.to_string();
+                ends.push(all.len());
+            }
+        }
+        Self { all: all.into(), ends: ends.into_iter(), from: 0 }
+    }
+
+    fn next(&mut self) -> Bytes {
+        let from = self.from;
+        self.from = self.ends.next().unwrap_or(from);
+        self.all.slice(from..self.from)
+    }
+}
+
 /// Names and numbers that were checked are valid in a header.
-fn header(text: &str) -> HeaderValue {
-    HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static(""))
+fn header(text: Bytes) -> HeaderValue {
+    HeaderValue::from_maybe_shared(text).unwrap_or(HeaderValue::from_static(""))
 }
 
 /// FNV-1a: short keys, and the same order in every run, so that a simulation can be repeated. The names in the

@@ -2,8 +2,11 @@
 
 use std::fmt;
 
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue};
+
 /// The header that carries a [`TraceContext`].
-pub const TRACEPARENT: &str = "traceparent";
+pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Where a request stands in its trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +47,19 @@ impl TraceContext {
         Self { trace_id: id.max(1).to_be_bytes(), span_id: span_id(random), sampled }
     }
 
+    /// As the header has it.
+    #[must_use]
+    pub fn header(&self) -> HeaderValue {
+        let mut text = Vec::with_capacity(55);
+        text.extend(b"00-");
+        digits(&mut text, &self.trace_id);
+        text.push(b'-');
+        digits(&mut text, &self.span_id);
+        text.push(b'-');
+        digits(&mut text, &[u8::from(self.sampled)]);
+        unique(text)
+    }
+
     /// A span below this one, with its id from `random`.
     #[must_use]
     pub fn child(&self, random: &mut dyn FnMut() -> u64) -> Self {
@@ -53,6 +69,31 @@ impl TraceContext {
 
 fn span_id(random: &mut dyn FnMut() -> u64) -> [u8; 8] {
     random().max(1).to_be_bytes()
+}
+
+/// Sixteen random bytes, as the value of a header.
+pub fn random_id(random: &mut dyn FnMut() -> u64) -> HeaderValue {
+    let mut text = Vec::with_capacity(32);
+    for _ in 0..2 {
+        digits(&mut text, &random().to_be_bytes());
+    }
+    unique(text)
+}
+
+/// A value that no other request has. HTTP/2 keeps values of earlier requests in a table, to refer to them; this
+/// one would only take the place of others there, so it is marked as one to leave out.
+fn unique(digits: Vec<u8>) -> HeaderValue {
+    let mut value = HeaderValue::from_maybe_shared(Bytes::from(digits)).unwrap_or(HeaderValue::from_static(""));
+    value.set_sensitive(true);
+    value
+}
+
+/// Adds two digits for each byte.
+fn digits(text: &mut Vec<u8>, bytes: &[u8]) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    for byte in bytes {
+        text.extend([DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+    }
 }
 
 /// The span of a request at one hop, with the trace that its headers name. Spans are made at debug level:
@@ -69,14 +110,11 @@ pub fn request_span(hop: &'static str, headers: &http::HeaderMap) -> tracing::Sp
     if !span.is_disabled()
         && let Some(context) = headers.get(TRACEPARENT).and_then(|value| TraceContext::parse(value.to_str().ok()?))
     {
-        span.record("trace_id", hex(&context.trace_id).as_str());
-        span.record("parent_span", hex(&context.span_id).as_str());
+        let text = context.to_string();
+        span.record("trace_id", &text[3..35]);
+        span.record("parent_span", &text[36..52]);
     }
     span
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl fmt::Display for TraceContext {
@@ -131,6 +169,7 @@ mod tests {
             prop_assert_eq!(child.trace_id, root.trace_id);
             for context in [root, child] {
                 prop_assert_eq!(TraceContext::parse(&context.to_string()), Some(context));
+                prop_assert_eq!(context.header().to_str().expect("digits"), context.to_string());
             }
         }
 
