@@ -33,7 +33,7 @@ bench: ## every figure beside its goal and its rival; keeps them under benches/r
 	$(CARGO) build --release --workspace
 	$(target)/release/wharf-bench run
 
-bench-quick: ## a few minutes of it: fails where a ratio is worse than in the last result that was kept
+bench-quick: ## a few minutes of it: fails where a ratio, or a count of instructions, is worse than in the last result
 	$(CARGO) build --release --workspace
 	$(target)/release/wharf-bench run --quick
 

@@ -26,7 +26,7 @@ use wharf::{
 };
 
 /// Blocks that no test can run as they are, each with where what they say is run all the same.
-const NOT_RUN: [(&str, &str); 10] = [
+const NOT_RUN: [(&str, &str); 11] = [
     ("make demo\n", "it builds and runs `wharf demo`, as tests/demo.rs does"),
     ("make demo-mlserver\n", "it builds and runs `wharf demo` with what it installs, as tests/demo.rs does"),
     ("make reload-overhead\n", "it runs tests/overhead.rs in full counts"),
@@ -34,6 +34,7 @@ const NOT_RUN: [(&str, &str); 10] = [
     ("make bench\n", "it takes the machine for itself, for many minutes"),
     ("make soak\n", "it takes the machine for itself, for half an hour"),
     ("make bench-quick\n", "it takes the machine for itself"),
+    ("cargo bench -p wharf-bench\n", "it takes the machine for itself; unit tests run the same functions"),
     ("make test\n", "it is what runs this test"),
     ("cargo install --path .\n", "building is what comes before this test"),
     ("cargo deny check\n", "it needs the advisory database from the network; deny_toml_is_read checks the file"),

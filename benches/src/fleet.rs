@@ -60,8 +60,6 @@ const ASKING: usize = 4096;
 /// Memory that each copy is said to need.
 const NEED: u64 = 1 << 20;
 const GATEWAY: &str = "bench";
-/// What an agent says of a copy that answers.
-const ANSWERS: Said = Said::Available { residency: Residency::Resident, measured: None, estimate: None, pinned: false };
 
 /// What one process is to do.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -265,8 +263,8 @@ fn call_all(
     let mut inventories: Vec<Vec<Held>> = (0..fleet.replicas).map(|_| Vec::new()).collect();
     for (model, uid, version, number, replica) in knowledge.held {
         let generation = Generation { uid: Uid(uid), version: Version(version), number };
-        let report = ANSWERS;
-        inventories[replica as usize].push(Held { model: ModelName::new(&model)?, generation, report, order: None });
+        let model = ModelName::new(&model)?;
+        inventories[replica as usize].push(Held { model, generation, report: answers(), order: None });
     }
     // Twice as much as there has to be.
     let each = (fleet.models as u64 * u64::from(fleet.copies)).div_ceil(u64::from(fleet.replicas)) * 2 + 16;
@@ -302,7 +300,12 @@ fn call_all(
                     },
                     _ = beat.tick() => {
                         sequence += 1;
-                        Word::Heartbeat { sequence, resident: Resources::default(), strain: Default::default(), run: None }
+                        Word::Heartbeat {
+                            sequence,
+                            resident: Resources::default(),
+                            strain: Default::default(),
+                            run: None,
+                        }
                     }
                 };
                 spoke.do_send(AgentSpoke { replica: replica.clone(), session: 1, word });
@@ -312,13 +315,18 @@ fn call_all(
     Ok(())
 }
 
+/// What is said of a copy that answers.
+const fn answers() -> Said {
+    Said::Available { residency: Residency::Resident, measured: None, estimate: None, pinned: false }
+}
+
 /// Does what is ordered, at once.
 fn obey(agents: &Agents, index: u32, orders: &[Order]) -> Vec<(ModelName, Generation, Said)> {
     let mut held = agents.held.lock().unwrap_or_else(PoisonError::into_inner);
     let said = orders.iter().map(|order| match order {
         Order::Register { model, generation, .. } => {
             held.push((model.clone(), *generation, index));
-            (model.clone(), *generation, ANSWERS)
+            (model.clone(), *generation, answers())
         }
         Order::Unregister { model, generation, .. } => (model.clone(), *generation, Said::Unloaded),
     });

@@ -13,21 +13,21 @@
 //!   quartiles. A ratio is taken round by round too, and has a spread of its own.
 //! - Times belong to one machine, so `make bench-quick` compares ratios with the last result that was kept, and fails
 //!   where one became worse by more than the noise of both runs.
+//! - How many instructions a hot path takes is the same in every run, nearly ([`count`]). These are compared as they are.
 //!
 //! Results are kept in `benches/results`, by date and commit.
 
 mod backend;
 mod control;
+mod count;
 mod envoy;
 mod fleet;
 mod floor;
 mod gateway;
 mod load;
-mod models;
 mod placement;
 mod plot;
 mod proc;
-mod raw;
 mod report;
 mod routes;
 mod soak;
@@ -44,6 +44,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, Subcommand};
+use wharf_bench::{models, raw};
 
 use self::{
     gateway::{Places, Scale},
@@ -77,7 +78,7 @@ enum Role {
         /// A million models too; it takes 8 GiB and some minutes.
         #[arg(long)]
         huge: bool,
-        /// Only these parts: gateway, placement, control, start, overcommit.
+        /// Only these parts: gateway, placement, count, control, start, overcommit.
         #[arg(long, value_delimiter = ',')]
         only: Vec<String>,
     },
@@ -98,6 +99,9 @@ enum Role {
         #[command(flatten)]
         fleet: fleet::Fleet,
     },
+    /// Does one of the functions that are counted, so many times.
+    #[command(hide = true)]
+    Function { id: String, times: u64 },
     /// Forwards and does nothing else.
     #[command(hide = true)]
     Floor { rest: SocketAddr, grpc: SocketAddr, to: SocketAddr },
@@ -109,6 +113,7 @@ fn main() -> ExitCode {
         Role::Soak { minutes, models } => soak(minutes, models),
         Role::Backend { at } => alone(backend::serve(at)),
         Role::Control { dir, fleet } => self::fleet::play(&dir, fleet),
+        Role::Function { id, times } => count::play(&id, times),
         Role::Floor { rest, grpc, to } => alone(floor::serve(rest, grpc, to)),
     };
     match done {
@@ -164,6 +169,9 @@ fn run(quick: bool, huge: bool, only: &[String]) -> anyhow::Result<()> {
         if wanted("placement") {
             placement::measure(places, quick, report)?;
         }
+        if wanted("count") {
+            count::measure(places, report)?;
+        }
         if wanted("control") {
             control::measure(places, quick, huge, report)?;
         }
@@ -215,7 +223,7 @@ fn compare(report: &Report, results: &Path) -> anyhow::Result<()> {
     let worse = report.worse_than(&before);
     println!("compared with {} at {}", before.date, before.commit);
     ensure!(worse.is_empty(), "worse than before:\n{}", worse.join("\n"));
-    println!("no ratio is worse than its noise explains");
+    println!("no ratio, and no count of instructions, is worse than its noise explains");
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 /// How requests spread over the models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Spread {
+pub enum Spread {
     /// Each as often as any other.
     Uniform,
     /// The k-th most wanted 1/k as often as the first.
@@ -12,7 +12,7 @@ pub(crate) enum Spread {
 }
 
 impl Spread {
-    pub(crate) const fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Uniform => "uniform",
             Self::Zipf => "zipf",
@@ -24,20 +24,20 @@ impl Spread {
 const CHOICES: usize = 1 << 17;
 
 /// The name of the model with this number.
-pub(crate) fn name(number: usize) -> String {
+pub fn name(number: usize) -> String {
     format!("model-{number:06}")
 }
 
 /// Which models are asked for, one after another.
 #[derive(Clone, Debug)]
-pub(crate) struct Picks {
+pub struct Picks {
     names: Arc<[String]>,
     order: Arc<[u32]>,
 }
 
 impl Picks {
     /// Choices among `count` models, the same ones in every run.
-    pub(crate) fn new(count: usize, spread: Spread) -> Self {
+    pub fn new(count: usize, spread: Spread) -> Self {
         let mut random = Random(0x5eed);
         // Who is wanted most has nothing to do with the order of the names.
         let mut ranks: Vec<u32> = (0..count as u32).collect();
@@ -62,22 +62,22 @@ impl Picks {
     }
 
     /// The model of this turn.
-    pub(crate) fn get(&self, turn: usize) -> &str {
+    pub fn get(&self, turn: usize) -> &str {
         &self.names[self.number(turn)]
     }
 
     /// The number of the model of this turn.
-    pub(crate) fn number(&self, turn: usize) -> usize {
+    pub fn number(&self, turn: usize) -> usize {
         self.order[turn % self.order.len()] as usize
     }
 }
 
 /// The same numbers in every run (SplitMix64).
 #[derive(Debug)]
-pub(crate) struct Random(pub(crate) u64);
+pub struct Random(pub u64);
 
 impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
+    fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -86,12 +86,12 @@ impl Random {
     }
 
     /// From 0 to below `bound`.
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+    pub fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
     }
 
     /// From 0 to below 1.
-    pub(crate) fn share(&mut self) -> f64 {
+    pub fn share(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 }

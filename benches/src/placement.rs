@@ -8,70 +8,17 @@
 use std::time::Instant as Watch;
 
 use anyhow::Context as _;
-use wharf::domain::{
-    memory::{Bytes, Resources},
-    names::{ModelName, ReplicaId, ServerName},
-    placement::{Capabilities, Placement, PlacementRequest, ReplicaFacts},
-    replica::ReplicaState,
-    time::Instant,
-    version::{Generation, Uid, Version},
+use wharf::domain::placement::Placement;
+use wharf_bench::{
+    functions::placement::{CAPACITY, NOW, fleet, request},
+    models::Random,
 };
 
 use crate::{
     gateway::Places,
-    models::Random,
     plot,
     report::{Goal, Report, row},
 };
-
-/// Replicas in each server.
-const SERVER: usize = 10;
-/// Bytes of each replica; copies take from 1 to 10.
-const CAPACITY: u64 = 1000;
-const NOW: Instant = Instant::from_micros(1_800_000_000_000_000);
-
-/// A fleet of which `full` percent are registered.
-fn fleet(replicas: usize, full: u64) -> anyhow::Result<Placement> {
-    let mut placement = Placement::default();
-    let capabilities = Capabilities::new(["onnx"]);
-    let mut random = Random(replicas as u64);
-    for number in 0..replicas {
-        let server = ServerName::new(&format!("server-{:05}", number / SERVER))?;
-        if number % SERVER == 0 {
-            placement.upsert_server(server.clone(), None);
-        }
-        let id = ReplicaId::new(server, (number % SERVER) as u32);
-        let facts = ReplicaFacts {
-            reported: Some(Resources::primary(Bytes(CAPACITY))),
-            capabilities: capabilities.clone(),
-            state: ReplicaState::Available,
-            runtime: "bench".to_owned(),
-            ..ReplicaFacts::default()
-        };
-        placement.upsert_replica(&id, facts);
-        // A few large copies; how full it is differs from replica to replica.
-        let target = full * CAPACITY / 100;
-        let mut left = target.saturating_sub(random.below(20) * u64::from(target > 100));
-        for part in 0..4 {
-            let need = if part == 3 { left } else { left / 2 };
-            left -= need;
-            if need > 0 {
-                let copy = (number * 4 + part) as u64;
-                let model = ModelName::new(&format!("held-{copy}"))?;
-                let generation = Generation { uid: Uid(copy + 1), version: Version(1), number: 1 };
-                placement.restore(&model, generation, &id, Resources::primary(Bytes(need)))?;
-            }
-        }
-    }
-    Ok(placement)
-}
-
-fn request(number: u64, random: &mut Random) -> anyhow::Result<PlacementRequest> {
-    let generation = Generation { uid: Uid((1 << 40) + number), version: Version(1), number: 1 };
-    let need = Resources::primary(Bytes(1 + random.below(10)));
-    let model = ModelName::new(&format!("asks-{number}"))?;
-    Ok(PlacementRequest { requirements: Capabilities::new(["onnx"]), ..PlacementRequest::new(model, generation, need) })
-}
 
 /// Microseconds for each of `count` decisions in a fleet that stays as full as it is.
 fn decide(placement: &mut Placement, count: u64) -> anyhow::Result<f64> {

@@ -4,16 +4,16 @@ use anyhow::{Context as _, bail};
 
 /// The head of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Head {
+pub struct Head {
     /// Its bytes, with the empty line.
-    pub(crate) length: usize,
+    pub length: usize,
     /// Bytes of the body.
-    pub(crate) content: u64,
+    pub content: u64,
 }
 
 impl Head {
     /// Reads the head that `bytes` begin with; `None` when it is not whole yet.
-    pub(crate) fn read(bytes: &[u8]) -> anyhow::Result<Option<Self>> {
+    pub fn read(bytes: &[u8]) -> anyhow::Result<Option<Self>> {
         let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else { return Ok(None) };
         let mut content = 0;
         for line in bytes[..end].split(|b| *b == b'\n').skip(1) {

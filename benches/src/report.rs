@@ -233,13 +233,31 @@ impl Report {
         newest.map(|path| read(&path)).transpose()
     }
 
-    /// What became worse since `before` by more than both runs' noise. Only ratios are compared: times belong to a
-    /// machine.
+    /// What became worse since `before` by more than both runs' noise.
+    ///
+    /// Of what is timed only ratios are compared: times belong to a machine. Numbers of instructions belong to the code
+    /// and its compiler, so these are compared as they are, and a small difference counts. Their ratios are not: a ratio
+    /// to something that has become cheaper is greater, and nothing is worse. Another compiler, another C library or
+    /// another kind of CPU may change them too; then a result is to be kept anew.
     pub(crate) fn worse_than(&self, before: &Self) -> Vec<String> {
         let mut worse = Vec::new();
         for row in &self.rows {
-            let then = before.rows.iter().find(|then| then.id == row.id).and_then(|then| then.rival.as_ref());
-            let (Some(now), Some(then)) = (&row.rival, then) else { continue };
+            let Some(then) = before.rows.iter().find(|then| then.id == row.id) else { continue };
+            if row.unit == INSTRUCTIONS {
+                let change = row.wharf.median / then.wharf.median;
+                if change > 1.0 + INSTRUCTIONS_NOISE {
+                    worse.push(format!(
+                        "{}: {:.0} instructions now, {:.0} before; worse by {:.1} %, the noise is {:.0} %",
+                        row.what,
+                        row.wharf.median,
+                        then.wharf.median,
+                        (change - 1.0) * 100.0,
+                        INSTRUCTIONS_NOISE * 100.0
+                    ));
+                }
+                continue;
+            }
+            let (Some(now), Some(then)) = (&row.rival, &then.rival) else { continue };
             let change = if row.more_is_better {
                 then.ratio.median / now.ratio.median
             } else {
@@ -262,6 +280,10 @@ impl Report {
     }
 }
 
+/// The unit of rows that count instructions.
+pub(crate) const INSTRUCTIONS: &str = "instr";
+/// The same code differs by less than this.
+const INSTRUCTIONS_NOISE: f64 = 0.05;
 /// As many times the spread of both runs together may a ratio differ.
 const NOISES: f64 = 4.0;
 /// However calm the rounds were, two runs differ by this much.
@@ -320,6 +342,20 @@ mod tests {
         assert_eq!(before.worse_than(&worse), Vec::<String>::new());
         let noisy = report(&[(10.0, 30.0), (25.0, 31.0), (16.0, 30.5)]);
         assert_eq!(noisy.worse_than(&before), Vec::<String>::new(), "it is within its own noise");
+    }
+
+    #[test]
+    fn instructions_are_compared_as_they_are() {
+        let counted = |instructions: f64, beside: f64| {
+            let mut report = report(&[(instructions, beside)]);
+            report.rows[0].unit = INSTRUCTIONS.to_owned();
+            report
+        };
+        let before = counted(1000.0, 900.0);
+        assert_eq!(counted(1040.0, 900.0).worse_than(&before), Vec::<String>::new());
+        assert_eq!(counted(1060.0, 1100.0).worse_than(&before).len(), 1, "whatever is beside it");
+        assert_eq!(counted(1000.0, 500.0).worse_than(&before), Vec::<String>::new(), "only the other one is cheaper");
+        assert_eq!(counted(500.0, 900.0).worse_than(&before), Vec::<String>::new());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! each with 100,000 models, 250 with a million) and swaps their pointers. That a request may meet one
 //! change half applied is no harm: routes of different models are independent, and the epoch that the
 //! change makes is marked only after its last shard ([`Epochs`]).
+#![allow(clippy::mutable_key_type, reason = "an entry is found by its model's name, which never changes")]
 
 use std::{
     borrow::Borrow,

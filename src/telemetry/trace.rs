@@ -169,7 +169,8 @@ mod tests {
             prop_assert_eq!(child.trace_id, root.trace_id);
             for context in [root, child] {
                 prop_assert_eq!(TraceContext::parse(&context.to_string()), Some(context));
-                prop_assert_eq!(context.header().to_str().expect("digits"), context.to_string());
+                let header = context.header();
+                prop_assert_eq!(header.to_str().expect("digits"), context.to_string());
             }
         }
 
