@@ -20,7 +20,8 @@ demo-mlserver: ## the same with two MLServers that Wharf starts; installs MLServ
 	$(target)/debug/wharf demo --mlserver "$${mlserver%/*}/mlserver" --rclone "$$rclone" --models "$$models"
 
 reload-overhead: servers ## how much longer a reload takes through Wharf than by the inference server itself: the README's table
-	WHARF_PROVE=1 $(CARGO) test --release --test overhead -- --nocapture
+	$(CARGO) build --release --bin wharf
+	WHARF_PROGRAM=$(abspath $(target))/release/wharf WHARF_PROVE=1 $(CARGO) test --test overhead -- --nocapture
 
 test: clients servers ## every test, in reduced counts
 	$(CARGO) test --no-fail-fast

@@ -2,7 +2,7 @@
 //!
 //! Both are measured in turns in one run, of the same artifact and on the same server: a call of the server's repository
 //! API after an unload, and a request to Wharf's gateway until its answer, less what the request takes while the model is
-//! in memory. `make reload-overhead` prints the table of the README.
+//! in memory. `make reload-overhead` prints the table of the README, of a Wharf of the release profile.
 
 #![allow(
     clippy::disallowed_methods,

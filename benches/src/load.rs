@@ -72,6 +72,11 @@ impl Outcome {
         self.cpu.as_secs_f64() * 1e6 / self.requests as f64
     }
 
+    /// The share of the time in which the probed process ran.
+    pub(crate) fn busy(&self) -> f64 {
+        self.cpu.as_secs_f64() / self.elapsed.as_secs_f64()
+    }
+
     /// Requests in each second.
     pub(crate) fn rate(&self) -> f64 {
         self.requests as f64 / self.elapsed.as_secs_f64()

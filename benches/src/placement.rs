@@ -5,10 +5,10 @@
 //! takes the one with the most of it. All that it asks lies side by side in memory; so it is faster than one that asks
 //! objects, and it keeps no account of what it decides.
 
-use std::time::Instant as Watch;
+use std::{collections::VecDeque, hint::black_box, time::Instant as Watch};
 
 use anyhow::Context as _;
-use wharf::domain::placement::Placement;
+use wharf::domain::placement::{Placement, PlacementRequest};
 use wharf_bench::{
     functions::placement::{CAPACITY, NOW, fleet, request},
     models::Random,
@@ -20,16 +20,25 @@ use crate::{
     report::{Goal, Report, row},
 };
 
-/// Microseconds for each of `count` decisions in a fleet that stays as full as it is.
-fn decide(placement: &mut Placement, count: u64) -> anyhow::Result<f64> {
+/// Microseconds for each of `count` decisions in a fleet of `replicas` that stays as full as it is: each copy is taken
+/// away again when as many were placed after it as there are replicas, and that is part of the time.
+fn decide(placement: &mut Placement, replicas: usize, count: u64) -> anyhow::Result<f64> {
     let mut random = Random(7);
     let mut spent = std::time::Duration::ZERO;
+    let mut placed: VecDeque<PlacementRequest> = VecDeque::with_capacity(replicas + 1);
     for number in 0..count {
         let request = request(number, &mut random)?;
+        let oldest = (placed.len() >= replicas).then(|| placed.pop_front()).flatten();
         let began = Watch::now();
         let decision = placement.place(&request, NOW);
+        if let Some(oldest) = oldest {
+            placement.release(&oldest.model, oldest.generation);
+        }
         spent += began.elapsed();
         decision.replica().context("there is room for it")?;
+        placed.push_back(request);
+    }
+    for request in placed {
         placement.release(&request.model, request.generation);
     }
     Ok(spent.as_secs_f64() * 1e6 / count as f64)
@@ -53,10 +62,9 @@ fn scan(replicas: usize, full: u64, count: u64) -> f64 {
     for _ in 0..count {
         let need = 1 + random.below(10);
         let began = Watch::now();
-        let fit = seen.iter().enumerate().filter(|(_, seen)| {
-            std::hint::black_box(seen).available && seen.capabilities & 1 == 1 && seen.room >= need
-        });
-        std::hint::black_box(fit.max_by_key(|(_, seen)| seen.room));
+        let fit = black_box(&seen).iter().enumerate();
+        let fit = fit.filter(|(_, seen)| seen.available && seen.capabilities & 1 == 1 && seen.room >= need);
+        black_box(fit.max_by_key(|(_, seen)| seen.room));
         spent += began.elapsed();
     }
     spent.as_secs_f64() * 1e6 / count as f64
@@ -73,7 +81,7 @@ pub(crate) fn measure(places: &Places, quick: bool, report: &mut Report) -> anyh
         let mut scans = times.clone();
         for _ in 0..rounds {
             for (at, fleet) in fleets.iter_mut().enumerate() {
-                times[at].push(decide(fleet, count)?);
+                times[at].push(decide(fleet, sizes[at], count)?);
                 scans[at].push(scan(sizes[at], full, count.min(20_000_000 / sizes[at] as u64)));
             }
         }

@@ -169,11 +169,12 @@ impl Report {
         };
         let mut commit = git(&["rev-parse", "--short", "HEAD"]);
         // What the run itself writes does not count.
-        let changed = git(&["status", "--porcelain", "--", ":!benches/results", ":!docs/performance.md"]);
+        let changed =
+            git(&["status", "--porcelain", "--", ":!benches/results", ":!docs/performance.md", ":!docs/plots"]);
         if !changed.is_empty() {
             commit += "+";
         }
-        let date = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();
+        let date = jiff::Timestamp::now().strftime("%Y-%m-%dT%H%M%SZ").to_string();
         Self { date, commit, machine: Machine::here(), ..Self::default() }
     }
 
@@ -222,28 +223,23 @@ impl Report {
     pub(crate) fn last(dir: &Path) -> anyhow::Result<Option<Self>> {
         let Ok(entries) = fs::read_dir(dir) else { return Ok(None) };
         let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        // Of one day the one that was written last.
-        let written = |path: &PathBuf| {
-            (
-                path.file_name().map(|n| n.to_string_lossy()[..10.min(n.len())].to_owned()),
-                fs::metadata(path).and_then(|m| m.modified()).ok(),
-            )
-        };
-        let newest = files.filter(|path| path.extension().is_some_and(|e| e == "json")).max_by_key(written);
+        // Their names begin with the time.
+        let newest = files.filter(|path| path.extension().is_some_and(|e| e == "json")).max();
         newest.map(|path| read(&path)).transpose()
     }
 
-    /// What became worse since `before` by more than both runs' noise.
+    /// How many figures are in both, and what became worse since `before` by more than both runs' noise.
     ///
     /// Of what is timed only ratios are compared: times belong to a machine. Numbers of instructions belong to the code
     /// and its compiler, so these are compared as they are, and a small difference counts. Their ratios are not: a ratio
     /// to something that has become cheaper is greater, and nothing is worse. Another compiler, another C library or
     /// another kind of CPU may change them too; then a result is to be kept anew.
-    pub(crate) fn worse_than(&self, before: &Self) -> Vec<String> {
-        let mut worse = Vec::new();
+    pub(crate) fn worse_than(&self, before: &Self) -> (usize, Vec<String>) {
+        let (mut compared, mut worse) = (0, Vec::new());
         for row in &self.rows {
             let Some(then) = before.rows.iter().find(|then| then.id == row.id) else { continue };
             if row.unit == INSTRUCTIONS {
+                compared += 1;
                 let change = row.wharf.median / then.wharf.median;
                 if change > 1.0 + INSTRUCTIONS_NOISE {
                     worse.push(format!(
@@ -258,6 +254,11 @@ impl Report {
                 continue;
             }
             let (Some(now), Some(then)) = (&row.rival, &then.rival) else { continue };
+            // A difference of two times that are almost the same may be anything, and so a ratio to it.
+            if [now, then].iter().any(|rival| !(LEAST_RATIO..1.0 / LEAST_RATIO).contains(&rival.ratio.median)) {
+                continue;
+            }
+            compared += 1;
             let change = if row.more_is_better {
                 then.ratio.median / now.ratio.median
             } else {
@@ -276,7 +277,7 @@ impl Report {
                 ));
             }
         }
-        worse
+        (compared, worse)
     }
 }
 
@@ -284,6 +285,8 @@ impl Report {
 pub(crate) const INSTRUCTIONS: &str = "instr";
 /// The same code differs by less than this.
 const INSTRUCTIONS_NOISE: f64 = 0.05;
+/// A ratio that is smaller, or as much greater than one, is no measure of what changed a little.
+const LEAST_RATIO: f64 = 0.001;
 /// As many times the spread of both runs together may a ratio differ.
 const NOISES: f64 = 4.0;
 /// However calm the rounds were, two runs differ by this much.
@@ -336,12 +339,12 @@ mod tests {
     fn a_slower_machine_is_no_regression_and_a_worse_ratio_is() {
         let before = report(&[(10.0, 30.0), (11.0, 31.0), (10.5, 30.5)]);
         let slower_machine = report(&[(30.0, 90.0), (33.0, 93.0), (31.5, 91.5)]);
-        assert_eq!(slower_machine.worse_than(&before), Vec::<String>::new());
+        assert_eq!(slower_machine.worse_than(&before), (1, Vec::new()));
         let worse = report(&[(15.0, 30.0), (16.0, 31.0), (15.5, 30.5)]);
-        assert_eq!(worse.worse_than(&before).len(), 1);
-        assert_eq!(before.worse_than(&worse), Vec::<String>::new());
+        assert_eq!(worse.worse_than(&before).1.len(), 1);
+        assert_eq!(before.worse_than(&worse), (1, Vec::new()));
         let noisy = report(&[(10.0, 30.0), (25.0, 31.0), (16.0, 30.5)]);
-        assert_eq!(noisy.worse_than(&before), Vec::<String>::new(), "it is within its own noise");
+        assert_eq!(noisy.worse_than(&before), (1, Vec::new()), "it is within its own noise");
     }
 
     #[test]
@@ -352,10 +355,10 @@ mod tests {
             report
         };
         let before = counted(1000.0, 900.0);
-        assert_eq!(counted(1040.0, 900.0).worse_than(&before), Vec::<String>::new());
-        assert_eq!(counted(1060.0, 1100.0).worse_than(&before).len(), 1, "whatever is beside it");
-        assert_eq!(counted(1000.0, 500.0).worse_than(&before), Vec::<String>::new(), "only the other one is cheaper");
-        assert_eq!(counted(500.0, 900.0).worse_than(&before), Vec::<String>::new());
+        assert_eq!(counted(1040.0, 900.0).worse_than(&before), (1, Vec::new()));
+        assert_eq!(counted(1060.0, 1100.0).worse_than(&before).1.len(), 1, "whatever is beside it");
+        assert_eq!(counted(1000.0, 500.0).worse_than(&before), (1, Vec::new()), "only the other one is cheaper");
+        assert_eq!(counted(500.0, 900.0).worse_than(&before), (1, Vec::new()));
     }
 
     #[test]

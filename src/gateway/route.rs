@@ -94,8 +94,8 @@ pub(super) enum Missing {
     Unknown,
 }
 
-/// One model's route, ready for requests. With one version of one copy, as most have, it is one piece of memory and
-/// one more with its texts: of many models, none is likely to be in the processor's cache.
+/// One model's route, ready for requests. With one version of one copy, as most have, it is one piece of memory beside
+/// its texts: of many models, none is likely to be in the processor's cache.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) model: ModelName,
@@ -189,7 +189,7 @@ impl Table {
         for route in snapshot.routes {
             let shard = shard_of(route.model.as_str());
             let before = self.get(route.model.as_str());
-            shards[shard].insert(Named(self.entry(route, before.as_deref())));
+            shards[shard].replace(Named(self.entry(route, before.as_deref())));
         }
         held.models = shards.iter().map(HashSet::len).sum();
         for (shard, new) in shards.into_iter().enumerate() {

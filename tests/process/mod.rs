@@ -175,9 +175,11 @@ impl Home {
     }
 }
 
-/// The binary, deaf to what the environment of the tests says.
+/// The binary, deaf to what the environment of the tests says. `WHARF_PROGRAM` is one of another profile, for what is
+/// measured.
 pub fn wharf() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_wharf"));
+    let program = std::env::var_os("WHARF_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_wharf").into());
+    let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         let named = name.to_string_lossy();
         if named.starts_with("WHARF_") || named.starts_with("SELDON_") || named == "ORT_DYLIB_PATH" {

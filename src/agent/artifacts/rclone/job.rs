@@ -67,8 +67,8 @@ impl Job {
         self.goes_on = true;
     }
 
-    /// Bytes that rclone has copied so far.
-    async fn bytes(&self, asked: &Asked, remote: &Remote) -> Result<u64, Trouble> {
+    /// Bytes that rclone has copied so far. rclone keeps count from when it was first asked.
+    pub(super) async fn bytes(&self, asked: &Asked, remote: &Remote) -> Result<u64, Trouble> {
         let stats = ask(&self.running, asked, remote, "core/stats", &json!({ "group": self.group })).await?;
         Ok(number(&stats, "bytes").unwrap_or_default())
     }

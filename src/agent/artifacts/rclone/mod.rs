@@ -108,6 +108,8 @@ impl RcloneSource {
             ("sync/copy", json!({ "srcFs": remote.whole(), "dstFs": into }))
         };
         (input["_async"], input["_group"]) = (json!(true), json!(job.group));
+        // Before the job begins: two who are the first to ask for the count at once would each have their own.
+        job.bytes(asked, remote).await?;
         job.started();
         let answer = ask(&running, asked, remote, method, &input).await?;
         let id = number(&answer, "jobid");
@@ -118,6 +120,8 @@ impl RcloneSource {
             there.saturating_add(done) > request.limits.bytes
         });
         copied.await?;
+        // A start of an earlier try may have come later than its stop.
+        job.quiet(asked).await?;
         self.program.proved().await;
         let (shown, limit) = (asked.shown.clone(), request.limits.bytes);
         let files = disk::run(Blocking::Pool, move || digests(&into, &found.files, &shown, limit)).await?;
