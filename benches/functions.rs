@@ -5,10 +5,6 @@ use std::time::{Duration, Instant};
 use criterion::Criterion;
 use wharf_bench::functions;
 
-/// Wharf's: what is measured here is Wharf's code, and the floor is to differ in nothing else.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> anyhow::Result<()> {
     let mut criterion = Criterion::default().configure_from_args();
     for function in &functions::ALL {

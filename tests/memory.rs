@@ -91,7 +91,10 @@ const LONG: Duration = Duration::from_secs(180);
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_models_without_a_declared_size_are_learned_within_a_quarter() {
     // What a model left free in the allocator is no part of what the next one takes.
-    let home = Home::new(&onnx(1, "2Gi", 0)).env("MIMALLOC_PURGE_DELAY", "0");
+    let home = Home::new(&onnx(1, "2Gi", 0))
+        .env("MALLOC_MMAP_THRESHOLD_", "65536")
+        .env("MALLOC_TRIM_THRESHOLD_", "65536")
+        .env("MALLOC_ARENA_MAX", "1");
     let models = home.path().join("models");
     let wharf = home.up().await;
     // One that makes the engine do once what it does once.

@@ -51,10 +51,6 @@ use self::{
     report::{Report, Row},
 };
 
-/// Wharf's: what is measured here is Wharf's code, and the floor is to differ in nothing else.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// Set in the environment of the process that is on its core.
 const PINNED: &str = "WHARF_BENCH_PINNED";
 /// Where results are kept.
