@@ -2,7 +2,8 @@
 //!
 //! Both are measured in turns in one run, of the same artifact and on the same server: a call of the server's repository
 //! API after an unload, and a request to Wharf's gateway until its answer, less what the request takes while the model is
-//! in memory. `make reload-overhead` prints the table of the README, of a Wharf of the release profile.
+//! in memory. `make reload-overhead` prints the table of the README. Beside MLServer and Triton, Wharf is of the release
+//! profile; the built-in runtime is measured in the profile of the tests, with Wharf and without.
 
 #![allow(
     clippy::disallowed_methods,
@@ -144,7 +145,11 @@ async fn ask(clients: &Clients, name: &str) -> Duration {
 }
 
 async fn compare(kind: Kind, runs: usize) -> [Compared; 2] {
-    let home = Home::new("");
+    let home = match std::env::var_os("WHARF_PROGRAM") {
+        // The built-in runtime that is asked beside Wharf is in this process, and so of this build.
+        Some(program) if kind != Kind::Builtin => Home::new("").program(program),
+        _ => Home::new(""),
+    };
     let repository = home.path().join("agent/iris-server-0/repository");
     // The built-in runtime within Wharf has no address: beside it another one is asked, by the same program.
     let own = if kind == Kind::Builtin { home.path().join("beside") } else { repository.clone() };

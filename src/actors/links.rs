@@ -12,6 +12,7 @@ use std::{
 use actix::{Actor, Addr, Context, Handler, Message, dev::ToEnvelope};
 use arc_swap::ArcSwapOption;
 use dashmap::DashMap;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     journal::Journal, model::ModelActor, placement::PlacementActor, router::RouterActor, server::ServerActor,
@@ -58,6 +59,8 @@ pub struct Links {
     pub spawner: Spawner,
     /// Whether agents or gateways of another journal have called.
     pub(super) adopting: AtomicBool,
+    /// Cancelled once the board has every model of the journal.
+    pub(super) restored: CancellationToken,
     pub(super) supervisor: Slot<Supervisor>,
     pub(super) journal: Slot<Journal>,
     pub(super) placement: Slot<PlacementActor>,

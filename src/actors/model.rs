@@ -65,9 +65,9 @@ struct Tentative {
 }
 
 impl ModelActor {
-    pub(super) fn new(model: Model, links: Arc<Links>, life: Life) -> Self {
+    pub(super) fn new(model: Arc<Model>, links: Arc<Links>, life: Life) -> Self {
         Self {
-            model: Arc::new(model),
+            model,
             links,
             committing: None,
             refused: false,
@@ -296,8 +296,7 @@ impl Handler<Begin> for ModelActor {
 
     fn handle(&mut self, _: Begin, ctx: &mut Self::Context) {
         if self.model.is_born() {
-            self.links.board.put_model(Arc::clone(&self.model));
-            // The placement and the router were told before it was started.
+            // The board, the placement and the router were told before it was started.
             self.announce(Announce::ToServer, ctx);
         }
         self.take(Pending { event: Event::Reconcile, reply: None }, ctx);

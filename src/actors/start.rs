@@ -113,6 +113,7 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
         journal_problem: arc_swap::ArcSwapOption::empty(),
         spawner: scheduler.spawner,
         adopting: std::sync::atomic::AtomicBool::new(false),
+        restored: tokio_util::sync::CancellationToken::new(),
         supervisor: Slot::empty(),
         journal: Slot::empty(),
         placement: Slot::empty(),
@@ -159,6 +160,12 @@ pub struct Handle {
 }
 
 impl Handle {
+    /// Waits until status knows every model that the journal has. Who is told before that a model is unknown, or is
+    /// given a list that lacks it, takes it for deleted.
+    pub async fn restored(&self) {
+        self.links.restored.cancelled().await;
+    }
+
     /// Where users' requests about models go.
     #[must_use]
     pub fn models(&self) -> Recipient<AskModel> {

@@ -128,31 +128,34 @@ struct World {
     died: Arc<Mutex<Option<String>>>,
 }
 
+fn scheduler(store: &Arc<Slow>, died: &Arc<Mutex<Option<String>>>) -> Scheduler {
+    let last = Arc::clone(died);
+    Scheduler {
+        store: Arc::clone(store) as _,
+        blocking: true,
+        clock: Arc::new(SystemClock::new()),
+        policy: Policy::default(),
+        timing: Timing {
+            lease: Duration::from_millis(200),
+            grace: Duration::from_millis(300),
+            scan: Duration::from_millis(50),
+            retention: Duration::ZERO,
+            ..Timing::default()
+        },
+        spawner: Spawner::Local,
+        events: 100,
+        metrics: Arc::new(Metrics::new(&[Role::Scheduler], false)),
+        fatal: Arc::new(move |why| drop(last.lock().unwrap().replace(why))),
+    }
+}
+
 /// Runs a scheduler of actors on one thread, and `test` beside it.
 fn with<F: Future<Output = ()>>(test: impl FnOnce(World) -> F) {
     actix_rt::System::new().block_on(async {
         let kept = MemoryStore::new(Identity { cluster: "c".to_owned(), lineage: "l".to_owned() });
         let store = Arc::new(Slow { kept, held: Mutex::new(Hold::None), freed: Condvar::new() });
         let died = Arc::new(Mutex::new(None));
-        let last = Arc::clone(&died);
-        let handle = start(Scheduler {
-            store: Arc::clone(&store) as _,
-            blocking: true,
-            clock: Arc::new(SystemClock::new()),
-            policy: Policy::default(),
-            timing: Timing {
-                lease: Duration::from_millis(200),
-                grace: Duration::from_millis(300),
-                scan: Duration::from_millis(50),
-                retention: Duration::ZERO,
-                ..Timing::default()
-            },
-            spawner: Spawner::Local,
-            events: 100,
-            metrics: Arc::new(Metrics::new(&[Role::Scheduler], false)),
-            fatal: Arc::new(move |why| drop(last.lock().unwrap().replace(why))),
-        })
-        .unwrap();
+        let handle = start(scheduler(&store, &died)).unwrap();
         test(World {
             models: Gate::new(handle.models(), 5000, PATIENCE),
             servers: Gate::new(handle.servers(), 100, PATIENCE),
@@ -443,6 +446,20 @@ fn a_server_that_only_an_agent_named_is_forgotten_when_the_agent_stays_away() {
         // The name is as good as new.
         let _down = world.call(7);
         world.until("it is there again", || world.handle.links.board.server(&server("s")).is_some()).await;
+    });
+}
+
+#[test]
+fn status_knows_every_model_of_the_journal_before_anybody_is_answered() {
+    with(|world| async move {
+        for number in 0..50 {
+            let name = format!("m{number}");
+            world.ask(&name, submit(&name)).await.unwrap();
+        }
+        let again = start(scheduler(&world.store, &world.died)).unwrap();
+        assert!(again.links.board.models().is_empty(), "nothing was read yet");
+        again.restored().await;
+        assert_eq!(again.links.board.models().len(), 50);
     });
 }
 

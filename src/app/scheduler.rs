@@ -96,7 +96,7 @@ impl Running {
     }
 }
 
-/// Listens, reads the journal, starts the actors and serves.
+/// Listens, reads the journal, starts the actors, and serves once status knows what the journal has.
 ///
 /// # Errors
 /// When an address is taken, or the journal can't be used.
@@ -121,6 +121,8 @@ pub async fn start(
         metrics: options.metrics,
         fatal,
     })?;
+    // Meanwhile those who call wait in the listeners' queues.
+    handle.restored().await;
     let mut tasks = JoinSet::new();
     for (listener, routes) in [(api_listener, api(&handle).await), (agents_listener, agents(&handle))] {
         let (address, shutdown) = (listener.address(), shutdown.clone());

@@ -64,12 +64,14 @@ pub struct Home {
     dir: tempfile::TempDir,
     settings: Vec<(String, String)>,
     env: Vec<(String, String)>,
+    program: PathBuf,
 }
 
 impl Home {
     /// An empty home with this registry.
     pub fn new(registry: &str) -> Self {
-        let home = Self { dir: tempfile::tempdir().unwrap(), settings: Vec::new(), env: Vec::new() };
+        let program = PathBuf::from(env!("CARGO_BIN_EXE_wharf"));
+        let home = Self { dir: tempfile::tempdir().unwrap(), settings: Vec::new(), env: Vec::new(), program };
         home.write_registry(registry);
         home
     }
@@ -78,6 +80,11 @@ impl Home {
     pub fn set(mut self, name: &str, value: impl ToString) -> Self {
         self.settings.push((name.to_owned(), value.to_string()));
         self
+    }
+
+    /// The same with a binary of another profile.
+    pub fn program(self, program: impl Into<PathBuf>) -> Self {
+        Self { program: program.into(), ..self }
     }
 
     /// One more variable of the environment.
@@ -105,7 +112,7 @@ impl Home {
 
     /// A command of this binary on this home, `up` unless said otherwise.
     fn command(&self) -> Command {
-        let mut command = wharf();
+        let mut command = deaf(&self.program);
         let dir = self.path().display();
         command.arg("up").current_dir(self.path()).envs(self.env.iter().map(|(name, value)| (name, value)));
         let ports = ["scheduler.listen", "scheduler.agents", "scheduler.http", "gateway.listen"];
@@ -175,10 +182,12 @@ impl Home {
     }
 }
 
-/// The binary, deaf to what the environment of the tests says. `WHARF_PROGRAM` is one of another profile, for what is
-/// measured.
+/// The binary, deaf to what the environment of the tests says.
 pub fn wharf() -> Command {
-    let program = std::env::var_os("WHARF_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_wharf").into());
+    deaf(Path::new(env!("CARGO_BIN_EXE_wharf")))
+}
+
+fn deaf(program: &Path) -> Command {
     let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         let named = name.to_string_lossy();
