@@ -265,12 +265,12 @@ async fn a_pinned_model_stays_in_memory_while_others_take_turns_there() {
     // It is so after a restart, until its user takes it back: the deployment changes, and no version.
     wharf.kill();
     let wharf = home.up().await;
-    wharf.until_serving("kept", 1).await;
+    let resident = |view: &ModelView, wanted: &str| view.versions[0].copies[0].residency == wanted;
+    wharf.until("kept", "in memory again", |view| view.state == "Available" && resident(view, "resident")).await;
     let clients = Clients::connect(&wharf.gateway).await;
     for number in 0..6 {
         clients.ask(number, others[number as usize % 3], in_turns(number)).await.unwrap();
     }
-    let resident = |view: &ModelView, wanted: &str| view.versions[0].copies[0].residency == wanted;
     assert!(resident(&wharf.view("kept").await.unwrap(), "resident"));
     let answer = wharf.submit(&spec("kept", 2 * MIB, false)).await.unwrap();
     assert_eq!((answer.version, answer.outcome()), (1, submit_model_response::Outcome::Rescaled));
