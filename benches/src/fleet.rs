@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use wharf::{
-    actors::{Handle, Spawner, Timing},
-    app::{World, scheduler},
+    actors::{Handle, Timing},
+    app::{World, process::actor_threads, scheduler},
     domain::{
         copy::{Report as Said, Residency},
         leader::Leader,
@@ -89,7 +89,7 @@ pub(crate) struct Told {
     /// Seconds to list all models through the API, and seconds until a watch of all has told them all.
     pub(crate) listed: f64,
     pub(crate) watched: f64,
-    /// Seconds from the process's start to the API's first answer; and until every copy was known again.
+    /// Seconds from the scheduler's start to the API's first answer; and until every copy was known again.
     pub(crate) first: f64,
     pub(crate) known: f64,
     /// The longest that the API took for one model's status, in milliseconds: until all was known, and after.
@@ -126,20 +126,6 @@ pub(crate) fn play(dir: &Path, fleet: Fleet) -> anyhow::Result<()> {
     std::process::exit(0);
 }
 
-/// As the product starts its actors.
-fn actor_threads() -> anyhow::Result<Spawner> {
-    let (send, receive) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        actix_rt::System::new().block_on(async move {
-            let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-            if send.send(Spawner::arbiters(cores)).is_ok() {
-                std::future::pending::<()>().await;
-            }
-        });
-    });
-    receive.recv().context("the threads of the actors did not start")
-}
-
 async fn scheduler(dir: &Path, fleet: Fleet, began: Instant) -> anyhow::Result<Told> {
     let kept = dir.join("agents.json");
     let knowledge: Knowledge =
@@ -157,7 +143,7 @@ async fn scheduler(dir: &Path, fleet: Fleet, began: Instant) -> anyhow::Result<T
         agents: "127.0.0.1:0".to_owned(),
         store: Arc::new(EmbeddedStore::open(&open, identity)?),
         blocking: true,
-        spawner: actor_threads()?,
+        spawner: actor_threads(),
         policy: Policy::default(),
         timing: Timing::default(),
         events: 10_000,
@@ -201,7 +187,7 @@ async fn scheduler(dir: &Path, fleet: Fleet, began: Instant) -> anyhow::Result<T
     ensure!(list(&address, fleet.models, false).await? == fleet.models, "the list is not whole");
     told.listed = started.elapsed().as_secs_f64();
     let started = Instant::now();
-    list(&address, fleet.models, true).await?;
+    ensure!(list(&address, fleet.models, true).await? == fleet.models, "the watch is not whole");
     told.watched = started.elapsed().as_secs_f64();
     let held = agents.held.lock().unwrap_or_else(PoisonError::into_inner);
     let rows = held
@@ -410,11 +396,14 @@ async fn list(address: &str, count: usize, watch: bool) -> anyhow::Result<usize>
     } else {
         client.list_models(ListModelsRequest::default()).await?.into_inner()
     };
-    let mut seen = 0;
-    while seen < count && views.message().await?.is_some() {
-        seen += 1;
+    // A watch tells of some again.
+    let mut seen = BTreeSet::new();
+    while seen.len() < count
+        && let Some(view) = views.message().await?
+    {
+        seen.insert(view.name);
     }
-    Ok(seen)
+    Ok(seen.len())
 }
 
 type Probed = anyhow::Result<(f64, f64, f64)>;

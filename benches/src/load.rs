@@ -15,16 +15,14 @@ use http::{HeaderValue, Request};
 use http_body_util::{BodyExt as _, Full};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     task::JoinSet,
     time::timeout,
 };
-use wharf::rpc::proto::inference::{ModelInferRequest, model_infer_request::InferInputTensor};
 
-use crate::{models::Picks, raw::Head};
+use crate::{bodies, models::Picks, raw::Head};
 
 /// Bytes on their way on one HTTP/2 stream, at the load and at the backend.
 pub(crate) const WINDOW: u32 = 1 << 20;
@@ -156,7 +154,7 @@ pub(crate) async fn run(plan: Plan, probe: &dyn Fn() -> anyhow::Result<Duration>
 async fn rest(plan: Plan, shared: Rc<Shared>) -> anyhow::Result<()> {
     let mut io = TcpStream::connect(plan.to).await?;
     io.set_nodelay(true)?;
-    let body = plan.payload.as_deref().map_or_else(|| json(plan.body), <[u8]>::to_vec);
+    let body = plan.payload.as_deref().map_or_else(|| bodies::json(plan.body).to_vec(), <[u8]>::to_vec);
     let mut request = Vec::with_capacity(plan.body + 512);
     let mut buffer = vec![0; 256 * 1024];
     while !shared.stop.get() {
@@ -224,17 +222,6 @@ async fn exchange(io: &mut TcpStream, request: &[u8], buffer: &mut [u8]) -> anyh
     Ok(())
 }
 
-/// A tensor of about `bytes` bytes as JSON.
-fn json(bytes: usize) -> Vec<u8> {
-    let (before, after) = (r#"{"inputs":[{"name":"x","datatype":"UINT8","shape":[1,N],"data":["#, "1]}]}");
-    let mut body = before.as_bytes().to_vec();
-    while body.len() + 2 + after.len() <= bytes {
-        body.extend_from_slice(b"7,");
-    }
-    body.extend_from_slice(after.as_bytes());
-    body
-}
-
 async fn grpc(plan: Plan, shared: Rc<Shared>) -> anyhow::Result<()> {
     let io = TcpStream::connect(plan.to).await?;
     io.set_nodelay(true)?;
@@ -264,31 +251,12 @@ async fn grpc(plan: Plan, shared: Rc<Shared>) -> anyhow::Result<()> {
 }
 
 fn infer(to: SocketAddr, model: &str, bytes: usize) -> anyhow::Result<Request<Full<Bytes>>> {
-    let message = ModelInferRequest {
-        model_name: model.to_owned(),
-        inputs: vec![InferInputTensor {
-            name: "x".to_owned(),
-            datatype: "UINT8".to_owned(),
-            shape: vec![1, bytes as i64],
-            ..Default::default()
-        }],
-        raw_input_contents: vec![ZEROS.slice(..bytes)],
-        ..Default::default()
-    };
-    let length = message.encoded_len();
-    let mut framed = Vec::with_capacity(length + 5);
-    framed.push(0);
-    framed.extend_from_slice(&u32::try_from(length)?.to_be_bytes());
-    message.encode(&mut framed)?;
     let request = Request::post(format!("http://{to}/inference.GRPCInferenceService/ModelInfer"))
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .header("seldon-model", HeaderValue::from_str(model)?);
-    Ok(request.body(Full::new(framed.into()))?)
+    Ok(request.body(Full::new(bodies::message(model, bytes)?))?)
 }
-
-/// What tensors are made of.
-static ZEROS: Bytes = Bytes::from_static(&[0; 4 << 20]);
 
 async fn call(mut sender: http2::SendRequest<Full<Bytes>>, request: Request<Full<Bytes>>) -> anyhow::Result<()> {
     sender.ready().await?;

@@ -44,7 +44,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, Subcommand};
-use wharf_bench::{models, raw};
+use wharf_bench::{bodies, models, raw};
 
 use self::{
     gateway::{Places, Scale},

@@ -454,7 +454,8 @@ pub(super) fn inference_server(
 }
 
 /// Threads for actors, which live as long as the process.
-fn actor_threads() -> Spawner {
+#[must_use]
+pub fn actor_threads() -> Spawner {
     let (send, receive) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         actix_rt::System::new().block_on(async move {

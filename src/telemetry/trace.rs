@@ -120,8 +120,7 @@ pub fn request_span(hop: &'static str, headers: &http::HeaderMap) -> tracing::Sp
 impl fmt::Display for TraceContext {
     /// As the header has it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (trace, span) = (u128::from_be_bytes(self.trace_id), u64::from_be_bytes(self.span_id));
-        write!(f, "00-{trace:032x}-{span:016x}-{:02x}", u8::from(self.sampled))
+        f.write_str(self.header().to_str().unwrap_or_default())
     }
 }
 
@@ -169,8 +168,6 @@ mod tests {
             prop_assert_eq!(child.trace_id, root.trace_id);
             for context in [root, child] {
                 prop_assert_eq!(TraceContext::parse(&context.to_string()), Some(context));
-                let header = context.header();
-                prop_assert_eq!(header.to_str().expect("digits"), context.to_string());
             }
         }
 

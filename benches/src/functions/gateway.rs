@@ -14,7 +14,6 @@ use http::{
     request::Parts,
 };
 use http_body_util::{BodyExt as _, Full};
-use prost::Message as _;
 use wharf::{
     domain::{
         names::{ModelName, ReplicaId, ServerName},
@@ -27,17 +26,19 @@ use wharf::{
     },
     gateway::{Gateway, Options},
     ports::{Network, SystemClock},
-    rpc::proto::inference::{ModelInferRequest, model_infer_request::InferInputTensor},
     telemetry::metrics::{Metrics, Protocol, Role},
 };
 
 use super::Work;
-use crate::models::{self, Random};
+use crate::{
+    bodies,
+    models::{self, Random},
+};
 
 /// As many models at most are asked, one after another.
 const ASKED: usize = 1024;
 /// Bytes of a request's body, or of its tensor.
-const BODY: usize = 200;
+pub(super) const BODY: usize = 200;
 
 /// A gateway with routes, which tells how long its requests take.
 #[derive(Debug)]
@@ -77,34 +78,6 @@ impl Routed {
 pub(super) fn names(count: usize) -> Vec<String> {
     let mut random = Random(count as u64);
     (0..ASKED.min(count)).map(|_| models::name(random.below(count as u64) as usize)).collect()
-}
-
-/// A body of REST.
-pub(super) fn json() -> Bytes {
-    let (before, after) = (r#"{"inputs":[{"name":"x","datatype":"UINT8","shape":[1,64],"data":["#, "1]}]}");
-    let numbers = "7,".repeat((BODY - before.len() - after.len()) / 2);
-    Bytes::from([before, &numbers, after].concat())
-}
-
-/// A message of gRPC for `model`, with its prefix.
-pub(super) fn message(model: &str) -> anyhow::Result<Bytes> {
-    let message = ModelInferRequest {
-        model_name: model.to_owned(),
-        inputs: vec![InferInputTensor {
-            name: "x".to_owned(),
-            datatype: "UINT8".to_owned(),
-            shape: vec![1, BODY as i64],
-            ..Default::default()
-        }],
-        raw_input_contents: vec![vec![0; BODY].into()],
-        ..Default::default()
-    };
-    let length = message.encoded_len();
-    let mut framed = Vec::with_capacity(length + 5);
-    framed.push(0);
-    framed.extend_from_slice(&u32::try_from(length)?.to_be_bytes());
-    message.encode(&mut framed)?;
-    Ok(framed.into())
 }
 
 /// A door that answers with what it was asked, at once.
@@ -151,7 +124,7 @@ const GRPC: &str = "application/grpc";
 
 /// REST requests to `count` models.
 pub(super) fn rest(count: usize) -> anyhow::Result<Work> {
-    let body = json();
+    let body = bodies::json(BODY);
     let asked = names(count).into_iter().map(|model| {
         let request = http::Request::post(format!("/v2/models/{model}/infer"))
             .header("host", "bench")
@@ -172,7 +145,7 @@ pub(super) fn grpc(count: usize) -> anyhow::Result<Work> {
             .header("te", "trailers")
             .header("seldon-model", &model)
             .body(())?;
-        anyhow::Ok((request.into_parts().0, message(&model)?))
+        anyhow::Ok((request.into_parts().0, bodies::message(&model, BODY)?))
     });
     passed(count, asked.collect::<anyhow::Result<_>>()?)
 }

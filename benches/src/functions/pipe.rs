@@ -29,9 +29,9 @@ use wharf::{
 use self::frames::{Asked, Frames};
 use super::{
     Work,
-    gateway::{Routed, json, message, names},
+    gateway::{BODY, Routed, names},
 };
-use crate::raw::Head;
+use crate::{bodies, raw::Head};
 
 /// Bytes that a pipe holds.
 const PIPE: usize = 64 * 1024;
@@ -108,7 +108,7 @@ fn all_good(counter: &AtomicU64, before: u64, times: u64) -> anyhow::Result<()> 
 /// REST requests, one at a time.
 pub(super) fn rest() -> anyhow::Result<Work> {
     let (runtime, gateway, mut io) = open(Protocol::Rest)?;
-    let body = json();
+    let body = bodies::json(BODY);
     let asked: Vec<Vec<u8>> = names(MODELS)
         .iter()
         .map(|model| {
@@ -178,7 +178,7 @@ async fn rest_door(mut io: DuplexStream) -> anyhow::Result<()> {
 /// gRPC requests, one at a time on one connection.
 pub(super) fn grpc() -> anyhow::Result<Work> {
     let (runtime, gateway, io) = open(Protocol::Grpc)?;
-    let asked = names(MODELS).into_iter().map(|model| Ok(Asked::new(&model, &message(&model)?)));
+    let asked = names(MODELS).into_iter().map(|model| Ok(Asked::new(&model, &bodies::message(&model, BODY)?)));
     let asked = asked.collect::<anyhow::Result<Vec<_>>>()?;
     let mut turn = 0;
     let mut client = runtime.block_on(Frames::client(io))?;
