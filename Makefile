@@ -2,7 +2,7 @@
 # CARGO_TARGET_DIR is respected.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-mlserver reload-overhead test prove bench bench-quick soak lint fmt clippy doc clients servers
+.PHONY: help demo demo-mlserver reload-overhead test prove test-benches bench bench-quick soak lint fmt clippy doc clients servers
 
 CARGO ?= cargo
 target := $(or $(CARGO_TARGET_DIR),target)
@@ -29,6 +29,9 @@ test: clients servers ## every test, in reduced counts
 prove: clients servers ## every test in full counts; writes docs/proof.md from scratch
 	rm -f docs/proof.md
 	WHARF_PROVE=1 WHARF_PROOF=$(CURDIR)/docs/proof.md $(CARGO) test --no-fail-fast
+
+test-benches: ## the tests of the benches themselves
+	$(CARGO) test -p wharf-bench
 
 bench: ## every figure beside its goal and its rival; keeps them under benches/results
 	$(CARGO) build --release --workspace
