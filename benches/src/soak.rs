@@ -5,7 +5,7 @@
 //! submitted anew. Memory holds nine of ten, and requests follow Zipf, so copies are evicted and come back all the time.
 //! Requests go to the models that are never deleted, over connections that are kept, over ones that are not, and by
 //! gRPC; none may fail. When all models are deleted the process is to have as many descriptors, tasks, threads and
-//! files as before the first of them.
+//! files as before the first of them, but for the artifacts that it keeps.
 
 use std::{
     cell::{Cell, RefCell},
@@ -111,8 +111,7 @@ async fn soak(places: &Places, length: Duration, count: usize, report: &mut Repo
     up.submit_one(&connection, &models::name(count), &samples[0].folder, MEMORY).await?;
     up.until_all_available(&connection, 1).await?;
     remove(&connection, &models::name(count)).await?;
-    sleep(Duration::from_secs(5)).await;
-    let before = held(&up, &home).await?;
+    let before = at_rest(&up, &home).await?;
     println!("before the first model: {before:?}, {} MiB", mib(&up)?);
 
     for number in 0..count {
@@ -334,6 +333,8 @@ async fn remove(connection: &Connection, model: &str) -> anyhow::Result<()> {
         };
         match there {
             Ok(None) => return Ok(()),
+            // It is remembered for a while.
+            Ok(Some(view)) if view.state == "Terminated" => return Ok(()),
             Err(status) if status.code() == tonic::Code::NotFound => return Ok(()),
             Err(status) => return Err(status.into()),
             Ok(Some(view)) => ensure!(began.elapsed() < PATIENCE, "{model} is still {}: {}", view.state, view.reason),
@@ -346,6 +347,21 @@ async fn held(up: &Up, home: &Path) -> anyhow::Result<Held> {
     let tasks = up.metric("wharf_tasks").await?;
     let files = files(&home.join("agent"))?;
     Ok(Held { descriptors: up.process.descriptors()?, threads: up.process.threads()?, tasks, files })
+}
+
+/// What it holds once that stays the same for a second.
+async fn at_rest(up: &Up, home: &Path) -> anyhow::Result<Held> {
+    let began = Instant::now();
+    let mut last = held(up, home).await?;
+    loop {
+        sleep(Duration::from_secs(1)).await;
+        let now = held(up, home).await?;
+        if now == last {
+            return Ok(now);
+        }
+        ensure!(began.elapsed() < PATIENCE, "it does not come to rest: {last:?}, then {now:?}");
+        last = now;
+    }
 }
 
 /// Waits until it holds no more than `before`; what it holds at last.
@@ -364,13 +380,18 @@ async fn until_as_before(up: &Up, home: &Path, before: Held) -> anyhow::Result<H
     }
 }
 
-/// Files in `folder`, all the way down.
+/// Files in `folder`, all the way down, but for artifacts, which are kept for whoever wants them next.
 fn files(folder: &Path) -> anyhow::Result<usize> {
     let mut count = 0;
     let Ok(entries) = fs::read_dir(folder) else { return Ok(0) };
     for entry in entries {
         let entry = entry?;
-        count += if entry.file_type()?.is_dir() { files(&entry.path())? } else { 1 };
+        let kept = entry.file_name() == "artifacts";
+        count += match entry.file_type()?.is_dir() {
+            true if kept => 0,
+            true => files(&entry.path())?,
+            false => 1,
+        };
     }
     Ok(count)
 }
