@@ -5,6 +5,10 @@ use std::time::{Duration, Instant};
 use criterion::Criterion;
 use wharf_bench::functions;
 
+/// As in the program.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> anyhow::Result<()> {
     let mut criterion = Criterion::default().configure_from_args();
     for function in &functions::ALL {

@@ -15,11 +15,12 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use process::{Home, Spec, Wharf, onnx};
 use prost::Message as _;
+use tokio::time::sleep;
 use tract_onnx::pb::{
     GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
     tensor_proto::DataType, tensor_shape_proto, type_proto,
@@ -87,14 +88,13 @@ fn anonymous(process: u32) -> u64 {
 
 /// How long a heavy server may take on a machine that is busy.
 const LONG: Duration = Duration::from_secs(180);
+/// The allocator gives memory back within ten seconds.
+const BACK: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_models_without_a_declared_size_are_learned_within_a_quarter() {
     // What a model left free in the allocator is no part of what the next one takes.
-    let home = Home::new(&onnx(1, "2Gi", 0))
-        .env("MALLOC_MMAP_THRESHOLD_", "65536")
-        .env("MALLOC_TRIM_THRESHOLD_", "65536")
-        .env("MALLOC_ARENA_MAX", "1");
+    let home = Home::new(&onnx(1, "2Gi", 0)).env("_RJEM_MALLOC_CONF", "dirty_decay_ms:0,muzzy_decay_ms:0");
     let models = home.path().join("models");
     let wharf = home.up().await;
     // One that makes the engine do once what it does once.
@@ -105,6 +105,36 @@ async fn ten_models_without_a_declared_size_are_learned_within_a_quarter() {
         write_model(&models.join(&name), 2 + at, 1024);
         let spec = Spec::at(&name, &models.join(&name), "onnx", 0);
         is_learned_within_a_quarter(&wharf, &spec, || anonymous(wharf.id())).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_models_took_goes_back_to_the_system() {
+    const MODELS: usize = 4;
+    let home = Home::new(&onnx(1, "2Gi", 0));
+    let models = home.path().join("models");
+    let wharf = home.up().await;
+    // One that makes the engine do once what it does once.
+    write_model(&models.join("first"), 2, 512);
+    learned(&wharf, &Spec::at("first", &models.join("first"), "onnx", 0)).await;
+    let before = anonymous(wharf.id());
+    let mut taken = 0;
+    for at in 0..MODELS {
+        let name = format!("m{at}");
+        write_model(&models.join(&name), 16, 1024);
+        taken += learned(&wharf, &Spec::at(&name, &models.join(&name), "onnx", 0)).await.0;
+    }
+    assert!(anonymous(wharf.id()) > before + taken / 2, "they were in memory");
+    for at in 0..MODELS {
+        let name = format!("m{at}");
+        wharf.unload(&name).await.unwrap();
+        wharf.until_within(LONG, &name, "gone", |view| view.state == "Terminated").await;
+    }
+    let began = Instant::now();
+    while anonymous(wharf.id()) > before + taken / 10 {
+        let left = anonymous(wharf.id()).saturating_sub(before);
+        assert!(began.elapsed() < BACK, "{left} of {taken} bytes are kept");
+        sleep(Duration::from_millis(200)).await;
     }
 }
 

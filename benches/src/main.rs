@@ -107,6 +107,10 @@ enum Role {
     Floor { rest: SocketAddr, grpc: SocketAddr, to: SocketAddr },
 }
 
+/// As in the program.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let done = match Arguments::parse().role {
         Role::Run { quick, huge, only } => run(quick, huge, &only),
