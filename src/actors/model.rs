@@ -128,8 +128,13 @@ impl ModelActor {
                 self.links.board.put_model(Arc::clone(&self.model));
             }
         }
-        for effect in tentative.effects {
-            self.perform(effect, ctx);
+        // The route is the model's of now: of several revisions only the last is worth telling.
+        let publishes = |effect: &Effect| matches!(effect, Effect::Publish(_));
+        let last = tentative.effects.iter().rposition(publishes);
+        for (at, effect) in tentative.effects.into_iter().enumerate() {
+            if !publishes(&effect) || last == Some(at) {
+                self.perform(effect, ctx);
+            }
         }
         if !self.model.is_born() && !tentative.answers.is_empty() && self.waiting.is_empty() {
             // What was asked was refused: there is no model, and nothing is to stay of the question.

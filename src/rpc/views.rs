@@ -16,7 +16,7 @@ use super::{
 use crate::{
     domain::{
         copy::{Copy, Drain, Residency, State},
-        model::{Model, ModelState, Standing},
+        model::{Model, ModelState},
         names::ReplicaId,
         replica::ReplicaState,
         version::Version,
@@ -134,8 +134,8 @@ fn reason(copy: &Copy) -> String {
 /// A model, whole.
 #[must_use]
 pub fn model_view(model: &Model) -> wharf::ModelView {
-    let Standing { state, available, .. } = model.standing();
-    let mut sentence = model.standing().sentence();
+    let standing = model.standing();
+    let mut sentence = standing.sentence();
     if let Some(latest) = model.latest()
         && latest.failed.is_some()
         && model.deleted.is_none()
@@ -145,11 +145,11 @@ pub fn model_view(model: &Model) -> wharf::ModelView {
     wharf::ModelView {
         name: model.name.to_string(),
         uid: model.uid.0,
-        state: state.name().to_owned(),
+        state: standing.state.name().to_owned(),
         reason: sentence,
         serving: model.serving.map(|version| version.0),
         wanted: model.deployment.replicas,
-        available,
+        available: standing.available,
         versions: model.versions.iter().map(|entry| version_view(model, entry.version)).collect(),
         deleted: model.deleted.is_some(),
         changed: Some(timestamp(model.changed)),

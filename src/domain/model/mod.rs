@@ -23,7 +23,7 @@ pub use adopt::Found;
 pub use restore::restore;
 pub use retry::Outlook;
 pub use sizes::{Misdeclared, Sizes};
-pub use state::{ModelState, Reason, Standing, standing};
+pub use state::{HeldUp, ModelState, Reason, Standing, standing};
 pub use submit::{Outcome, Submitted};
 pub use words::{Decision, Effect, Event, Note, Wanted};
 
@@ -144,20 +144,21 @@ impl Model {
     /// [`Refusal`] for a user's request that can't be met. Reports that have no meaning any more are not
     /// errors: they change nothing.
     pub fn apply(&mut self, event: Event, policy: &Policy, now: Instant) -> Result<Decision, Refusal> {
-        let mut next = self.clone();
         let mut decision = Decision::default();
         let standing_before = self.standing();
         match event {
-            Event::Submit(definition, uid) => next.submit(*definition, uid, now, &mut decision)?,
-            Event::Rollback(to) => next.rollback(to, now, &mut decision)?,
-            Event::Scale(replicas) => next.scale(replicas, &mut decision)?,
-            Event::Delete(kubernetes) => next.delete(kubernetes, now, &mut decision)?,
+            Event::Submit(definition, uid) => {
+                self.attempt(|next| next.submit(*definition, uid, now, &mut decision))?;
+            }
+            Event::Rollback(to) => self.attempt(|next| next.rollback(to, now, &mut decision))?,
+            Event::Scale(replicas) => self.attempt(|next| next.scale(replicas, &mut decision))?,
+            Event::Delete(kubernetes) => self.attempt(|next| next.delete(kubernetes, now, &mut decision))?,
             Event::Copy(generation, event) => {
                 let placed = if let copy::Event::Placed { on } = &event { Some(on.clone()) } else { None };
-                let index = next.copies.iter().position(|copy| copy.generation == generation);
-                let taken = index.is_some_and(|index| next.step(index, event, now, &mut decision).is_ok());
+                let index = self.copies.iter().position(|copy| copy.generation == generation);
+                let taken = index.is_some_and(|index| self.step(index, event, now, &mut decision).is_ok());
                 // A placement that was made anew may tell twice of a place that the copy has.
-                let has = index.and_then(|index| next.copies[index].state.replica().cloned());
+                let has = index.and_then(|index| self.copies[index].state.replica().cloned());
                 if placed.is_some() && !taken && has != placed {
                     // The copy was given up while its place was being looked for.
                     decision.effects.push(Effect::Release(generation));
@@ -166,46 +167,53 @@ impl Model {
                 }
             }
             Event::Reported(on, generation, report) => {
-                next.reported(on, generation, report, policy, now, &mut decision)
+                self.reported(on, generation, report, policy, now, &mut decision)
             }
-            Event::Adopt(found) => next.adopt(*found, policy, now, &mut decision),
+            Event::Adopt(found) => self.adopt(*found, policy, now, &mut decision),
             Event::Replica(replica, event) => {
-                for index in 0..next.copies.len() {
-                    if next.copies[index].state.replica() == Some(&replica) {
-                        drop(next.step(index, event.clone(), now, &mut decision));
+                for index in 0..self.copies.len() {
+                    if self.copies[index].state.replica() == Some(&replica) {
+                        drop(self.step(index, event.clone(), now, &mut decision));
                     }
                 }
             }
             Event::Leaving(server, replicas) => {
-                next.leaving.retain(|replica| replica.server != server);
-                next.leaving.extend(replicas.into_iter().map(|index| ReplicaId::new(server.clone(), index)));
+                self.leaving.retain(|replica| replica.server != server);
+                self.leaving.extend(replicas.into_iter().map(|index| ReplicaId::new(server.clone(), index)));
             }
-            Event::Displaced(displaced) => next.displace(displaced, &mut decision),
-            Event::RoutesReached(revision) => next.reached(revision),
+            Event::Displaced(displaced) => self.displace(displaced, &mut decision),
+            Event::RoutesReached(revision) => self.reached(revision),
             Event::RoutesSettled(revision) => {
-                next.reached(revision);
-                for index in 0..next.copies.len() {
-                    if next.copies[index].draining && next.copies[index].left <= revision {
-                        drop(next.step(index, copy::Event::RoutesSettled, now, &mut decision));
+                self.reached(revision);
+                for index in 0..self.copies.len() {
+                    if self.copies[index].draining && self.copies[index].left <= revision {
+                        drop(self.step(index, copy::Event::RoutesSettled, now, &mut decision));
                     }
                 }
             }
             Event::Reconcile => {}
         }
-        rollout::reconcile(&mut next, policy, now, &mut decision);
-        next.tidy(policy, now, &mut decision);
-        let standing = next.standing();
+        rollout::reconcile(self, policy, now, &mut decision);
+        self.tidy(policy, now, &mut decision);
+        let standing = self.standing();
         if standing != standing_before {
-            next.changed = now;
-            if next.copies.iter().all(|copy| !copy.routed) {
+            self.changed = now;
+            if self.copies.iter().all(|copy| !copy.routed) {
                 // What a client is told while nothing answers has changed.
-                next.publish(&mut decision);
+                self.publish(&mut decision);
             }
             let counts = json!({ "available": standing.available, "unavailable": standing.unavailable });
             decision.note(standing.state.name(), standing.sentence(), counts);
         }
-        *self = next;
         Ok(decision)
+    }
+
+    /// Does what may be refused; when it is, nothing has changed.
+    fn attempt(&mut self, change: impl FnOnce(&mut Self) -> Result<(), Refusal>) -> Result<(), Refusal> {
+        let mut next = self.clone();
+        change(&mut next)?;
+        *self = next;
+        Ok(())
     }
 
     /// Steps one copy and translates what the step asks.

@@ -1,7 +1,10 @@
 //! The state of a model, as one total table over its copies.
 
+use std::fmt;
+
 use super::super::{
     copy::{Copy, Failure, State},
+    names::ReplicaId,
     version::Version,
 };
 
@@ -46,10 +49,12 @@ pub enum Reason {
     /// The state says it all.
     #[default]
     None,
-    /// Fewer copies answer than are wanted; the sentence says what keeps the others.
-    Partial(String),
+    /// Fewer copies answer than these that are wanted, and what keeps the others.
+    Partial(u32, HeldUp),
     /// What keeps it from answering.
-    Waiting(String),
+    Waiting(HeldUp),
+    /// What is left of it is leaving.
+    Leaving,
     /// No replica fits.
     Unplaced(String),
     /// Copies failed.
@@ -58,6 +63,39 @@ pub enum Reason {
     Held(Version, String),
     /// The newest version was given up, and the one before it serves.
     RolloutFailed(Failure),
+}
+
+/// What keeps copies from answering. It becomes a sentence only where somebody reads it: a model with many copies
+/// stands anew with each that comes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HeldUp {
+    /// Nothing that is known of.
+    Nothing,
+    /// A copy failed, or found no place: a sentence.
+    Trouble(String),
+    /// Nothing was heard from this replica yet.
+    Silent(ReplicaId),
+    /// A copy of this version looks for a place.
+    Looking(Version),
+    /// A copy of this version is in the state of this name on this replica.
+    Moving(Version, &'static str, ReplicaId),
+    /// A copy of this version answers on this replica, and not every gateway knows yet.
+    Untold(Version, ReplicaId),
+}
+
+impl fmt::Display for HeldUp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nothing => Ok(()),
+            Self::Trouble(text) => f.write_str(text),
+            Self::Silent(on) => write!(f, "no word from {on} yet"),
+            Self::Looking(version) => write!(f, "version {version} is looking for a place"),
+            Self::Moving(version, state, on) => write!(f, "version {version} is {state} on {on}"),
+            Self::Untold(version, on) => {
+                write!(f, "version {version} answers on {on}, and not every gateway knows yet")
+            }
+        }
+    }
 }
 
 /// A state with its reason and counts.
@@ -79,7 +117,14 @@ impl Standing {
     pub fn sentence(&self) -> String {
         match &self.reason {
             Reason::None => String::new(),
-            Reason::Partial(text) | Reason::Waiting(text) | Reason::Unplaced(text) => text.clone(),
+            Reason::Partial(wanted, held_up) => {
+                let why = if *held_up == HeldUp::Nothing { String::new() } else { format!("; {held_up}") };
+                format!("Partial: {} of {wanted} copies answer{why}", self.available)
+            }
+            Reason::Waiting(HeldUp::Nothing) => "no copy of it is there yet".to_owned(),
+            Reason::Waiting(held_up) => held_up.to_string(),
+            Reason::Leaving => format!("{} copies are leaving", self.available + self.unavailable),
+            Reason::Unplaced(text) => text.clone(),
             Reason::Failed(failure) => format!("{} failure: {}", failure.class.name(), failure.message),
             Reason::Held(version, why) => format!("version {version} does not take over: {why}"),
             Reason::RolloutFailed(failure) => format!(
@@ -128,44 +173,43 @@ pub fn standing<'a>(copies: impl Iterator<Item = &'a Copy>, wanted: u32, least: 
     }
     let held_up = || {
         failure
-            .map(|failure| format!("{} failure: {}", failure.class.name(), failure.message))
-            .or_else(|| unplaced.map(super::super::placement::report::Unplaced::summary))
-            .or_else(|| silent.map(|on| format!("no word from {on} yet")))
+            .map(|failure| HeldUp::Trouble(format!("{} failure: {}", failure.class.name(), failure.message)))
+            .or_else(|| unplaced.map(|reason| HeldUp::Trouble(reason.summary())))
+            .or_else(|| silent.map(|on| HeldUp::Silent(on.clone())))
             .or_else(|| moving.map(step_of))
-            .unwrap_or_default()
+            .unwrap_or(HeldUp::Nothing)
     };
     let (state, reason) = if over {
         match available + unavailable {
             0 => (ModelState::Terminated, Reason::None),
-            left => (ModelState::Terminating, Reason::Waiting(format!("{left} copies are leaving"))),
+            _ => (ModelState::Terminating, Reason::Leaving),
         }
     } else if available > 0 && available >= wanted && wanted > 0 {
         (ModelState::Available, Reason::None)
     } else if wanted == 0 {
         match available + unavailable {
             0 => (ModelState::ScaledDown, Reason::None),
-            left => (ModelState::ScaledDown, Reason::Waiting(format!("{left} copies are leaving"))),
+            _ => (ModelState::ScaledDown, Reason::Leaving),
         }
     } else if available > 0 && available >= least {
-        let text = format!("Partial: {available} of {wanted} copies answer; {}", held_up());
-        (ModelState::Available, Reason::Partial(text.trim_end_matches("; ").to_owned()))
+        (ModelState::Available, Reason::Partial(wanted, held_up()))
     } else if let Some(failure) = failure {
         (ModelState::Failed, Reason::Failed(failure.clone()))
     } else if let Some(unplaced) = unplaced {
         (ModelState::ScheduleFailed, Reason::Unplaced(unplaced.summary()))
     } else {
-        let text = Some(held_up()).filter(|text| !text.is_empty());
-        (ModelState::Progressing, Reason::Waiting(text.unwrap_or_else(|| "no copy of it is there yet".to_owned())))
+        (ModelState::Progressing, Reason::Waiting(held_up()))
     };
     Standing { state, reason, available, unavailable }
 }
 
-fn step_of(copy: &Copy) -> String {
-    if let (State::Available { on, .. }, Some(_)) = (&copy.state, copy.awaited) {
-        return format!("version {} answers on {on}, and not every gateway knows yet", copy.generation.version);
-    }
-    match copy.state.replica() {
-        Some(on) => format!("version {} is {} on {on}", copy.generation.version, copy.state.name()),
-        None => format!("version {} is looking for a place", copy.generation.version),
+fn step_of(copy: &Copy) -> HeldUp {
+    let version = copy.generation.version;
+    match (&copy.state, copy.awaited) {
+        (State::Available { on, .. }, Some(_)) => HeldUp::Untold(version, on.clone()),
+        (state, _) => match state.replica() {
+            Some(on) => HeldUp::Moving(version, state.name(), on.clone()),
+            None => HeldUp::Looking(version),
+        },
     }
 }
