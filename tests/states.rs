@@ -393,14 +393,9 @@ fn the_state_of_a_model_is_that_of_the_first_row_that_holds() {
         assert_eq!(found.sentence().is_empty(), reason.is_empty(), "{text}: {crowd:?} is {found:?}");
         let kind = match &found.reason {
             Reason::None => "",
-            Reason::Partial(_) => "`Partial`",
-            Reason::Waiting(_) => {
-                if state == ModelState::Progressing {
-                    "what is being done"
-                } else {
-                    "how many copies are leaving"
-                }
-            }
+            Reason::Partial(..) => "`Partial`",
+            Reason::Waiting(_) => "what is being done",
+            Reason::Leaving => "how many copies are leaving",
             Reason::Unplaced(_) => "what the filters said",
             Reason::Failed(_) => "the failure's",
             Reason::Held(..) | Reason::RolloutFailed(_) => "never from copies alone",

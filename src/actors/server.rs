@@ -127,7 +127,7 @@ impl ServerActor {
 
     fn note(&self, kind: &'static str, message: String) {
         let data = json!({ "owner": self.row.owner.name(), "expected": self.row.expected });
-        self.links.note(&Who::Server(self.row.name.clone()), Note { kind, message, data });
+        self.links.note(&Who::Server(self.row.name.clone()), Note::new(kind, message, &data));
     }
 
     fn patience(&self) -> Patience {

@@ -241,13 +241,27 @@ impl fmt::Display for Bytes {
 
 /// Bytes by device. The primary device is the one that a server's `memory` and a manifest's `memory` speak
 /// of; the others go by name (`gpu0`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Resources {
     /// On the primary device.
     pub primary: Bytes,
     /// On every other device; one that is absent has or needs nothing.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub others: BTreeMap<String, Bytes>,
+}
+
+impl Clone for Resources {
+    fn clone(&self) -> Self {
+        Self { primary: self.primary, others: self.others.clone() }
+    }
+
+    // The placement's indexes copy sums from node to node, and hardly any is of more than one device.
+    fn clone_from(&mut self, from: &Self) {
+        self.primary = from.primary;
+        if !(self.others.is_empty() && from.others.is_empty()) {
+            self.others.clone_from(&from.others);
+        }
+    }
 }
 
 impl Resources {
@@ -321,7 +335,20 @@ impl Resources {
     /// The greater of the two on every device.
     #[must_use]
     pub fn max(&self, other: &Self) -> Self {
-        self.zip(other, |a, b| Some(a.max(b))).unwrap_or_default()
+        let mut max = self.clone();
+        max.raise(other);
+        max
+    }
+
+    /// Becomes the greater of the two on every device.
+    pub fn raise(&mut self, other: &Self) {
+        self.primary = self.primary.max(other.primary);
+        for (device, bytes) in &other.others {
+            match self.others.get_mut(device) {
+                Some(own) => *own = (*own).max(*bytes),
+                None => drop(self.others.insert(device.clone(), *bytes)),
+            }
+        }
     }
 
     /// Every device that is spoken of, the primary one first and without a name, with its bytes.

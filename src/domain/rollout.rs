@@ -132,7 +132,7 @@ fn give_up(model: &mut Model, latest: Version, policy: &Policy, decision: &mut D
     let failure: Option<Failure> =
         model.copies.iter().filter(|copy| copy.generation.version == latest).find_map(hopeless);
     if let (Some(failure), Some(entry)) = (failure, model.entry_mut(latest)) {
-        decision.note("RolloutFailed", format!("version {latest} is given up: {}", failure.message), json!(failure));
+        decision.note("RolloutFailed", format!("version {latest} is given up: {}", failure.message), &failure);
         entry.failed = Some(failure);
         decision.writes.extend(model.version_row(latest));
     }
@@ -223,7 +223,7 @@ fn serve(model: &mut Model, version: Version, decision: &mut Decision) {
         decision.note(
             "Serving",
             format!("version {version} is the one that clients are kept on"),
-            json!({ "from": model.serving }),
+            &json!({ "from": model.serving }),
         );
         model.serving = Some(version);
         decision.writes.push(model.row());

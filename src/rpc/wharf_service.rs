@@ -136,9 +136,9 @@ fn event_to_wire(event: &Event) -> wire::Event {
         sequence: event.sequence,
         time: Some(timestamp(event.time)),
         subject: event.subject.clone(),
-        kind: event.kind.clone(),
+        kind: event.kind.to_string(),
         message: event.message.clone(),
-        data: if event.data.is_null() { String::new() } else { event.data.to_string() },
+        data: event.data.clone(),
     }
 }
 

@@ -5,6 +5,7 @@
 //! slower than the ring turns loses the oldest, and is told how many.
 
 use std::{
+    borrow::Cow,
     collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -24,12 +25,12 @@ pub struct Event {
     /// What it happened to: `model/iris`, `server/mlserver`, `replica/mlserver-0`.
     pub subject: String,
     /// What kind of thing happened, in one word of a closed set.
-    pub kind: String,
+    pub kind: Cow<'static, str>,
     /// One sentence.
     pub message: String,
-    /// The same for machines.
+    /// The same for machines, as JSON; empty when there is nothing more to say.
     #[serde(default)]
-    pub data: serde_json::Value,
+    pub data: String,
 }
 
 /// The ring. Clones are the same ring.
@@ -103,9 +104,9 @@ impl Events {
         &self,
         time: Instant,
         subject: impl Into<String>,
-        kind: impl Into<String>,
+        kind: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
-        data: serde_json::Value,
+        data: String,
     ) -> u64 {
         let (subject, kind, message) = (subject.into(), kind.into(), message.into());
         let mut ring = self.lock();
@@ -195,12 +196,11 @@ mod tests {
     use std::time::Duration;
 
     use proptest::prelude::*;
-    use serde_json::json;
 
     use super::*;
 
     fn put(events: &Events) -> u64 {
-        events.publish(Instant::from_micros(5), "model/iris", "Placed", "placed", json!({ "n": u64::MAX, "f": 0.1 }))
+        events.publish(Instant::from_micros(5), "model/iris", "Placed", "placed", r#"{"n":0.1}"#.to_owned())
     }
 
     fn number(received: Option<Received>) -> Option<u64> {

@@ -121,7 +121,7 @@ impl PlacementActor {
                 None => ("WithinLimit", format!("replica {} is within its limit again", id.index)),
             };
             let data = json!({ "registered": replica.registered(), "limit": replica.limit() });
-            self.links.note(&Who::Server(id.server.clone()), Note { kind, message, data });
+            self.links.note(&Who::Server(id.server.clone()), Note::new(kind, message, &data));
         }
         let registered = Registered { bytes: replica.registered(), copies, over_limit, conditions };
         self.links.board.put_registered(id.clone(), registered);

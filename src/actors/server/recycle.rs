@@ -106,7 +106,7 @@ impl ServerActor {
             }
         };
         let data = json!({ "replica": index, "leaked": leaked(&index) });
-        self.links.note(&Who::Server(self.row.name.clone()), Note { kind, message, data });
+        self.links.note(&Who::Server(self.row.name.clone()), Note::new(kind, message, &data));
     }
 
     /// What is done about the leak of a replica, for people; nothing if it has none.

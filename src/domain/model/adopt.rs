@@ -140,7 +140,7 @@ impl Model {
         decision.writes.extend(self.version_row(number));
         let data = json!({ "from": version.0, "to": number.0 });
         let text = format!("version {version} is version {number} from now on: agents hold another by that number");
-        decision.note("Renumbered", text, data);
+        decision.note("Renumbered", text, &data);
     }
 
     fn take_up(&mut self, found: Found, policy: &Policy, now: Instant, decision: &mut Decision) {
@@ -167,7 +167,7 @@ impl Model {
             decision.writes.extend(self.version_row(version));
         }
         let data = json!({ "version": version.0, "replica": on.to_string() });
-        decision.note("Adopted", format!("version {version} was found on {on}, and is kept as it is"), data);
+        decision.note("Adopted", format!("version {version} was found on {on}, and is kept as it is"), &data);
         self.copies.push(Copy {
             generation,
             state: State::Unknown { on },

@@ -17,7 +17,8 @@ mod words;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 
 pub use adopt::Found;
 pub use restore::restore;
@@ -32,6 +33,7 @@ use super::{
     error::Refusal,
     memory::Bytes,
     names::{ModelName, ReplicaId},
+    placement::report::Unplaced,
     record::Write,
     rollout,
     size::Trust,
@@ -203,7 +205,7 @@ impl Model {
                 self.publish(&mut decision);
             }
             let counts = json!({ "available": standing.available, "unavailable": standing.unavailable });
-            decision.note(standing.state.name(), standing.sentence(), counts);
+            decision.note(standing.state.name(), standing.sentence(), &counts);
         }
         Ok(decision)
     }
@@ -233,7 +235,7 @@ impl Model {
         // Where it was counts for what has to be undone there.
         let on = copy.state.replica().or_else(|| before.replica()).cloned();
         if copy.state.name() != before.name() {
-            decision.note(copy.state.name(), describe(copy, on.as_ref()), details(copy, on.as_ref()));
+            decision.note(copy.state.name(), describe(copy, on.as_ref()), &Details::of(copy, on.as_ref()));
         }
         if leaves {
             decision.effects.push(Effect::Leave(generation));
@@ -274,7 +276,7 @@ impl Model {
             if let (Some(on), false) = (copy.state.replica(), self.displaced.contains(&copy.generation)) {
                 let text =
                     format!("version {} on {on} does not fit there any more, and moves", copy.generation.version);
-                decision.note("Displaced", text, details(copy, Some(on)));
+                decision.note("Displaced", text, &Details::of(copy, Some(on)));
             }
         }
         self.displaced = displaced;
@@ -447,22 +449,34 @@ impl Model {
 }
 
 /// What a copy's change was decided on.
-fn details(copy: &Copy, on: Option<&ReplicaId>) -> Value {
-    let mut data = json!({
-        "uid": copy.generation.uid.0,
-        "version": copy.generation.version.0,
-        "copy": copy.generation.number,
-        "replica": on.map(ToString::to_string),
-        "need": copy.need.primary.0,
-        "attempts": copy.attempts,
-    });
-    if let State::Pending { reason: Some(reason) } = &copy.state {
-        data["rejections"] = json!(reason);
+#[derive(Debug, Serialize)]
+struct Details<'a> {
+    attempts: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    class: Option<&'static str>,
+    copy: u32,
+    need: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rejections: Option<&'a Unplaced>,
+    replica: Option<String>,
+    uid: u64,
+    version: u32,
+}
+
+impl<'a> Details<'a> {
+    fn of(copy: &'a Copy, on: Option<&ReplicaId>) -> Self {
+        let failure = if let State::Failed { failure, .. } = &copy.state { Some(failure) } else { None };
+        Self {
+            attempts: copy.attempts,
+            class: failure.map(|failure| failure.class.name()),
+            copy: copy.generation.number,
+            need: copy.need.primary.0,
+            rejections: if let State::Pending { reason } = &copy.state { reason.as_ref() } else { None },
+            replica: on.map(ToString::to_string),
+            uid: copy.generation.uid.0,
+            version: copy.generation.version.0,
+        }
     }
-    if let State::Failed { failure, .. } = &copy.state {
-        data["class"] = json!(failure.class.name());
-    }
-    data
 }
 
 fn describe(copy: &Copy, on: Option<&ReplicaId>) -> String {

@@ -115,7 +115,7 @@ impl Model {
             Some(found) => {
                 if self.sizes.misdeclared.insert(version, found).is_none() {
                     let data = json!({ "version": version.0, "declared": found.declared, "measured": found.measured });
-                    decision.note("Misdeclared", found.to_string(), data);
+                    decision.note("Misdeclared", found.to_string(), &data);
                 }
             }
             None => drop(self.sizes.misdeclared.remove(&version)),
@@ -192,7 +192,7 @@ impl Model {
             "version": version.0, "artifact": artifact, "runtime": runtime, "configuration": configuration,
             "measured": bytes, "declared": self.declared(version),
         });
-        decision.note("Measured", format!("version {version} takes {} in {runtime}", bytes.primary), data);
+        decision.note("Measured", format!("version {version} takes {} in {runtime}", bytes.primary), &data);
         self.compare(version, policy, decision);
     }
 

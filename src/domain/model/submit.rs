@@ -171,7 +171,7 @@ impl Model {
         self.number_bound = 0;
         self.push_version(first, definition.spec, definition.passthrough, now, decision);
         decision.writes.push(self.row());
-        decision.note("Created", format!("version {first} was submitted"), json!({ "uid": uid.0, "held": held }));
+        decision.note("Created", format!("version {first} was submitted"), &json!({ "uid": uid.0, "held": held }));
         self.answer(Outcome::Created, decision)
     }
 
@@ -188,7 +188,7 @@ impl Model {
             self.serving = Some(version);
         }
         self.push_version(version, spec, passthrough, now, decision);
-        decision.note("NewVersion", format!("version {version} was submitted"), json!({ "serving": self.serving }));
+        decision.note("NewVersion", format!("version {version} was submitted"), &json!({ "serving": self.serving }));
     }
 
     fn push_version(
@@ -235,7 +235,7 @@ impl Model {
         let (spec, passthrough, from) = (entry.spec.as_ref().clone(), entry.passthrough.clone(), entry.version);
         self.add_version(spec, passthrough, now, decision);
         decision.writes.push(self.row());
-        decision.note("Rollback", format!("version {from}'s spec is wanted again"), json!({ "from": from }));
+        decision.note("Rollback", format!("version {from}'s spec is wanted again"), &json!({ "from": from }));
         self.answer(Outcome::NewVersion, decision)
     }
 
@@ -270,7 +270,7 @@ impl Model {
         }
         if self.deleted.is_none() {
             self.deleted = Some(now);
-            decision.note("Deleted", "the model was deleted".to_owned(), json!({ "uid": self.uid }));
+            decision.note("Deleted", "the model was deleted".to_owned(), &json!({ "uid": self.uid }));
         }
         decision.writes.push(self.row());
         Ok(())

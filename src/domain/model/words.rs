@@ -3,7 +3,6 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde::Serialize;
-use serde_json::Value;
 
 use super::{adopt::Found, submit::Submitted};
 use crate::domain::{
@@ -160,18 +159,26 @@ pub struct Wanted {
 }
 
 /// An event for people.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
     /// One word for what happened.
     pub kind: &'static str,
     /// One sentence.
     pub message: String,
-    /// What it was decided on.
-    pub data: Value,
+    /// What it was decided on, as JSON.
+    pub data: String,
+}
+
+impl Note {
+    /// A note; `data` is what can be JSON, as values and structures are.
+    #[must_use]
+    pub fn new(kind: &'static str, message: String, data: &impl Serialize) -> Self {
+        Self { kind, message, data: serde_json::to_string(data).unwrap_or_default() }
+    }
 }
 
 impl Decision {
-    pub(in crate::domain) fn note(&mut self, kind: &'static str, message: String, data: Value) {
-        self.effects.push(Effect::Note(Note { kind, message, data }));
+    pub(in crate::domain) fn note(&mut self, kind: &'static str, message: String, data: &impl Serialize) {
+        self.effects.push(Effect::Note(Note::new(kind, message, data)));
     }
 }

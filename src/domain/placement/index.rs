@@ -75,7 +75,7 @@ impl PartialOrd for Memory {
 }
 
 /// The most that any one replica of a subtree has; on each device it may be another one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Most {
     /// Bytes left within its memory.
     pub(super) free: Resources,
@@ -87,11 +87,25 @@ pub(super) struct Most {
     pub(super) peers: u32,
 }
 
+impl Clone for Most {
+    fn clone(&self) -> Self {
+        let Self { free, room, room_to_pin, peers } = self;
+        Self { free: free.clone(), room: room.clone(), room_to_pin: room_to_pin.clone(), peers: *peers }
+    }
+
+    fn clone_from(&mut self, from: &Self) {
+        self.free.clone_from(&from.free);
+        self.room.clone_from(&from.room);
+        self.room_to_pin.clone_from(&from.room_to_pin);
+        self.peers = from.peers;
+    }
+}
+
 impl Summary for Most {
     fn absorb(&mut self, other: &Self) {
-        self.free = self.free.max(&other.free);
-        self.room = self.room.max(&other.room);
-        self.room_to_pin = self.room_to_pin.max(&other.room_to_pin);
+        self.free.raise(&other.free);
+        self.room.raise(&other.room);
+        self.room_to_pin.raise(&other.room_to_pin);
         self.peers = self.peers.max(other.peers);
     }
 }
@@ -114,13 +128,26 @@ impl Index {
         *self.servers.entry(id.server.clone()).or_default() += 1;
         let pool = self.pools.entry(seat.capabilities).or_default();
         pool.census.add(&seat.standing);
-        pool.edit(&id.server, |group| {
-            group.census.add(&seat.standing);
-            if let Standing::Open(open) = seat.standing {
-                let Open { rank, free, room, room_to_pin, capacity: _ } = *open;
-                group.open.insert(rank, Most { free, room, room_to_pin, peers: 1 });
+        pool.edit(&id.server, |group| group.add(seat.standing));
+    }
+
+    /// A replica has another seat than before.
+    pub(super) fn change(&mut self, id: &ReplicaId, before: &Seat, after: Seat) {
+        match self.pools.get_mut(&before.capabilities) {
+            // By far the most often it is but fuller or less full: its server is put in order once.
+            Some(pool) if before.capabilities == after.capabilities => {
+                pool.census.remove(&before.standing);
+                pool.census.add(&after.standing);
+                pool.edit(&id.server, |group| {
+                    group.remove(&before.standing);
+                    group.add(after.standing);
+                });
             }
-        });
+            Some(_) | None => {
+                self.remove(id, before);
+                self.add(id, after);
+            }
+        }
     }
 
     pub(super) fn remove(&mut self, id: &ReplicaId, seat: &Seat) {
@@ -128,12 +155,7 @@ impl Index {
         drop_one(&mut self.servers, &id.server);
         let Some(pool) = self.pools.get_mut(&seat.capabilities) else { return };
         pool.census.remove(&seat.standing);
-        pool.edit(&id.server, |group| {
-            group.census.remove(&seat.standing);
-            if let Standing::Open(open) = &seat.standing {
-                group.open.remove(&open.rank);
-            }
-        });
+        pool.edit(&id.server, |group| group.remove(&seat.standing));
         if pool.census.replicas == 0 {
             self.pools.remove(&seat.capabilities);
         }
@@ -171,6 +193,23 @@ impl Pool {
             Scope::Everywhere => Some(&self.census),
             Scope::Only(server) => self.groups.get(server).map(|group| &group.census),
             Scope::Nowhere => None,
+        }
+    }
+}
+
+impl Group {
+    fn add(&mut self, standing: Standing) {
+        self.census.add(&standing);
+        if let Standing::Open(open) = standing {
+            let Open { rank, free, room, room_to_pin, capacity: _ } = *open;
+            self.open.insert(rank, Most { free, room, room_to_pin, peers: 1 });
+        }
+    }
+
+    fn remove(&mut self, standing: &Standing) {
+        self.census.remove(standing);
+        if let Standing::Open(open) = standing {
+            self.open.remove(&open.rank);
         }
     }
 }

@@ -473,8 +473,7 @@ impl Ledger {
                 let known = self.grown.entry(id.clone()).or_insert(growth);
                 *known = growth.max(*known);
             }
-            self.index.remove(id, &before);
-            self.index.add(id, after);
+            self.index.change(id, &before, after);
         }
         true
     }
