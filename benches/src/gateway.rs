@@ -190,6 +190,8 @@ struct Point {
 impl Point {
     const fn new(protocol: Protocol, body: usize, models: usize, spread: Spread) -> Self {
         let (connections, streams) = match protocol {
+            // Streams share a connection turn by turn, so that large ones would all end at once, and seldom.
+            _ if body > KIB * KIB => (4, 1),
             Protocol::Rest => (32, 1),
             Protocol::Grpc => (4, 8),
         };

@@ -6,12 +6,12 @@
 //! each with 100,000 models, 250 with a million) and swaps their pointers. That a request may meet one
 //! change half applied is no harm: routes of different models are independent, and the epoch that the
 //! change makes is marked only after its last shard ([`Epochs`]).
-#![allow(clippy::mutable_key_type, reason = "an entry is found by its model's name, which never changes")]
 
 use std::{
-    borrow::Borrow,
-    collections::{BTreeMap, HashSet},
-    hash::{BuildHasherDefault, Hash, Hasher},
+    collections::{BTreeMap, HashMap},
+    fmt,
+    hash::{BuildHasherDefault, Hasher},
+    io::Write as _,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -40,31 +40,11 @@ use crate::{
 /// A power of two.
 const SHARDS: usize = 4096;
 
-type Shard = HashSet<Named, BuildHasherDefault<Fnv>>;
+type Shard = HashMap<Key, Arc<Entry>, BuildHasherDefault<Fnv>>;
 
-/// An entry that is found by its model's name.
-#[derive(Clone, Debug)]
-struct Named(Arc<Entry>);
-
-impl Borrow<str> for Named {
-    fn borrow(&self) -> &str {
-        self.0.model.as_str()
-    }
-}
-
-impl Hash for Named {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.0.model.as_str().hash(state);
-    }
-}
-
-impl PartialEq for Named {
-    fn eq(&self, other: &Self) -> bool {
-        self.0.model == other.0.model
-    }
-}
-
-impl Eq for Named {}
+/// A model's name, within the map itself if it is no longer than most: a look-up that compares it waits for no other
+/// piece of memory.
+type Key = SmallVec<[u8; 24]>;
 
 /// Routes of all models.
 #[derive(Debug)]
@@ -146,7 +126,7 @@ impl Table {
 
     /// The route of the model named `name`.
     pub(super) fn get(&self, name: &str) -> Option<Arc<Entry>> {
-        self.shards[shard_of(name)].load().get(name).map(|named| Arc::clone(&named.0))
+        self.shards[shard_of(name)].load().get(name.as_bytes()).map(Arc::clone)
     }
 
     /// The route of the model named `name`. Who finds none waits for the change that is being applied, if there is
@@ -164,7 +144,7 @@ impl Table {
 
     /// Whether there is a route for `name`.
     pub(super) fn knows(&self, name: &str) -> bool {
-        self.shards[shard_of(name)].load().contains(name)
+        self.shards[shard_of(name)].load().contains_key(name.as_bytes())
     }
 
     /// Waits for a route of `entry`'s model other than `entry`. `None` when the model has none any more.
@@ -189,9 +169,9 @@ impl Table {
         for route in snapshot.routes {
             let shard = shard_of(route.model.as_str());
             let before = self.get(route.model.as_str());
-            shards[shard].replace(Named(self.entry(route, before.as_deref())));
+            shards[shard].insert(key(&route.model), self.entry(route, before.as_deref()));
         }
-        held.models = shards.iter().map(HashSet::len).sum();
+        held.models = shards.iter().map(HashMap::len).sum();
         for (shard, new) in shards.into_iter().enumerate() {
             self.put(shard, new);
         }
@@ -215,11 +195,12 @@ impl Table {
             let before = self.shards[shard].load_full();
             let mut after = Shard::clone(&before);
             for route in routes {
-                let known = before.get(route.model.as_str()).map(|named| named.0.as_ref());
-                after.replace(Named(self.entry(route, known)));
+                let key = key(&route.model);
+                let known = before.get(&key).map(Arc::as_ref);
+                after.insert(key, self.entry(route, known));
             }
             for model in removed {
-                after.remove(model.as_str());
+                after.remove(model.as_str().as_bytes());
             }
             held.models = held.models + after.len() - before.len();
             self.put(shard, after);
@@ -314,7 +295,7 @@ impl Table {
             while occupied != 0 {
                 let shard = &shards[occupied.trailing_zeros() as usize];
                 occupied &= occupied - 1;
-                if !shard.load().iter().all(|named| visit(&named.0)) {
+                if !shard.load().values().all(&mut visit) {
                     return;
                 }
             }
@@ -326,8 +307,8 @@ impl Table {
     }
 }
 
-/// The values of a route's headers, side by side in one piece of memory: for each version, what clients see of it, then
-/// each of its copies.
+/// The values of a route's headers, side by side in one piece of memory with the count of who refers to it: for each
+/// version, what clients see of it, then each of its copies.
 struct Texts {
     all: Bytes,
     ends: std::vec::IntoIter<usize>,
@@ -336,16 +317,19 @@ struct Texts {
 
 impl Texts {
     fn new(route: &Route) -> Self {
-        let (mut all, mut ends) = (String::new(), Vec::new());
-        for target in &route.targets {
-            all += &format!(":{}:", served_name(&route.model, target.version));
+        let (mut all, mut ends) = (SmallVec::<[u8; 64]>::new(), Vec::new());
+        let mut add = |text: fmt::Arguments<'_>| {
+            // A vector takes whatever there is.
+            drop(all.write_fmt(text));
             ends.push(all.len());
+        };
+        for target in &route.targets {
+            add(format_args!(":{}:", served_name(&route.model, target.version)));
             for endpoint in &target.endpoints {
-                all += &endpoint.generation.to_string();
-                ends.push(all.len());
+                add(format_args!("{}", endpoint.generation));
             }
         }
-        Self { all: all.into(), ends: ends.into_iter(), from: 0 }
+        Self { all: Bytes::from_owner(all), ends: ends.into_iter(), from: 0 }
     }
 
     fn next(&mut self) -> Bytes {
@@ -381,6 +365,10 @@ impl Hasher for Fnv {
     fn finish(&self) -> u64 {
         self.0
     }
+}
+
+fn key(model: &ModelName) -> Key {
+    Key::from_slice(model.as_str().as_bytes())
 }
 
 fn shard_of(name: &str) -> usize {
