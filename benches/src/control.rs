@@ -108,6 +108,7 @@ fn rows(fleet: Fleet, told: &[Told], again: &[Told]) -> Vec<Row> {
         of(again, &|t| t.after as f64 / mib),
         million.then(|| Goal::at_most(8192.0)),
     );
+    push("one more, submitted until a gateway has its route", "ms", of(again, &|t| t.more), None);
     push("slowest status meanwhile", "ms", of(again, &|t| t.meanwhile), Some(Goal::at_most(10.0)));
     push("slowest status afterwards", "ms", of(again, &|t| t.afterwards), Some(Goal::at_most(10.0)));
     rows

@@ -9,6 +9,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    ops::Range,
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
@@ -20,7 +21,7 @@ use std::{
 use anyhow::{Context as _, anyhow, ensure};
 use futures::{StreamExt as _, stream};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 use wharf::{
     actors::{Handle, Timing},
@@ -95,6 +96,9 @@ pub(crate) struct Told {
     /// The longest that the API took for one model's status, in milliseconds: until all was known, and after.
     pub(crate) meanwhile: f64,
     pub(crate) afterwards: f64,
+    /// Milliseconds, at the median, from the submission of one more model until every copy of it answers and the
+    /// gateway has acknowledged the route to it.
+    pub(crate) more: f64,
 }
 
 /// A copy that an agent holds: model, generation, replica.
@@ -172,12 +176,13 @@ async fn scheduler(dir: &Path, fleet: Fleet, began: Instant) -> anyhow::Result<T
                 prober.join().map_err(|_| anyhow!("the prober panicked"))??;
         }
         told.after = proc::memory(std::process::id())?;
+        told.more = one_more(&handle, fleet).await?;
         return Ok(told);
     }
     until(|| servers_ready(&handle, fleet)).await.context("the agents did not come")?;
     told.before = proc::memory(std::process::id())?;
     let (cpu, started) = (proc::cpu(std::process::id())?, Instant::now());
-    submit(&handle, fleet).await?;
+    submit(&handle, fleet, 0..fleet.models).await?;
     told.durable = started.elapsed().as_secs_f64();
     until_known(&handle, fleet).await?;
     told.answering = started.elapsed().as_secs_f64();
@@ -319,9 +324,9 @@ fn obey(agents: &Agents, index: u32, orders: &[Order]) -> Vec<(ModelName, Genera
     said.collect()
 }
 
-async fn submit(handle: &Handle, fleet: Fleet) -> anyhow::Result<()> {
+async fn submit(handle: &Handle, fleet: Fleet, numbers: Range<usize>) -> anyhow::Result<()> {
     let models = Gate::new(handle.models(), ASKING, PATIENCE);
-    let asked = stream::iter(0..fleet.models).map(|number| {
+    let asked = stream::iter(numbers).map(|number| {
         let models = models.clone();
         async move {
             let name = ModelName::new(&models::name(number))?;
@@ -348,6 +353,28 @@ async fn submit(handle: &Handle, fleet: Fleet) -> anyhow::Result<()> {
         answer?;
     }
     Ok(())
+}
+
+async fn one_more(handle: &Handle, fleet: Fleet) -> anyhow::Result<f64> {
+    const TIMES: usize = 100;
+    let feed = handle.links.board.watch_models();
+    let mut took = Vec::with_capacity(TIMES);
+    for number in fleet.models..fleet.models + TIMES {
+        let (name, began) = (ModelName::new(&models::name(number))?, Instant::now());
+        submit(handle, fleet, number..number + 1).await?;
+        let answers = async {
+            loop {
+                let model = feed.next().await;
+                if model.name == name && model.standing().available >= fleet.copies {
+                    return;
+                }
+            }
+        };
+        timeout(PATIENCE, answers).await.with_context(|| format!("{name} does not answer"))?;
+        took.push(began.elapsed().as_secs_f64() * 1e3);
+    }
+    took.sort_by(f64::total_cmp);
+    Ok(took[TIMES / 2])
 }
 
 fn servers_ready(handle: &Handle, fleet: Fleet) -> bool {

@@ -58,6 +58,7 @@ const RESULTS: &str = "benches/results";
 /// Where people read them, and between which marks.
 const PLOTS: &str = "docs/plots";
 const PAGE: &str = "docs/performance.md";
+const README: &str = "README.md";
 const TABLE: &str = "table";
 const SOAK: &str = "soak";
 
@@ -157,7 +158,7 @@ fn pinned(
     let mut report = Report::begin();
     part(&Places { wharf, this, dir: dir.clone(), plots: plots.map(PathBuf::from) }, &mut report)?;
     report.seconds = began.elapsed().as_secs_f64();
-    println!("\n{}\n{}", report.table(), report.origin());
+    println!("\n{}\n{}", report.table(|_| true), report.origin());
     fs::remove_dir_all(&dir)?;
     Ok(report)
 }
@@ -192,7 +193,8 @@ fn run(quick: bool, huge: bool, only: &[String]) -> anyhow::Result<()> {
     }
     // A part of it is nothing to compare the whole with.
     if only.is_empty() {
-        page(Path::new(PAGE), TABLE, &report)?;
+        page(Path::new(PAGE), TABLE, &report, |_| true)?;
+        page(Path::new(README), TABLE, &report, |row| row.goal.is_some())?;
         println!("kept as {}", report.keep(results)?.display());
     }
     Ok(())
@@ -200,7 +202,7 @@ fn run(quick: bool, huge: bool, only: &[String]) -> anyhow::Result<()> {
 
 fn soak(minutes: u64, models: usize) -> anyhow::Result<()> {
     let report = pinned(None, |places, report| soak::run(places, minutes, models, report))?;
-    page(Path::new(PAGE), SOAK, &report)?;
+    page(Path::new(PAGE), SOAK, &report, |_| true)?;
     println!("kept as {}", report.keep(&Path::new(RESULTS).join("soak"))?.display());
     Ok(())
 }
@@ -233,12 +235,12 @@ fn compare(report: &Report, results: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Puts the table of `report` into the page, between the marks named `mark`.
-fn page(path: &Path, mark: &str, report: &Report) -> anyhow::Result<()> {
+/// Puts the table of those rows of `report` that are wanted into the page, between the marks named `mark`.
+fn page(path: &Path, mark: &str, report: &Report, wanted: impl Fn(&Row) -> bool) -> anyhow::Result<()> {
     let Ok(text) = fs::read_to_string(path) else { return Ok(()) };
     let (begin, end) = (format!("<!-- {mark} -->\n"), format!("<!-- end of {mark} -->\n"));
     let (Some(from), Some(to)) = (text.find(&begin).map(|at| at + begin.len()), text.find(&end)) else { return Ok(()) };
-    let table = format!("\n{}\n\n{}\n", report.origin(), report.table());
+    let table = format!("\n{}\n\n{}\n", report.origin(), report.table(wanted));
     fs::write(path, format!("{}{table}{}", &text[..from], &text[to..]))?;
     Ok(())
 }

@@ -55,8 +55,9 @@ struct Seen {
 /// Microseconds for each of `count` decisions by a scan of `replicas`.
 fn scan(replicas: usize, full: u64, count: u64) -> f64 {
     let mut random = Random(replicas as u64);
+    let most = if full < 100 { CAPACITY } else { CAPACITY * 2 };
     let seen: Vec<Seen> = (0..replicas)
-        .map(|_| Seen { available: true, capabilities: 1, room: CAPACITY - full * CAPACITY / 100 + random.below(20) })
+        .map(|_| Seen { available: true, capabilities: 1, room: most - full * CAPACITY / 100 + random.below(20) })
         .collect();
     let mut spent = std::time::Duration::ZERO;
     for _ in 0..count {
@@ -74,7 +75,8 @@ fn scan(replicas: usize, full: u64, count: u64) -> f64 {
 pub(crate) fn measure(places: &Places, quick: bool, report: &mut Report) -> anyhow::Result<()> {
     let (count, rounds) = if quick { (2000, 5) } else { (20_000, 7) };
     let mut lines = Vec::new();
-    for (full, name) in [(0, "empty"), (50, "half full"), (95, "nearly full")] {
+    let fills = [(0, "empty"), (50, "half full"), (95, "nearly full"), (120, "with copies to be evicted")];
+    for (full, name) in fills {
         let sizes: &[usize] = if quick { &[100, 10_000] } else { &[10, 100, 1000, 10_000] };
         let mut fleets = sizes.iter().map(|size| fleet(*size, full)).collect::<anyhow::Result<Vec<_>>>()?;
         let mut times = vec![Vec::new(); sizes.len()];

@@ -143,7 +143,10 @@ impl Machine {
         Self {
             cpu: field("/proc/cpuinfo", "model name"),
             cores: fs::read_to_string("/proc/cpuinfo").unwrap_or_default().matches("processor\t").count(),
-            memory: field("/proc/meminfo", "MemTotal"),
+            memory: {
+                let kibibytes = field("/proc/meminfo", "MemTotal").trim_end_matches(" kB").parse::<u64>();
+                kibibytes.map_or_else(|_| "memory unknown".to_owned(), |kibibytes| format!("{} GiB", kibibytes >> 20))
+            },
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         }
     }
@@ -169,8 +172,8 @@ impl Report {
         };
         let mut commit = git(&["rev-parse", "--short", "HEAD"]);
         // What the run itself writes does not count.
-        let changed =
-            git(&["status", "--porcelain", "--", ":!benches/results", ":!docs/performance.md", ":!docs/plots"]);
+        let written = [":!benches/results", ":!docs/performance.md", ":!docs/plots", ":!README.md"];
+        let changed = git(&[&["status", "--porcelain", "--"], &written[..]].concat());
         if !changed.is_empty() {
             commit += "+";
         }
@@ -178,10 +181,10 @@ impl Report {
         Self { date, commit, machine: Machine::here(), ..Self::default() }
     }
 
-    /// The table, as Markdown.
-    pub(crate) fn table(&self) -> String {
+    /// The table of the rows that are wanted, as Markdown.
+    pub(crate) fn table(&self, wanted: impl Fn(&Row) -> bool) -> String {
         let mut text = String::from("| what | Wharf | beside it | ratio | goal | met |\n|---|---|---|---|---|---|\n");
-        for row in &self.rows {
+        for row in self.rows.iter().filter(|row| wanted(row)) {
             let (rival, ratio) = row.rival.as_ref().map_or_else(Default::default, |rival| {
                 let ratio = format!("{} ±{:.0} %", short(rival.ratio.median), rival.ratio.spread * 100.0);
                 (format!("{} {}", rival.name, with_unit(rival.measure, &row.unit)), ratio)

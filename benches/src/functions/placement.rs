@@ -23,7 +23,10 @@ const REQUESTS: u64 = 1024;
 /// When all of it happens.
 pub const NOW: Instant = Instant::from_micros(1_800_000_000_000_000);
 
-/// A fleet of which `full` percent are registered.
+/// How much more than its memory may be registered on a replica, in percent, where memory alone is not enough.
+const OVERCOMMIT: u32 = 50;
+
+/// A fleet of whose memory `full` percent are registered; more than all of it, where copies will have to be evicted.
 ///
 /// # Errors
 /// When a name is none.
@@ -42,7 +45,7 @@ pub fn fleet(replicas: usize, full: u64) -> anyhow::Result<Placement> {
             capabilities: capabilities.clone(),
             state: ReplicaState::Available,
             runtime: "bench".to_owned(),
-            ..ReplicaFacts::default()
+            overcommit_percent: if full < 100 { 0 } else { OVERCOMMIT },
         };
         placement.upsert_replica(&id, facts);
         // A few large copies; how full it is differs from replica to replica.
