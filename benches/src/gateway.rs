@@ -199,10 +199,7 @@ impl Point {
     }
 
     fn id(&self) -> String {
-        let protocol = match self.protocol {
-            Protocol::Rest => "REST",
-            Protocol::Grpc => "gRPC",
-        };
+        let protocol = self.protocol.name();
         let models = if self.models == 1 { "1 model".to_owned() } else { format!("{} models", self.models) };
         let spread = if self.models == 1 { "" } else { self.spread.name() };
         format!("{protocol} {} {models} {spread}", size(self.body)).trim_end().to_owned()
@@ -330,7 +327,8 @@ pub(crate) fn measure(places: &Places, scale: &Scale, report: &mut Report) -> an
                     report.rows.extend(rows);
                     if body == SMALL && spread == Spread::Uniform {
                         for (contestant, cpu) in contestants.iter().zip(cpu) {
-                            plot::add(&mut lines, &format!("{} {protocol:?}", contestant.name), count as f64, cpu);
+                            let name = format!("{} {}", contestant.name, protocol.name());
+                            plot::add(&mut lines, &name, count as f64, cpu);
                         }
                     }
                 }

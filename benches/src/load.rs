@@ -36,6 +36,16 @@ pub(crate) enum Protocol {
     Grpc,
 }
 
+impl Protocol {
+    /// As people write it.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Rest => "REST",
+            Self::Grpc => "gRPC",
+        }
+    }
+}
+
 /// One stretch of load.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
