@@ -52,7 +52,7 @@ use wharf::{
     telemetry::metrics::{Metrics, Role},
 };
 
-use crate::{models, proc};
+use crate::{models, proc, report::Measure};
 
 /// The longest that any step may take.
 const PATIENCE: Duration = Duration::from_secs(900);
@@ -373,8 +373,7 @@ async fn one_more(handle: &Handle, fleet: Fleet) -> anyhow::Result<f64> {
         timeout(PATIENCE, answers).await.with_context(|| format!("{name} does not answer"))?;
         took.push(began.elapsed().as_secs_f64() * 1e3);
     }
-    took.sort_by(f64::total_cmp);
-    Ok(took[TIMES / 2])
+    Ok(Measure::of(&took).median)
 }
 
 fn servers_ready(handle: &Handle, fleet: Fleet) -> bool {

@@ -52,13 +52,11 @@ struct Seen {
     room: u64,
 }
 
-/// Microseconds for each of `count` decisions by a scan of `replicas`.
-fn scan(replicas: usize, full: u64, count: u64) -> f64 {
+/// Microseconds for each of `count` decisions by a scan of `replicas`, all of which have room.
+fn scan(replicas: usize, count: u64) -> f64 {
     let mut random = Random(replicas as u64);
-    let most = if full < 100 { CAPACITY } else { CAPACITY * 2 };
-    let seen: Vec<Seen> = (0..replicas)
-        .map(|_| Seen { available: true, capabilities: 1, room: most - full * CAPACITY / 100 + random.below(20) })
-        .collect();
+    let seen: Vec<Seen> =
+        (0..replicas).map(|_| Seen { available: true, capabilities: 1, room: CAPACITY + random.below(20) }).collect();
     let mut spent = std::time::Duration::ZERO;
     for _ in 0..count {
         let need = 1 + random.below(10);
@@ -84,7 +82,7 @@ pub(crate) fn measure(places: &Places, quick: bool, report: &mut Report) -> anyh
         for _ in 0..rounds {
             for (at, fleet) in fleets.iter_mut().enumerate() {
                 times[at].push(decide(fleet, sizes[at], count)?);
-                scans[at].push(scan(sizes[at], full, count.min(20_000_000 / sizes[at] as u64)));
+                scans[at].push(scan(sizes[at], count.min(20_000_000 / sizes[at] as u64)));
             }
         }
         let few = sizes.iter().position(|size| *size == 100).map(|at| times[at].clone()).unwrap_or_default();

@@ -43,7 +43,7 @@ const SHARDS: usize = 4096;
 type Shard = HashMap<Key, Arc<Entry>, BuildHasherDefault<Fnv>>;
 
 /// A model's name, within the map itself if it is no longer than most: a look-up that compares it waits for no other
-/// piece of memory.
+/// piece of memory. A longer one is copied with its shard.
 type Key = SmallVec<[u8; 24]>;
 
 /// Routes of all models.
@@ -307,8 +307,8 @@ impl Table {
     }
 }
 
-/// The values of a route's headers, side by side in one piece of memory with the count of who refers to it: for each
-/// version, what clients see of it, then each of its copies.
+/// The values of a route's headers, side by side in one piece of memory, with the count of who refers to it if they are no
+/// longer than those of one or two copies: for each version, what clients see of it, then each of its copies.
 struct Texts {
     all: Bytes,
     ends: std::vec::IntoIter<usize>,

@@ -28,9 +28,23 @@ pub struct Event {
     pub kind: Cow<'static, str>,
     /// One sentence.
     pub message: String,
-    /// The same for machines, as JSON; empty when there is nothing more to say.
-    #[serde(default)]
+    /// The same for machines, as JSON.
+    #[serde(default, with = "kept")]
     pub data: String,
+}
+
+/// JSON is kept as the value that it is the text of.
+mod kept {
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+    use serde_json::Value;
+
+    pub(super) fn serialize<S: Serializer>(data: &str, to: S) -> Result<S::Ok, S::Error> {
+        serde_json::from_str::<Value>(data).unwrap_or_default().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+        Value::deserialize(from).map(|data| data.to_string())
+    }
 }
 
 /// The ring. Clones are the same ring.
@@ -104,11 +118,11 @@ impl Events {
         &self,
         time: Instant,
         subject: impl Into<String>,
-        kind: impl Into<Cow<'static, str>>,
+        kind: &'static str,
         message: impl Into<String>,
         data: String,
     ) -> u64 {
-        let (subject, kind, message) = (subject.into(), kind.into(), message.into());
+        let (subject, kind, message) = (subject.into(), Cow::Borrowed(kind), message.into());
         let mut ring = self.lock();
         let sequence = ring.next;
         ring.next = ring.next.saturating_add(1);
@@ -242,6 +256,17 @@ mod tests {
         // A first number that is not above does not make two events one.
         let (restored, _) = Events::restore(3, 0, &kept);
         assert_eq!(put(&restored), 12);
+    }
+
+    #[test]
+    fn what_is_said_to_machines_is_kept_as_a_value_and_read_as_its_text() {
+        let events = Events::new(1, 0);
+        put(&events);
+        let kept = events.encode();
+        let value: serde_json::Value = rmp_serde::from_slice(&kept[0]).expect("it is one");
+        assert_eq!(value["data"]["n"], 0.1);
+        let (restored, unread) = Events::restore(1, 0, &kept);
+        assert_eq!((unread, restored.subscribe(None).0), (0, events.subscribe(None).0));
     }
 
     #[test]

@@ -149,12 +149,10 @@ impl Model {
         let mut decision = Decision::default();
         let standing_before = self.standing();
         match event {
-            Event::Submit(definition, uid) => {
-                self.attempt(|next| next.submit(*definition, uid, now, &mut decision))?;
-            }
-            Event::Rollback(to) => self.attempt(|next| next.rollback(to, now, &mut decision))?,
-            Event::Scale(replicas) => self.attempt(|next| next.scale(replicas, &mut decision))?,
-            Event::Delete(kubernetes) => self.attempt(|next| next.delete(kubernetes, now, &mut decision))?,
+            Event::Submit(definition, uid) => self.submit(*definition, uid, now, &mut decision)?,
+            Event::Rollback(to) => self.rollback(to, now, &mut decision)?,
+            Event::Scale(replicas) => self.scale(replicas, &mut decision)?,
+            Event::Delete(kubernetes) => self.delete(kubernetes, now, &mut decision)?,
             Event::Copy(generation, event) => {
                 let placed = if let copy::Event::Placed { on } = &event { Some(on.clone()) } else { None };
                 let index = self.copies.iter().position(|copy| copy.generation == generation);
@@ -208,14 +206,6 @@ impl Model {
             decision.note(standing.state.name(), standing.sentence(), &counts);
         }
         Ok(decision)
-    }
-
-    /// Does what may be refused; when it is, nothing has changed.
-    fn attempt(&mut self, change: impl FnOnce(&mut Self) -> Result<(), Refusal>) -> Result<(), Refusal> {
-        let mut next = self.clone();
-        change(&mut next)?;
-        *self = next;
-        Ok(())
     }
 
     /// Steps one copy and translates what the step asks.

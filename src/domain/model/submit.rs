@@ -1,4 +1,6 @@
 //! What users ask of a model, and the versions that follow.
+//!
+//! The rule of this module: what is refused is refused before anything is changed.
 
 use std::sync::Arc;
 

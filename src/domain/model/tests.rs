@@ -164,7 +164,11 @@ impl World {
     }
 
     fn happen(&mut self, event: Event) {
-        let Ok(decision) = self.model.apply(event, &self.policy, self.now) else { return };
+        let before = self.model.clone();
+        let Ok(decision) = self.model.apply(event, &self.policy, self.now) else {
+            assert_eq!(self.model, before, "what was refused has changed nothing");
+            return;
+        };
         for write in decision.writes {
             match write {
                 Write::PutModel(row) => self.rows.model = Some(*row),

@@ -125,7 +125,8 @@ pub enum Effect {
     Keep(Generation),
     /// The copy is to leave: it keeps its memory, and no other copy near it.
     Leave(Generation),
-    /// The route changed: publish [`Model::route`](super::Model::route) as this revision.
+    /// The route changed: publish [`Model::route`](super::Model::route) as this revision. Of several decisions that are
+    /// carried out at once only the last one's need be.
     Publish(u64),
     /// Send [`Event::Reconcile`] at this time.
     Wake(Instant),
