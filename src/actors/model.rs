@@ -1,6 +1,6 @@
 //! One model: every decision is the domain's, taken on a copy that replaces the model once it is durable.
 
-use std::{collections::VecDeque, mem, sync::Arc};
+use std::{collections::VecDeque, iter, mem, sync::Arc};
 
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, Message, SpawnHandle};
 use serde_json::json;
@@ -11,7 +11,7 @@ use crate::{
     domain::{
         copy::{self, Copy, Drain, State},
         error::{Code, Refusal},
-        model::{Effect, Event, Model, Submitted},
+        model::{Decision, Effect, Event, Model, Submitted},
         names::ReplicaId,
         order::Order,
         record::Write,
@@ -96,20 +96,26 @@ impl ModelActor {
             let now = self.links.clock.now();
             let mut model = self.model.as_ref().clone();
             let mut writes: Vec<Write> = Vec::new();
-            let mut next = (Vec::new(), Vec::new(), Vec::new());
-            let (effects, answers, happened) = (&mut next.0, &mut next.1, &mut next.2);
-            for _ in 0..self.waiting.len().min(BATCH) {
-                let Some(Pending { event, reply }) = self.waiting.pop_front() else { break };
-                let again = reply.is_none().then(|| event.clone());
-                let answer = model.apply(event, &self.links.policy, now).map(|decision| {
+            let (mut effects, mut answers, mut happened) = (Vec::new(), Vec::new(), Vec::new());
+            let mut batch: VecDeque<Pending> = self.waiting.drain(..self.waiting.len().min(BATCH)).collect();
+            while let Some(Pending { event, reply }) = batch.pop_front() {
+                let mut take = |decision: Decision| {
                     writes.extend(decision.writes);
                     effects.extend(decision.effects);
-                    happened.extend(again);
                     decision.submitted
-                });
-                answers.extend(reply.map(|reply| (reply, answer)));
+                };
+                if let Some(reply) = reply {
+                    answers.push((reply, model.apply(event, &self.links.policy, now).map(take)));
+                    continue;
+                }
+                // What happened meanwhile is looked at once.
+                let asked = batch.iter().position(|pending| pending.reply.is_some()).unwrap_or(batch.len());
+                let events: Vec<Event> =
+                    iter::once(event).chain(batch.drain(..asked).map(|pending| pending.event)).collect();
+                happened.extend(events.iter().cloned());
+                take(model.apply_all(events, &self.links.policy, now));
             }
-            let tentative = Tentative { model, effects: next.0, answers: next.1, happened: next.2 };
+            let tentative = Tentative { model, effects, answers, happened };
             if writes.is_empty() {
                 self.install(tentative, ctx);
             } else {
@@ -303,8 +309,8 @@ impl Handler<Begin> for ModelActor {
         if self.model.is_born() {
             // The board, the placement and the router were told before it was started.
             self.announce(Announce::ToServer, ctx);
+            self.take(Pending { event: Event::Reconcile, reply: None }, ctx);
         }
-        self.take(Pending { event: Event::Reconcile, reply: None }, ctx);
     }
 }
 

@@ -1,8 +1,8 @@
 //! A model: its versions, its copies, and every decision about them.
 //!
-//! The rule of this module: [`Model::apply`] takes one event and returns what to write, and what to do once
-//! that is durable. It is level-triggered: after each event the whole model is compared with what is wanted
-//! ([`rollout`]), so an event that was lost is repaired by the next one, whatever it is.
+//! The rule of this module: [`Model::apply`] takes one event, and [`Model::apply_all`] what happened meanwhile; they return
+//! what to write, and what to do once that is durable. It is level-triggered: after that the whole model is compared
+//! with what is wanted ([`rollout`]), so an event that was lost is repaired by the next one, whatever it is.
 
 mod adopt;
 mod restore;
@@ -12,12 +12,12 @@ mod state;
 mod submit;
 #[cfg(test)]
 mod tests;
+mod told;
 mod view;
 mod words;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use serde::Serialize;
 use serde_json::json;
 
 pub use adopt::Found;
@@ -26,6 +26,7 @@ pub use retry::Outlook;
 pub use sizes::{Misdeclared, Sizes};
 pub use state::{HeldUp, ModelState, Reason, Standing, standing};
 pub use submit::{Outcome, Submitted};
+use told::{Details, describe};
 pub use words::{Decision, Effect, Event, Note, Wanted};
 
 use super::{
@@ -33,7 +34,6 @@ use super::{
     error::Refusal,
     memory::Bytes,
     names::{ModelName, ReplicaId},
-    placement::report::Unplaced,
     record::Write,
     rollout,
     size::Trust,
@@ -147,16 +147,34 @@ impl Model {
     /// errors: they change nothing.
     pub fn apply(&mut self, event: Event, policy: &Policy, now: Instant) -> Result<Decision, Refusal> {
         let mut decision = Decision::default();
-        let standing_before = self.standing();
+        let before = self.standing();
+        self.take(event, policy, now, &mut decision)?;
+        self.settle(&before, policy, now, &mut decision);
+        Ok(decision)
+    }
+
+    /// Takes events that nobody waits for an answer to, as if all had happened at once: what is wanted is compared with
+    /// what is when all are taken. What is refused of them has changed nothing.
+    pub fn apply_all(&mut self, events: Vec<Event>, policy: &Policy, now: Instant) -> Decision {
+        let mut decision = Decision::default();
+        let before = self.standing();
+        for event in events {
+            drop(self.take(event, policy, now, &mut decision));
+        }
+        self.settle(&before, policy, now, &mut decision);
+        decision
+    }
+
+    fn take(&mut self, event: Event, policy: &Policy, now: Instant, decision: &mut Decision) -> Result<(), Refusal> {
         match event {
-            Event::Submit(definition, uid) => self.submit(*definition, uid, now, &mut decision)?,
-            Event::Rollback(to) => self.rollback(to, now, &mut decision)?,
-            Event::Scale(replicas) => self.scale(replicas, &mut decision)?,
-            Event::Delete(kubernetes) => self.delete(kubernetes, now, &mut decision)?,
+            Event::Submit(definition, uid) => self.submit(*definition, uid, now, decision)?,
+            Event::Rollback(to) => self.rollback(to, now, decision)?,
+            Event::Scale(replicas) => self.scale(replicas, decision)?,
+            Event::Delete(kubernetes) => self.delete(kubernetes, now, decision)?,
             Event::Copy(generation, event) => {
                 let placed = if let copy::Event::Placed { on } = &event { Some(on.clone()) } else { None };
                 let index = self.copies.iter().position(|copy| copy.generation == generation);
-                let taken = index.is_some_and(|index| self.step(index, event, now, &mut decision).is_ok());
+                let taken = index.is_some_and(|index| self.step(index, event, now, decision).is_ok());
                 // A placement that was made anew may tell twice of a place that the copy has.
                 let has = index.and_then(|index| self.copies[index].state.replica().cloned());
                 if placed.is_some() && !taken && has != placed {
@@ -166,14 +184,12 @@ impl Model {
                     decision.effects.extend(has.map(|_| Effect::Keep(generation)));
                 }
             }
-            Event::Reported(on, generation, report) => {
-                self.reported(on, generation, report, policy, now, &mut decision)
-            }
-            Event::Adopt(found) => self.adopt(*found, policy, now, &mut decision),
+            Event::Reported(on, generation, report) => self.reported(on, generation, report, policy, now, decision),
+            Event::Adopt(found) => self.adopt(*found, policy, now, decision),
             Event::Replica(replica, event) => {
                 for index in 0..self.copies.len() {
                     if self.copies[index].state.replica() == Some(&replica) {
-                        drop(self.step(index, event.clone(), now, &mut decision));
+                        drop(self.step(index, event.clone(), now, decision));
                     }
                 }
             }
@@ -181,31 +197,35 @@ impl Model {
                 self.leaving.retain(|replica| replica.server != server);
                 self.leaving.extend(replicas.into_iter().map(|index| ReplicaId::new(server.clone(), index)));
             }
-            Event::Displaced(displaced) => self.displace(displaced, &mut decision),
+            Event::Displaced(displaced) => self.displace(displaced, decision),
             Event::RoutesReached(revision) => self.reached(revision),
             Event::RoutesSettled(revision) => {
                 self.reached(revision);
                 for index in 0..self.copies.len() {
                     if self.copies[index].draining && self.copies[index].left <= revision {
-                        drop(self.step(index, copy::Event::RoutesSettled, now, &mut decision));
+                        drop(self.step(index, copy::Event::RoutesSettled, now, decision));
                     }
                 }
             }
             Event::Reconcile => {}
         }
-        rollout::reconcile(self, policy, now, &mut decision);
-        self.tidy(policy, now, &mut decision);
+        Ok(())
+    }
+
+    /// Compares what is with what is wanted, and with what `before` users were told.
+    fn settle(&mut self, before: &Standing, policy: &Policy, now: Instant, decision: &mut Decision) {
+        rollout::reconcile(self, policy, now, decision);
+        self.tidy(policy, now, decision);
         let standing = self.standing();
-        if standing != standing_before {
+        if standing != *before {
             self.changed = now;
             if self.copies.iter().all(|copy| !copy.routed) {
                 // What a client is told while nothing answers has changed.
-                self.publish(&mut decision);
+                self.publish(decision);
             }
             let counts = json!({ "available": standing.available, "unavailable": standing.unavailable });
             decision.note(standing.state.name(), standing.sentence(), &counts);
         }
-        Ok(decision)
     }
 
     /// Steps one copy and translates what the step asks.
@@ -435,55 +455,5 @@ impl Model {
             measured: measured.is_some_and(|measured| copy.need.covers(&measured)),
             pinned: self.deployment.pinned,
         })
-    }
-}
-
-/// What a copy's change was decided on.
-#[derive(Debug, Serialize)]
-struct Details<'a> {
-    attempts: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    class: Option<&'static str>,
-    copy: u32,
-    need: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    rejections: Option<&'a Unplaced>,
-    replica: Option<String>,
-    uid: u64,
-    version: u32,
-}
-
-impl<'a> Details<'a> {
-    fn of(copy: &'a Copy, on: Option<&ReplicaId>) -> Self {
-        let failure = if let State::Failed { failure, .. } = &copy.state { Some(failure) } else { None };
-        Self {
-            attempts: copy.attempts,
-            class: failure.map(|failure| failure.class.name()),
-            copy: copy.generation.number,
-            need: copy.need.primary.0,
-            rejections: if let State::Pending { reason } = &copy.state { reason.as_ref() } else { None },
-            replica: on.map(ToString::to_string),
-            uid: copy.generation.uid.0,
-            version: copy.generation.version.0,
-        }
-    }
-}
-
-fn describe(copy: &Copy, on: Option<&ReplicaId>) -> String {
-    let version = copy.generation.version;
-    let place = on.map_or_else(String::new, |on| format!(" on {on}"));
-    match &copy.state {
-        State::Failed { failure, .. } => {
-            format!("version {version}{place}: {} failure: {}", failure.class.name(), failure.message)
-        }
-        State::Pending { reason: Some(reason) } => format!("version {version}: {}", reason.summary()),
-        State::Pending { reason: None }
-        | State::Scheduled { .. }
-        | State::Downloading { .. }
-        | State::Loading { .. }
-        | State::Available { .. }
-        | State::Draining { .. }
-        | State::Unloaded
-        | State::Unknown { .. } => format!("version {version}{place}"),
     }
 }
