@@ -61,6 +61,8 @@ const PAGE: &str = "docs/performance.md";
 const README: &str = "README.md";
 const TABLE: &str = "table";
 const SOAK: &str = "soak";
+/// What is measured, in this order.
+const PARTS: [&str; 6] = ["gateway", "placement", "count", "control", "start", "overcommit"];
 
 #[derive(Debug, Parser)]
 #[command(about = "What is fast in Wharf, and against whom")]
@@ -79,8 +81,8 @@ enum Role {
         /// A million models too; it takes 8 GiB and some minutes.
         #[arg(long)]
         huge: bool,
-        /// Only these parts: gateway, placement, count, control, start, overcommit.
-        #[arg(long, value_delimiter = ',')]
+        /// Only these parts.
+        #[arg(long, value_delimiter = ',', value_parser = PARTS)]
         only: Vec<String>,
     },
     /// Runs everything at once for half an hour, and looks what is left.
