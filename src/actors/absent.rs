@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     mem,
+    sync::Arc,
 };
 
 use actix::{AsyncContext as _, Context, Handler};
@@ -130,7 +131,8 @@ impl Supervisor {
         let Ask { question: OnModel { name, action }, reply } = match wish {
             ForModel::Asked(ask) => ask,
             ForModel::Adopt(name, found) => {
-                let addr = known.unwrap_or_else(|| self.start_model(Model::unborn(name, self.links.clock.now()), ctx));
+                let addr = known
+                    .unwrap_or_else(|| self.start_model(Arc::new(Model::unborn(name, self.links.clock.now())), ctx));
                 addr.do_send(Happened(Event::Adopt(found)));
                 return;
             }
@@ -138,7 +140,8 @@ impl Supervisor {
         let event = match action {
             Action::Submit(definition) => {
                 self.next_uid += 1;
-                let addr = known.unwrap_or_else(|| self.start_model(Model::unborn(name, self.links.clock.now()), ctx));
+                let addr = known
+                    .unwrap_or_else(|| self.start_model(Arc::new(Model::unborn(name, self.links.clock.now())), ctx));
                 addr.do_send(Request { event: Event::Submit(definition, Uid(self.next_uid)), reply });
                 return;
             }

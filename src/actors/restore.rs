@@ -4,7 +4,12 @@
 //! or any gateway for its routes. A table with only some of the models would tell a gateway that the others are gone;
 //! a ledger with only some of the copies would give their memory away.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::BTreeSet,
+    iter::{self, Peekable},
+    sync::Arc,
+    vec::IntoIter,
+};
 
 use actix::Context;
 
@@ -13,7 +18,7 @@ use crate::{
     domain::{
         model::{Model, restore},
         names::{ModelName, ServerName},
-        record::{Contents, CopyRow, ServerRow, SizeRow, VersionRow},
+        record::{Contents, ServerRow},
         time::Instant,
     },
     messages::{
@@ -39,15 +44,20 @@ impl Supervisor {
                 self.start_server(ServerRow::called(copy.replica.server.clone()), None, ctx);
             }
         }
-        let mut versions = group(contents.versions, |row: &VersionRow| row.model.clone());
-        let mut sizes = group(contents.sizes, |row: &SizeRow| row.model.clone());
-        let mut copies = group(contents.copies, |row: &CopyRow| row.model.clone());
+        let mut versions = contents.versions.into_iter().peekable();
+        let mut sizes = contents.sizes.into_iter().peekable();
+        let mut copies = contents.copies.into_iter().peekable();
         let mut models = Vec::with_capacity(contents.models.len());
         for model in contents.models {
-            let versions = versions.remove(&model.name).unwrap_or_default();
-            let copies = copies.remove(&model.name).unwrap_or_default();
-            let sizes = sizes.remove(&model.name).unwrap_or_default();
+            let versions = of_model(&mut versions, &model.name, |row| &row.model);
+            let sizes = of_model(&mut sizes, &model.name, |row| &row.model);
+            let copies = of_model(&mut copies, &model.name, |row| &row.model);
             models.push(self.rebuilt(ModelRows { model, versions, copies, sizes }, now));
+        }
+        // What is asked of a model waits until this has ended; how it stands is on the board.
+        self.links.restored.cancel();
+        for model in &models {
+            self.reserve(model);
         }
         let count = models.len();
         for model in models {
@@ -59,11 +69,12 @@ impl Supervisor {
 
     pub(super) fn restore_model(&mut self, rows: ModelRows, ctx: &Context<Self>) {
         let model = self.rebuilt(rows, self.links.clock.now());
+        self.reserve(&model);
         self.start_model(model, ctx);
     }
 
-    /// A model as its rows have it. The placement and the router know of it from here on.
-    fn rebuilt(&mut self, rows: ModelRows, now: Instant) -> Model {
+    /// A model as its rows have it. Status knows of it from here on.
+    fn rebuilt(&mut self, rows: ModelRows, now: Instant) -> Arc<Model> {
         let ModelRows { model: row, versions, copies, sizes } = rows;
         if let (Some(deleted), true) = (row.deleted, copies.is_empty()) {
             self.terminated.insert((deleted, row.name.clone()));
@@ -71,11 +82,20 @@ impl Supervisor {
         // One that was adopted may be above what the journal reserved.
         self.next_uid = self.next_uid.max(row.uid.0);
         let mut model = restore(row, versions, copies, now).with_sizes(sizes);
-        let links = &self.links;
-        if let Some(before) = links.board.model(&model.name) {
+        if let Some(before) = self.links.board.model(&model.name) {
             // What is still to be acknowledged for the actor that panicked must say nothing about this one's routes.
             model.revision = before.revision;
         }
+        let model = Arc::new(model);
+        if model.is_born() {
+            self.links.board.put_model(Arc::clone(&model));
+        }
+        model
+    }
+
+    /// Tells the placement which memory the model's copies have, and the router its route.
+    fn reserve(&self, model: &Model) {
+        let links = &self.links;
         for copy in &model.copies {
             let Some(on) = copy.state.replica().cloned() else { continue };
             let (name, generation) = (model.name.clone(), copy.generation);
@@ -89,14 +109,15 @@ impl Supervisor {
             let route = model.published(|on| links.door(on), links.outlook());
             links.router.tell(Publish { model: model.name.clone(), revision: model.revision, route });
         }
-        model
     }
 }
 
-fn group<R>(rows: Vec<R>, key: impl Fn(&R) -> ModelName) -> BTreeMap<ModelName, Vec<R>> {
-    let mut groups: BTreeMap<ModelName, Vec<R>> = BTreeMap::new();
-    for row in rows {
-        groups.entry(key(&row)).or_default().push(row);
-    }
-    groups
+/// The rows of model `name` from `rows`, which lie in the order of their models' names as those models do.
+fn of_model<R>(rows: &mut Peekable<IntoIter<R>>, name: &ModelName, model: impl Fn(&R) -> &ModelName) -> Vec<R> {
+    // A row without a model is nobody's.
+    while rows.next_if(|row| model(row) < name).is_some() {}
+    // Most models have one of each: room for more would be most of what a restart takes.
+    let mut mine = Vec::with_capacity(usize::from(rows.peek().is_some_and(|row| model(row) == name)));
+    mine.extend(iter::from_fn(|| rows.next_if(|row| model(row) == name)));
+    mine
 }

@@ -12,6 +12,7 @@ mod view;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    mem,
     sync::Arc,
 };
 
@@ -45,11 +46,13 @@ pub(super) struct ServerActor {
     declaration: Option<Declaration>,
     removing: bool,
     begun: Instant,
-    /// Whether new orders are about to be said.
-    saying: bool,
+    /// Replicas whose agents are about to be told something new.
+    unsaid: BTreeSet<u32>,
     /// Whether readers are about to be shown how the server is.
     showing: bool,
     replicas: BTreeMap<u32, Replica>,
+    /// Of those, the ones whose agents said that they are about to stop.
+    stopping: BTreeSet<u32>,
     /// Models that were told to leave a replica and not yet that they may stay.
     leavers: BTreeSet<ModelName>,
     /// Whose inference server is ended and started anew.
@@ -70,9 +73,10 @@ impl ServerActor {
             declaration: declared.and_then(|declare| declare.declaration),
             begun: links.clock.now(),
             row,
-            saying: false,
+            unsaid: BTreeSet::new(),
             showing: false,
             replicas: BTreeMap::new(),
+            stopping: BTreeSet::new(),
             leavers: BTreeSet::new(),
             recycling: Recycling::default(),
             links,
@@ -253,10 +257,10 @@ impl Handler<AgentConnected> for ServerActor {
         let door = connected.hello.door.clone();
         let moved = self.links.doors.insert(id.clone(), door.clone()).is_none_or(|before| before != door);
         let replica = self.replicas.entry(id.index).or_insert_with(|| Replica::new(ReplicaState::Pending, now));
-        let stopping = replica.stopping;
         let reports = replica.connect(connected, now);
         let models = replica.models();
         replica.repeat(now, &self.links);
+        let stopping = self.stopping.remove(&id.index);
         if self.row.doors.get(&id.index) != Some(&door) {
             self.change(Change::Door(id.index, door), ctx);
         }
@@ -298,8 +302,8 @@ impl Handler<AgentSpoke> for ServerActor {
                 self.set_state(index, ReplicaEvent::Gone, ctx);
             }
             Word::Goodbye => {
-                replica.stopping = true;
                 let models = replica.models().into_iter().collect();
+                self.stopping.insert(index);
                 self.note("Goodbye", format!("replica {index} is about to stop; its models move first"));
                 self.publish_one(index);
                 self.show_soon(ctx);
@@ -342,11 +346,11 @@ impl Handler<SetOrder> for ServerActor {
         let Some(replica) = self.spoken_of(&order.replica, &model) else { return };
         let generation = order.order.generation();
         let known = replica.set(order.order);
-        if !self.saying {
+        if self.unsaid.is_empty() {
             // Whatever is in the mailbox by then shares the message.
-            self.saying = true;
             ctx.notify(Say);
         }
+        self.unsaid.insert(index);
         if let Some(report) = known {
             // The agent has said how it stands already, perhaps to an actor that is no more.
             self.links.tell_model(&model, Happened(Event::Reported(order.replica, generation, report)));
@@ -365,10 +369,11 @@ impl Handler<Say> for ServerActor {
     type Result = ();
 
     fn handle(&mut self, _: Say, _: &mut Self::Context) {
-        self.saying = false;
         let now = self.links.clock.now();
-        for replica in self.replicas.values_mut() {
-            replica.say_new(now, &self.links);
+        for index in mem::take(&mut self.unsaid) {
+            if let Some(replica) = self.replicas.get_mut(&index) {
+                replica.say_new(now, &self.links);
+            }
         }
     }
 }

@@ -8,6 +8,10 @@ use std::{
 use actix::{Actor, Addr, Context};
 use actix_rt::ArbiterHandle;
 
+/// How much actors leave the cores to whoever answers: requests in the same process, and questions about status, which no
+/// actor has to be asked for.
+const NICENESS: i32 = 5;
+
 /// Decides on which thread an actor runs. Placement, models and servers never share one where there is a
 /// choice: a flooded actor starves every other on its arbiter.
 pub enum Spawner {
@@ -47,7 +51,18 @@ impl Spawner {
     #[must_use]
     #[expect(clippy::disallowed_methods, reason = "the one place that makes arbiters")]
     pub fn arbiters(models: usize) -> Self {
-        let arbiter = || actix_rt::Arbiter::new().handle();
+        let arbiter = || {
+            let arbiter = actix_rt::Arbiter::new().handle();
+            arbiter.spawn_fn(|| {
+                // Of this thread; elsewhere it would be the whole process's.
+                if cfg!(target_os = "linux")
+                    && let Err(error) = rustix::process::nice(NICENESS)
+                {
+                    tracing::debug!(%error, "actors are as urgent as requests");
+                }
+            });
+            arbiter
+        };
         Self::Arbiters(Arbiters {
             core: [arbiter(), arbiter(), arbiter(), arbiter()],
             models: (0..models.max(1)).map(|_| arbiter()).collect(),

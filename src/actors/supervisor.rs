@@ -132,13 +132,9 @@ impl Supervisor {
         addr
     }
 
-    pub(super) fn start_model(&mut self, model: Model, ctx: &Context<Self>) -> Addr<ModelActor> {
+    pub(super) fn start_model(&mut self, model: Arc<Model>, ctx: &Context<Self>) -> Addr<ModelActor> {
         let name = model.name.clone();
         let (links, life) = (Arc::clone(&self.links), self.life(Who::Model(name.clone()), ctx));
-        let model = Arc::new(model);
-        if model.is_born() {
-            links.board.put_model(Arc::clone(&model));
-        }
         let addr = self.links.spawner.start(Work::Models, move || ModelActor::new(model, links, life));
         self.links.models.insert(name.clone(), addr.clone());
         self.names.insert(name);
@@ -245,7 +241,6 @@ impl Actor for Supervisor {
         if let Some(contents) = self.contents.take() {
             self.restore(contents, ctx);
         }
-        self.links.restored.cancel();
         ctx.run_interval(self.links.timing.scan, |supervisor, ctx| {
             supervisor.forget_again(ctx);
             supervisor.forget();

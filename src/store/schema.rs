@@ -4,6 +4,8 @@
 //! rows of a model lie side by side; its value is a MessagePack map with field names, so that a field that is
 //! added with a serde default needs no new schema. Everything else does, and gets a migration.
 
+use std::{panic::resume_unwind, thread};
+
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -195,14 +197,27 @@ pub(super) fn apply(transaction: &WriteTransaction, writes: &[Write]) -> Result<
     Ok(())
 }
 
-/// Reads every table.
+/// Reads every table: the large ones at once, each on a thread of its own, as most of the time goes into decoding.
 pub(super) fn read(transaction: &redb::ReadTransaction) -> Result<Contents, RowError> {
+    let (models, versions, copies) = thread::scope(|threads| {
+        let models = threads
+            .spawn(|| rows(transaction, "models", MODELS, |row: &ModelRow, key| row.name.as_str().as_bytes() == key));
+        let versions = threads.spawn(|| {
+            rows(transaction, "versions", VERSIONS, |row: &VersionRow, key| version_key(&row.model, row.version) == key)
+        });
+        let copies =
+            rows(transaction, "copies", COPIES, |row: &CopyRow, key| copy_key(&row.model, row.generation) == key);
+        // A panic goes on here, where it is taken for a damaged page.
+        (
+            models.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            versions.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            copies,
+        )
+    });
     let mut contents = Contents {
-        models: rows(transaction, "models", MODELS, |row: &ModelRow, key| row.name.as_str().as_bytes() == key)?,
-        versions: rows(transaction, "versions", VERSIONS, |row: &VersionRow, key| {
-            version_key(&row.model, row.version) == key
-        })?,
-        copies: rows(transaction, "copies", COPIES, |row: &CopyRow, key| copy_key(&row.model, row.generation) == key)?,
+        models: models?,
+        versions: versions?,
+        copies: copies?,
         sizes: rows(transaction, "sizes", SIZES, |row: &SizeRow, key| size_key(&row.model, &row.key) == key)?,
         servers: rows(transaction, "servers", SERVERS, |row: &ServerRow, key| row.name.as_str().as_bytes() == key)?,
         counters: match transaction.open_table(COUNTERS)?.get(THE_COUNTERS)? {

@@ -36,6 +36,7 @@ impl ServerActor {
         let over: Vec<u32> = self.replicas.iter().filter_map(over).collect();
         for index in over {
             self.replicas.remove(&index);
+            self.stopping.remove(&index);
             self.links.doors.remove(&self.id(index));
             self.links.placement.tell(ReplicaChanged { replica: self.id(index), facts: None });
             self.note("ReplicaRemoved", format!("replica {index} is not expected any more, and holds nothing"));
@@ -61,10 +62,21 @@ impl ServerActor {
 
     /// Whether its owner, an operator, or its agent says so.
     pub(super) fn is_told_to_leave(&self, index: u32) -> bool {
-        self.removing
-            || self.row.leaves(index)
-            || self.emptied(index)
-            || self.replicas.get(&index).is_some_and(|replica| replica.stopping)
+        self.removing || self.row.leaves(index) || self.emptied(index) || self.stopping.contains(&index)
+    }
+
+    /// Every replica that copies are to leave. Asks those that say so, not each replica whether it does.
+    fn leaving(&self) -> BTreeSet<u32> {
+        if self.removing {
+            return self.replicas.keys().copied().collect();
+        }
+        let emptied = self.declaration.as_ref().map(|declaration| &declaration.emptied);
+        let named = self.row.draining.iter().chain(emptied.into_iter().flatten()).chain(&self.stopping).copied();
+        let named = named.chain(self.recycling.turn()).filter(|index| self.replicas.contains_key(index));
+        let expected = self.row.expected.unwrap_or(u32::MAX);
+        let leaving = self.replicas.range(expected..).map(|(index, _)| *index).chain(named).collect();
+        debug_assert_eq!(leaving, self.replicas.keys().copied().filter(|index| self.leaves(*index)).collect());
+        leaving
     }
 
     /// Whether the replica is to be started anew somewhere else, once nothing is there.
@@ -75,7 +87,7 @@ impl ServerActor {
     /// Tells models which replicas their copies are to leave. Those that were never told of any need not be told that
     /// there is none.
     pub(super) fn tell_leaving(&mut self, models: &BTreeSet<ModelName>) {
-        let leaving: BTreeSet<u32> = self.replicas.keys().copied().filter(|index| self.leaves(*index)).collect();
+        let leaving = self.leaving();
         for model in models {
             let told = self.leavers.contains(model);
             if leaving.is_empty() && !told {

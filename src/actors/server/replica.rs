@@ -37,8 +37,6 @@ pub(super) struct Replica {
     pub(super) hello: Option<Hello>,
     pub(super) session: u64,
     pub(super) link: Option<mpsc::Sender<Down>>,
-    /// Whether its agent said that it is about to stop.
-    pub(super) stopping: bool,
     pub(super) resident: Resources,
     /// Why its agent does not obey this scheduler.
     pub(super) outdated: Option<String>,
@@ -81,7 +79,6 @@ impl Replica {
             hello: None,
             session: 0,
             link: None,
-            stopping: false,
             outdated: None,
             misread: None,
             resident: Resources { primary: Bytes::ZERO, others: BTreeMap::new() },
@@ -135,7 +132,6 @@ impl Replica {
         now: Instant,
     ) -> Vec<(ModelName, Generation, Option<Report>)> {
         self.session = connected.session;
-        self.stopping = false;
         self.link = Some(connected.link);
         self.heard = now;
         self.reported.clear();

@@ -296,6 +296,9 @@ impl Ledger {
             return Err(LedgerError::NoCopy(key.0, generation));
         };
         let before = std::mem::replace(&mut copy.pinned, pinned);
+        if before == pinned {
+            return Ok(());
+        }
         let (id, need) = (copy.replica.clone(), copy.need.clone());
         self.edit(&id, |replica| {
             replica.load.remove(&need, before);
