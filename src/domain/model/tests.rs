@@ -44,6 +44,8 @@ enum Act {
     /// The oldest message arrives; or it is lost.
     Deliver,
     Lose,
+    /// So many messages have arrived while a commit was under way.
+    DeliverAtOnce(usize),
     /// An agent looks at its orders and gets on with them.
     Work {
         replica: u32,
@@ -76,6 +78,7 @@ fn act() -> impl Strategy<Value = Act> {
         1 => Just(Act::Rollback),
         20 => Just(Act::Deliver),
         1 => Just(Act::Lose),
+        4 => (2..8_usize).prop_map(Act::DeliverAtOnce),
         12 => (0..REPLICAS, prop::bool::weighted(0.1)).prop_map(|(replica, fail)| Act::Work { replica, fail }),
         2 => (0..REPLICAS).prop_map(Act::Inventory),
         1 => (0..REPLICAS).prop_map(Act::Silent),
@@ -169,6 +172,10 @@ impl World {
             assert_eq!(self.model, before, "what was refused has changed nothing");
             return;
         };
+        self.carry_out(decision);
+    }
+
+    fn carry_out(&mut self, decision: Decision) {
         for write in decision.writes {
             match write {
                 Write::PutModel(row) => self.rows.model = Some(*row),
@@ -260,14 +267,26 @@ impl World {
     }
 
     fn deliver(&mut self) {
-        match self.mail.pop_front() {
-            None => {}
-            Some(Mail::Answer(generation, event)) => self.happen(Event::Copy(generation, event)),
-            Some(Mail::Settled(revision)) => {
+        if let Some(event) = self.arrive() {
+            self.happen(event);
+        }
+    }
+
+    fn deliver_at_once(&mut self, count: usize) {
+        let events: Vec<Event> = (0..count).map_while(|_| self.arrive()).collect();
+        let decision = self.model.apply_all(events, &self.policy, self.now);
+        self.carry_out(decision);
+    }
+
+    /// Takes the oldest message from the mail.
+    fn arrive(&mut self) -> Option<Event> {
+        Some(match self.mail.pop_front()? {
+            Mail::Answer(generation, event) => Event::Copy(generation, event),
+            Mail::Settled(revision) => {
                 self.settled = self.settled.max(revision);
-                self.happen(Event::RoutesSettled(revision));
+                Event::RoutesSettled(revision)
             }
-            Some(Mail::Report(on, generation, report)) => {
+            Mail::Report(on, generation, report) => {
                 if matches!(report, Some(Report::Available { .. })) {
                     self.reported.insert(generation);
                 }
@@ -279,9 +298,9 @@ impl World {
                         self.agents.get_mut(&on).expect("known").remove(&generation);
                     }
                 }
-                self.happen(Event::Reported(on, generation, report));
+                Event::Reported(on, generation, report)
             }
-        }
+        })
     }
 
     /// The agent takes each of its orders one step further and reports.
@@ -376,6 +395,7 @@ impl World {
             Act::Delete => self.happen(Event::Delete(None)),
             Act::Rollback => self.happen(Event::Rollback(None)),
             Act::Deliver => self.deliver(),
+            Act::DeliverAtOnce(count) => self.deliver_at_once(count),
             // Only words of agents are ever lost: the rest is said within the process.
             Act::Lose => {
                 if matches!(self.mail.front(), Some(Mail::Report(..))) {
