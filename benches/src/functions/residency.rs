@@ -23,6 +23,7 @@ pub(super) fn decisions(copies: u64) -> anyhow::Result<Work> {
             copy: Generation { uid: Uid(number + 1), version: Version(1), number: 1 },
             bytes: Resources::primary(Bytes(EACH)),
             last_used: Instant::from_micros(1_000_000 + random.below(1_000_000)),
+            idle: None,
             holds: 0,
             standing: Standing::Resident,
             since: Instant::from_micros(0),

@@ -9,7 +9,10 @@ use std::{
     future::Future,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst},
+        atomic::{
+            AtomicBool, AtomicU32, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
     time::Duration,
 };
@@ -31,6 +34,7 @@ use crate::{
         memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
+        residency::usual_idle,
         size::{Size, SizeKey, Trust},
         spec::ModelSpec,
         time::Instant,
@@ -80,6 +84,8 @@ pub(crate) struct Entry {
     pub(crate) served: String,
     word: AtomicU64,
     last_used: AtomicU64,
+    /// How long it usually goes without a use, in microseconds; 0 when it was not used yet.
+    idle: AtomicU64,
     reload_began: AtomicU64,
     resident_since: AtomicU64,
     verified: AtomicU64,
@@ -167,6 +173,7 @@ impl Entry {
             attempt,
             word: AtomicU64::new(Phase::Preparing.with(0)),
             last_used: AtomicU64::new(clock.now().as_micros()),
+            idle: AtomicU64::new(0),
             reload_began: AtomicU64::new(0),
             resident_since: AtomicU64::new(0),
             verified: AtomicU64::new(0),
@@ -303,8 +310,23 @@ impl Entry {
         self.clock.now()
     }
 
-    fn touch(&self) {
-        self.last_used.fetch_max(self.clock.now().as_micros(), SeqCst);
+    fn touch(&self) -> Instant {
+        let now = self.clock.now();
+        self.last_used.fetch_max(now.as_micros(), SeqCst);
+        now
+    }
+
+    /// How long it usually goes without a use, if it was used yet.
+    pub(crate) fn idle(&self) -> Option<Duration> {
+        Some(Duration::from_micros(self.idle.load(Relaxed))).filter(|idle| !idle.is_zero())
+    }
+
+    /// A request begins to use it.
+    fn begin_use(&self) {
+        let before = self.last_used();
+        let idle = usual_idle(self.idle(), self.touch().since(before));
+        // Of two at once one may be forgotten.
+        self.idle.store(u64::try_from(idle.as_micros()).unwrap_or(u64::MAX).max(1), Relaxed);
     }
 
     /// Takes a hold, unless the copy can't be held.
@@ -317,7 +339,7 @@ impl Entry {
             }
             match self.word.compare_exchange_weak(word, word + 1, SeqCst, SeqCst) {
                 Ok(_) => {
-                    self.touch();
+                    self.begin_use();
                     let hold = Hold(Arc::clone(self));
                     return if phase == Phase::Resident { Acquired::Ready(hold) } else { Acquired::Waiting(hold) };
                 }

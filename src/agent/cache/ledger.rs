@@ -306,6 +306,7 @@ fn occupant(seat: &Seat) -> Occupant {
         copy: seat.entry.generation,
         bytes,
         last_used: seat.entry.last_used(),
+        idle: seat.entry.idle(),
         holds,
         standing,
         since: seat.entry.resident_since(),
