@@ -318,6 +318,9 @@ fn percentiles(ups: &[(usize, Up)], outcomes: &[Vec<Outcome>], spread: Spread, e
     let mut rows = Vec::new();
     let of = |which: usize, share: f64| outcomes[which].iter().map(|o| o.latency(share)).collect::<Vec<f64>>();
     for (which, (extra, _)) in ups.iter().enumerate().skip(1) {
+        let rates = |which: usize| outcomes[which].iter().map(Outcome::rate).collect::<Vec<f64>>();
+        let what = format!("{extra} % more models than memory holds, {}, {eviction}: answers", spread.name());
+        rows.push(row(&what, "req/s", &rates(which), Some(("0 %", &rates(0))), None));
         for (share, name) in [(0.5, "p50"), (0.95, "p95"), (0.99, "p99")] {
             let bounded = *extra == 10 && spread == Spread::Zipf && name == "p95";
             let what = format!("{extra} % more models than memory holds, {}, {eviction}: {name}", spread.name());
