@@ -80,7 +80,7 @@ pub struct Occupant {
     pub standing: Standing,
     /// Since when it is in memory.
     pub since: Instant,
-    /// How long it takes to come back.
+    /// How long it takes to come back, by itself.
     pub reload: Duration,
     /// Whether it is never to leave.
     pub pinned: bool,
@@ -208,8 +208,8 @@ fn chosen<'a>(
 
 /// Which of the two is worth less: reload time by expected pause and share, compared without a division.
 fn worth(a: &Occupant, b: &Occupant, capacity: &Resources, now: Instant) -> Ordering {
-    // Units that keep the product within its type: milliseconds, millionths of the memory.
-    let reload = |one: &Occupant| one.reload.as_millis().clamp(1, 1 << 40);
+    // Units that keep the product within its type: microseconds, millionths of the memory.
+    let reload = |one: &Occupant| one.reload.as_micros().clamp(1, 1 << 44);
     let pause = |one: &Occupant| expected_pause(one, now).as_micros().clamp(1, 1 << 56);
     let weight = |one: &Occupant| pause(one) * share(&one.bytes, capacity);
     (reload(a) * weight(b)).cmp(&(reload(b) * weight(a)))

@@ -5,10 +5,12 @@ use std::{
     time::Duration,
 };
 
-/// Durations of one kind of work: their moving average, their maximum, their number.
+/// Durations of one kind of work: their moving average, the shortest and the longest, their number.
 #[derive(Debug, Default)]
 pub struct Durations {
     average: AtomicU64,
+    /// In microseconds below the largest number, so that nothing at all is longer than everything.
+    min: AtomicU64,
     max: AtomicU64,
     count: AtomicU64,
 }
@@ -18,6 +20,7 @@ impl Durations {
     pub fn record(&self, took: Duration) {
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
         self.max.fetch_max(micros, Ordering::Relaxed);
+        self.min.fetch_max(u64::MAX - micros, Ordering::Relaxed);
         let first = self.count.fetch_add(1, Ordering::Relaxed) == 0;
         let blend = |average: u64| if first { micros } else { average - average / 4 + micros / 4 };
         // A lost race with another load costs one sample of an estimate.
@@ -30,6 +33,15 @@ impl Durations {
         match self.average.load(Ordering::Relaxed) {
             0 => None,
             micros => Some(Duration::from_micros(micros)),
+        }
+    }
+
+    /// The shortest, once there is one: what the work takes where nothing else is done.
+    #[must_use]
+    pub fn min(&self) -> Option<Duration> {
+        match self.min.load(Ordering::Relaxed) {
+            0 => None,
+            below => Some(Duration::from_micros(u64::MAX - below)),
         }
     }
 
@@ -51,9 +63,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_average_follows_and_the_maximum_stays() {
+    fn the_average_follows_and_the_extremes_stay() {
         let durations = Durations::default();
-        assert_eq!(durations.average(), None);
+        assert_eq!((durations.average(), durations.min()), (None, None));
         durations.record(Duration::from_secs(8));
         assert_eq!(durations.average(), Some(Duration::from_secs(8)));
         for _ in 0..40 {
@@ -62,5 +74,6 @@ mod tests {
         let average = durations.average().expect("measured");
         assert!(average > Duration::from_millis(1900) && average < Duration::from_millis(2100), "{average:?}");
         assert_eq!((durations.max(), durations.count()), (Duration::from_secs(8), 41));
+        assert_eq!(durations.min(), Some(Duration::from_secs(2)));
     }
 }

@@ -310,7 +310,8 @@ fn occupant(seat: &Seat) -> Occupant {
         holds,
         standing,
         since: seat.entry.resident_since(),
-        reload: seat.entry.loads.average().unwrap_or_default(),
+        // Others were loaded at the same time, or not: that says nothing of what this one is worth.
+        reload: seat.entry.loads.min().unwrap_or_default(),
         pinned: seat.entry.is_pinned(),
     }
 }
