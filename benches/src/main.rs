@@ -78,9 +78,6 @@ enum Role {
         /// Fewer points and shorter rounds; compares with what was kept, and keeps nothing.
         #[arg(long)]
         quick: bool,
-        /// A million models too; it takes 8 GiB and some minutes.
-        #[arg(long)]
-        huge: bool,
         /// Only these parts.
         #[arg(long, value_delimiter = ',', value_parser = PARTS)]
         only: Vec<String>,
@@ -116,7 +113,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().role {
-        Role::Run { quick, huge, only } => run(quick, huge, &only),
+        Role::Run { quick, only } => run(quick, &only),
         Role::Soak { minutes, models } => soak(minutes, models),
         Role::Backend { at } => alone(backend::serve(at)),
         Role::Control { dir, fleet } => self::fleet::play(&dir, fleet),
@@ -165,14 +162,14 @@ fn pinned(
     Ok(report)
 }
 
-fn run(quick: bool, huge: bool, only: &[String]) -> anyhow::Result<()> {
+fn run(quick: bool, only: &[String]) -> anyhow::Result<()> {
     let results = Path::new(RESULTS);
     let wanted = PARTS.into_iter().filter(|part| only.is_empty() || only.iter().any(|wanted| wanted == part));
     if quick {
         return compare(results, wanted);
     }
     let report = pinned(Some(PLOTS), |places, report| {
-        wanted.into_iter().try_for_each(|part| measure(part, places, false, huge, report))
+        wanted.into_iter().try_for_each(|part| measure(part, places, false, report))
     })?;
     // A part of it is nothing to compare the whole with.
     if only.is_empty() {
@@ -184,12 +181,12 @@ fn run(quick: bool, huge: bool, only: &[String]) -> anyhow::Result<()> {
 }
 
 /// One of the [`PARTS`].
-fn measure(part: &str, places: &Places, quick: bool, huge: bool, report: &mut Report) -> anyhow::Result<()> {
+fn measure(part: &str, places: &Places, quick: bool, report: &mut Report) -> anyhow::Result<()> {
     match part {
         "gateway" => gateway::measure(places, &if quick { Scale::quick() } else { Scale::full() }, report),
         "placement" => placement::measure(places, quick, report),
         "count" => count::measure(places, report),
-        "control" => control::measure(places, quick, huge, report),
+        "control" => control::measure(places, quick, report),
         "start" => up::start(places, quick, report),
         "overcommit" => up::overcommit(places, quick, report),
         _ => anyhow::bail!("there is no part {part:?}"),
@@ -204,14 +201,14 @@ fn compare(results: &Path, parts: impl Iterator<Item = &'static str>) -> anyhow:
     let report = pinned(None, |places, report| {
         for part in parts {
             let mut once = Report::default();
-            measure(part, places, true, false, &mut once)?;
+            measure(part, places, true, &mut once)?;
             if let Some(before) = &before
                 && let worse = once.worse_than(before)
                 && !worse.is_empty()
             {
                 println!("worse than before, so once more:\n{}", texts(&worse));
                 let mut again = Report::default();
-                measure(part, places, true, false, &mut again)?;
+                measure(part, places, true, &mut again)?;
                 let still = again.worse_than(before);
                 twice.extend(still.into_iter().filter(|(id, _)| worse.iter().any(|(known, _)| known == id)));
             }

@@ -15,6 +15,19 @@ pub(crate) const LOAD_CORE: usize = 0;
 /// See [`LOAD_CORE`].
 pub(crate) const PROXY_CORE: usize = 1;
 
+/// What a file of the system says of `name`; empty where it says nothing.
+pub(crate) fn field(path: &str, name: &str) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
+    line.split_once(':').map_or("", |(_, value)| value.trim()).to_owned()
+}
+
+/// Memory of this machine in bytes: `MemTotal`, or `MemAvailable` for what is not in use.
+pub(crate) fn system_memory(which: &str) -> Option<u64> {
+    let kibibytes: u64 = field("/proc/meminfo", which).trim_end_matches(" kB").parse().ok()?;
+    Some(kibibytes << 10)
+}
+
 /// A process that ends with this value.
 #[derive(Debug)]
 pub(crate) struct Proc {

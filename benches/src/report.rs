@@ -9,6 +9,8 @@ use std::{
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
+use crate::proc;
+
 /// The median of rounds, and how far half of them are from it.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Measure {
@@ -135,18 +137,11 @@ pub(crate) struct Machine {
 
 impl Machine {
     fn here() -> Self {
-        let field = |path: &str, name: &str| {
-            let text = fs::read_to_string(path).unwrap_or_default();
-            let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
-            line.split_once(':').map_or("", |(_, value)| value.trim()).to_owned()
-        };
         Self {
-            cpu: field("/proc/cpuinfo", "model name"),
+            cpu: proc::field("/proc/cpuinfo", "model name"),
             cores: fs::read_to_string("/proc/cpuinfo").unwrap_or_default().matches("processor\t").count(),
-            memory: {
-                let kibibytes = field("/proc/meminfo", "MemTotal").trim_end_matches(" kB").parse::<u64>();
-                kibibytes.map_or_else(|_| "memory unknown".to_owned(), |kibibytes| format!("{} GiB", kibibytes >> 20))
-            },
+            memory: proc::system_memory("MemTotal")
+                .map_or_else(|| "memory unknown".to_owned(), |bytes| format!("{} GiB", bytes >> 30)),
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         }
     }
