@@ -278,7 +278,7 @@ fn copy(entry: &Entry) -> Value {
         "waiting": entry.waiting.load(std::sync::atomic::Ordering::SeqCst),
         "need": resources(&entry.need()),
         "uri": artifacts::redacted(&entry.spec.uri),
-        "lastUsedMicros": entry.last_used().as_micros(),
+        "lastUsedMicros": entry.uses().last().as_micros(),
         "loads": {
             "count": entry.loads.count(),
             "averageMillis": entry.loads.average().map(|average| average.as_millis()),

@@ -305,7 +305,7 @@ impl Core {
         self.book.all().iter().filter(|other| other.generation != entry.generation).any(|other| {
             let (phase, holds) = other.snapshot();
             match phase {
-                Phase::Resident | Phase::Evicting | Phase::Draining => holds > 0 || other.last_used() >= since,
+                Phase::Resident | Phase::Evicting | Phase::Draining => holds > 0 || other.uses().last() >= since,
                 // Who holds it waits.
                 Phase::Preparing | Phase::Evicted | Phase::Reloading | Phase::Gone => false,
             }

@@ -9,10 +9,7 @@ use std::{
     future::Future,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{
-            AtomicBool, AtomicU32, AtomicU64,
-            Ordering::{Relaxed, SeqCst},
-        },
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -27,6 +24,7 @@ use crate::{
         cache::{
             phase::{InServer, Phase, Stage, holds_of},
             pressure::Pressure,
+            uses::Uses,
         },
     },
     domain::{
@@ -34,7 +32,6 @@ use crate::{
         memory::{Bytes, Resources},
         names::ModelName,
         order::Order,
-        residency::usual_idle,
         size::{Size, SizeKey, Trust},
         spec::ModelSpec,
         time::Instant,
@@ -83,9 +80,7 @@ pub(crate) struct Entry {
     /// The name by which the inference server knows it.
     pub(crate) served: String,
     word: AtomicU64,
-    last_used: AtomicU64,
-    /// How long it usually goes without a use, in microseconds; 0 when it was not used yet.
-    idle: AtomicU64,
+    uses: Uses,
     reload_began: AtomicU64,
     resident_since: AtomicU64,
     verified: AtomicU64,
@@ -172,8 +167,7 @@ impl Entry {
             pinned: AtomicBool::new(false),
             attempt,
             word: AtomicU64::new(Phase::Preparing.with(0)),
-            last_used: AtomicU64::new(clock.now().as_micros()),
-            idle: AtomicU64::new(0),
+            uses: Uses::new(clock.now()),
             reload_began: AtomicU64::new(0),
             resident_since: AtomicU64::new(0),
             verified: AtomicU64::new(0),
@@ -297,8 +291,8 @@ impl Entry {
         (Phase::of(word), holds_of(word))
     }
 
-    pub(crate) fn last_used(&self) -> Instant {
-        Instant::from_micros(self.last_used.load(SeqCst))
+    pub(crate) const fn uses(&self) -> &Uses {
+        &self.uses
     }
 
     /// Since when it is in memory.
@@ -308,25 +302,6 @@ impl Entry {
 
     pub(crate) fn now(&self) -> Instant {
         self.clock.now()
-    }
-
-    fn touch(&self) -> Instant {
-        let now = self.clock.now();
-        self.last_used.fetch_max(now.as_micros(), SeqCst);
-        now
-    }
-
-    /// How long it usually goes without a use, if it was used yet.
-    pub(crate) fn idle(&self) -> Option<Duration> {
-        Some(Duration::from_micros(self.idle.load(Relaxed))).filter(|idle| !idle.is_zero())
-    }
-
-    /// A request begins to use it.
-    fn begin_use(&self) {
-        let before = self.last_used();
-        let idle = usual_idle(self.idle(), self.touch().since(before));
-        // Of two at once one may be forgotten.
-        self.idle.store(u64::try_from(idle.as_micros()).unwrap_or(u64::MAX).max(1), Relaxed);
     }
 
     /// Takes a hold, unless the copy can't be held.
@@ -339,7 +314,7 @@ impl Entry {
             }
             match self.word.compare_exchange_weak(word, word + 1, SeqCst, SeqCst) {
                 Ok(_) => {
-                    self.begin_use();
+                    self.uses.begin(self.clock.now());
                     let hold = Hold(Arc::clone(self));
                     return if phase == Phase::Resident { Acquired::Ready(hold) } else { Acquired::Waiting(hold) };
                 }
@@ -349,7 +324,7 @@ impl Entry {
     }
 
     fn release(&self) {
-        self.touch();
+        self.uses.end(self.clock.now());
         let before = self.word.fetch_sub(1, SeqCst);
         if holds_of(before) == 1 {
             if !matches!(Phase::of(before), Phase::Resident) {

@@ -305,8 +305,8 @@ fn occupant(seat: &Seat) -> Occupant {
     Occupant {
         copy: seat.entry.generation,
         bytes,
-        last_used: seat.entry.last_used(),
-        idle: seat.entry.idle(),
+        last_used: seat.entry.uses().last(),
+        idle: seat.entry.uses().idle(),
         holds,
         standing,
         since: seat.entry.resident_since(),

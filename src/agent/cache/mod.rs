@@ -7,6 +7,7 @@ mod entry;
 mod ledger;
 mod phase;
 mod pressure;
+mod uses;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},

@@ -85,7 +85,7 @@ impl Tending for Tended {
     fn ready(&self) {
         let core = Arc::clone(&self.0);
         let mut lost = std::mem::take(&mut *core.lost.lock().unwrap_or_else(PoisonError::into_inner));
-        lost.sort_by_key(|entry| Reverse((entry.last_used(), entry.generation)));
+        lost.sort_by_key(|entry| Reverse((entry.uses().last(), entry.generation)));
         let begun = Arc::clone(&core);
         core.spawn(async move {
             // What is known of the run before means nothing from here on.
