@@ -242,7 +242,7 @@ impl Report {
             let (what, now, then) = (&row.what, short(now), short(then));
             (
                 row.id.clone(),
-                format!("{what}: {now}{of} now, {then} before; worse by {worse:.0} %, the noise is {noise:.0} %"),
+                format!("{what}: {now}{of} now, {then} before; worse by {worse:.1} %, the noise is {noise:.0} %"),
             )
         };
         worse.map(text).collect()
@@ -273,8 +273,7 @@ fn change(row: &Row, before: &Report) -> Option<Change> {
     }
     let [now, then] = [row.rival.as_ref()?.ratio, before.rival.as_ref()?.ratio];
     // A difference of two times that are almost the same may be anything, and so a ratio to it.
-    let means_something = |ratio: Measure| (LEAST_RATIO..1.0 / LEAST_RATIO).contains(&ratio.median);
-    if !means_something(now) || !means_something(then) {
+    if !(LEAST_RATIO..1.0 / LEAST_RATIO).contains(&then.median) {
         return None;
     }
     let noise = (NOISES * now.spread.hypot(then.spread)).max(LEAST_NOISE);

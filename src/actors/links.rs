@@ -60,6 +60,8 @@ pub struct Links {
     /// Whether agents or gateways of another journal have called.
     pub(super) adopting: AtomicBool,
     /// Cancelled once the board has every model of the journal.
+    pub(super) known: CancellationToken,
+    /// Cancelled once each of them has its actor.
     pub(super) restored: CancellationToken,
     pub(super) supervisor: Slot<Supervisor>,
     pub(super) journal: Slot<Journal>,

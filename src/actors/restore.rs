@@ -44,6 +44,10 @@ impl Supervisor {
                 self.start_server(ServerRow::called(copy.replica.server.clone()), None, ctx);
             }
         }
+        debug_assert!(contents.models.is_sorted_by(|a, b| a.name < b.name));
+        debug_assert!(contents.versions.is_sorted_by(|a, b| a.model <= b.model));
+        debug_assert!(contents.sizes.is_sorted_by(|a, b| a.model <= b.model));
+        debug_assert!(contents.copies.is_sorted_by(|a, b| a.model <= b.model));
         let mut versions = contents.versions.into_iter().peekable();
         let mut sizes = contents.sizes.into_iter().peekable();
         let mut copies = contents.copies.into_iter().peekable();
@@ -55,7 +59,7 @@ impl Supervisor {
             models.push(self.rebuilt(ModelRows { model, versions, copies, sizes }, now));
         }
         // What is asked of a model waits until this has ended; how it stands is on the board.
-        self.links.restored.cancel();
+        self.links.known.cancel();
         for model in &models {
             self.reserve(model);
         }
@@ -64,6 +68,7 @@ impl Supervisor {
             self.start_model(model, ctx);
         }
         self.restoring = false;
+        self.links.restored.cancel();
         tracing::info!(target: "wharf::supervision", event = "restored", models = count, leader_epoch = self.links.identity.leader.epoch, "the journal is read");
     }
 

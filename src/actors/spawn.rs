@@ -8,8 +8,8 @@ use std::{
 use actix::{Actor, Addr, Context};
 use actix_rt::ArbiterHandle;
 
-/// How much actors leave the cores to whoever answers: requests in the same process, and questions about status, which no
-/// actor has to be asked for.
+/// How much models and the placement leave the cores to whoever answers: requests, and questions about status, which no
+/// actor has to be asked for. The others hear agents and gateways, who take silence for an end.
 const NICENESS: i32 = 5;
 
 /// Decides on which thread an actor runs. Placement, models and servers never share one where there is a
@@ -51,10 +51,11 @@ impl Spawner {
     #[must_use]
     #[expect(clippy::disallowed_methods, reason = "the one place that makes arbiters")]
     pub fn arbiters(models: usize) -> Self {
-        let arbiter = || {
-            let arbiter = actix_rt::Arbiter::new().handle();
+        let arbiter = || actix_rt::Arbiter::new().handle();
+        let nice = || {
+            let arbiter = arbiter();
             arbiter.spawn_fn(|| {
-                // Of this thread; elsewhere it would be the whole process's.
+                // Of this thread and those that it starts; elsewhere it would be the whole process's.
                 if cfg!(target_os = "linux")
                     && let Err(error) = rustix::process::nice(NICENESS)
                 {
@@ -64,8 +65,8 @@ impl Spawner {
             arbiter
         };
         Self::Arbiters(Arbiters {
-            core: [arbiter(), arbiter(), arbiter(), arbiter()],
-            models: (0..models.max(1)).map(|_| arbiter()).collect(),
+            core: [arbiter(), nice(), arbiter(), arbiter()],
+            models: (0..models.max(1)).map(|_| nice()).collect(),
             next: AtomicUsize::new(0),
         })
     }

@@ -113,6 +113,7 @@ pub fn start(scheduler: Scheduler) -> Result<Handle, StartError> {
         journal_problem: arc_swap::ArcSwapOption::empty(),
         spawner: scheduler.spawner,
         adopting: std::sync::atomic::AtomicBool::new(false),
+        known: tokio_util::sync::CancellationToken::new(),
         restored: tokio_util::sync::CancellationToken::new(),
         supervisor: Slot::empty(),
         journal: Slot::empty(),
@@ -161,7 +162,12 @@ pub struct Handle {
 
 impl Handle {
     /// Waits until status knows every model that the journal has. Who is told before that a model is unknown, or is
-    /// given a list that lacks it, takes it for deleted.
+    /// given a list that lacks it, takes it for deleted. What is asked of a model from here on waits until it is restored.
+    pub async fn known(&self) {
+        self.links.known.cancelled().await;
+    }
+
+    /// Waits until everything that the journal has is as it was. Who calls before that waits for an answer in vain.
     pub async fn restored(&self) {
         self.links.restored.cancelled().await;
     }

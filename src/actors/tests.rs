@@ -458,7 +458,7 @@ fn status_knows_every_model_of_the_journal_before_anybody_is_answered() {
         }
         let again = start(scheduler(&world.store, &world.died)).unwrap();
         assert!(again.links.board.models().is_empty(), "nothing was read yet");
-        again.restored().await;
+        again.known().await;
         assert_eq!(again.links.board.models().len(), 50);
     });
 }

@@ -96,7 +96,8 @@ impl Running {
     }
 }
 
-/// Listens, reads the journal, starts the actors, and serves once status knows what the journal has.
+/// Listens, reads the journal, starts the actors, and serves: clients once status knows what the journal has, agents and
+/// gateways once all of it has actors.
 ///
 /// # Errors
 /// When an address is taken, or the journal can't be used.
@@ -121,17 +122,21 @@ pub async fn start(
         metrics: options.metrics,
         fatal,
     })?;
-    // Meanwhile those who call wait in the listeners' queues.
-    handle.restored().await;
     let mut tasks = JoinSet::new();
-    for (listener, routes) in [(api_listener, api(&handle).await), (agents_listener, agents(&handle))] {
+    let mut open = |listener: Box<dyn Listen>, routes: Routes| {
         let (address, shutdown) = (listener.address(), shutdown.clone());
         tasks.spawn(async move {
             if let Err(error) = serve(listener, routes, shutdown).await {
                 tracing::error!(address, %error, "a port ended");
             }
         });
-    }
+    };
+    // Meanwhile those who call wait in the listeners' queues: an agent that is not welcomed soon calls again, and each call
+    // says all that it holds.
+    handle.known().await;
+    open(api_listener, api(&handle).await);
+    handle.restored().await;
+    open(agents_listener, agents(&handle));
     Ok(Running { handle, api: api_address, agents: agents_address, store, tasks })
 }
 

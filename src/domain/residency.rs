@@ -72,7 +72,7 @@ pub struct Occupant {
     pub bytes: Resources,
     /// When a request last used it.
     pub last_used: Instant,
-    /// How long it usually goes without a use, if it was used since it was ordered.
+    /// How long it usually goes without a use, if it was used more than once.
     pub idle: Option<Duration>,
     /// Requests that hold it.
     pub holds: u32,
@@ -87,10 +87,11 @@ pub struct Occupant {
 }
 
 /// How long a copy usually goes without a use, after a use that ended a pause of `idle`: what it was `before`, and an
-/// eighth of the difference. So it is told by some eight uses, and forgets what was before them.
+/// eighth of the difference. So it is told by some eight uses. A pause counts as four times what was usual at most, so that
+/// one night does not make a copy seldom used that is wanted all day, and as a quarter of it at least.
 #[must_use]
 pub fn usual_idle(before: Option<Duration>, idle: Duration) -> Duration {
-    before.map_or(idle, |before| before - before / 8 + idle / 8)
+    before.map_or(idle, |before| before - before / 8 + idle.clamp(before / 4, before.saturating_mul(4)) / 8)
 }
 
 /// What to do about a need.
@@ -208,8 +209,9 @@ fn chosen<'a>(
 
 /// Which of the two is worth less: reload time by expected pause and share, compared without a division.
 fn worth(a: &Occupant, b: &Occupant, capacity: &Resources, now: Instant) -> Ordering {
-    // Units that keep the product within its type: microseconds, millionths of the memory.
-    let reload = |one: &Occupant| one.reload.as_micros().clamp(1, 1 << 44);
+    // Units that keep the product within its type: microseconds, millionths of the memory. Of a copy that was found in
+    // memory it is not known how long it takes to come back: no load is shorter than a millisecond.
+    let reload = |one: &Occupant| one.reload.as_micros().clamp(1000, 1 << 44);
     let pause = |one: &Occupant| expected_pause(one, now).as_micros().clamp(1, 1 << 56);
     let weight = |one: &Occupant| pause(one) * share(&one.bytes, capacity);
     (reload(a) * weight(b)).cmp(&(reload(b) * weight(a)))

@@ -199,25 +199,27 @@ pub(super) fn apply(transaction: &WriteTransaction, writes: &[Write]) -> Result<
 
 /// Reads every table: the large ones at once, each on a thread of its own, as most of the time goes into decoding.
 pub(super) fn read(transaction: &redb::ReadTransaction) -> Result<Contents, RowError> {
-    let (models, versions, copies) = thread::scope(|threads| {
-        let models = threads
-            .spawn(|| rows(transaction, "models", MODELS, |row: &ModelRow, key| row.name.as_str().as_bytes() == key));
-        let versions = threads.spawn(|| {
+    let (models, versions, copies) = thread::scope(|threads| -> Result<_, RowError> {
+        // A system that has no more threads is not to be taken for a damaged page, so it is asked politely.
+        let models = thread::Builder::new().spawn_scoped(threads, || {
+            rows(transaction, "models", MODELS, |row: &ModelRow, key| row.name.as_str().as_bytes() == key)
+        });
+        let models = models.map_err(redb::Error::Io)?;
+        let versions = thread::Builder::new().spawn_scoped(threads, || {
             rows(transaction, "versions", VERSIONS, |row: &VersionRow, key| version_key(&row.model, row.version) == key)
         });
+        let versions = versions.map_err(redb::Error::Io)?;
         let copies =
             rows(transaction, "copies", COPIES, |row: &CopyRow, key| copy_key(&row.model, row.generation) == key);
         // A panic goes on here, where it is taken for a damaged page.
-        (
-            models.join().unwrap_or_else(|panic| resume_unwind(panic)),
-            versions.join().unwrap_or_else(|panic| resume_unwind(panic)),
-            copies,
-        )
-    });
+        let models = models.join().unwrap_or_else(|panic| resume_unwind(panic));
+        let versions = versions.join().unwrap_or_else(|panic| resume_unwind(panic));
+        Ok((models?, versions?, copies?))
+    })?;
     let mut contents = Contents {
-        models: models?,
-        versions: versions?,
-        copies: copies?,
+        models,
+        versions,
+        copies,
         sizes: rows(transaction, "sizes", SIZES, |row: &SizeRow, key| size_key(&row.model, &row.key) == key)?,
         servers: rows(transaction, "servers", SERVERS, |row: &ServerRow, key| row.name.as_str().as_bytes() == key)?,
         counters: match transaction.open_table(COUNTERS)?.get(THE_COUNTERS)? {

@@ -5,11 +5,11 @@ use std::{
     time::Duration,
 };
 
-/// Durations of one kind of work: their moving average, the shortest and the longest, their number.
+/// Durations of one kind of work: their moving average, the shortest of late and the longest, their number.
 #[derive(Debug, Default)]
 pub struct Durations {
     average: AtomicU64,
-    /// In microseconds below the largest number, so that nothing at all is longer than everything.
+    /// 0 before the first.
     min: AtomicU64,
     max: AtomicU64,
     count: AtomicU64,
@@ -20,11 +20,13 @@ impl Durations {
     pub fn record(&self, took: Duration) {
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
         self.max.fetch_max(micros, Ordering::Relaxed);
-        self.min.fetch_max(u64::MAX - micros, Ordering::Relaxed);
         let first = self.count.fetch_add(1, Ordering::Relaxed) == 0;
         let blend = |average: u64| if first { micros } else { average - average / 4 + micros / 4 };
         // A lost race with another load costs one sample of an estimate.
         self.average.store(blend(self.average.load(Ordering::Relaxed)), Ordering::Relaxed);
+        let min = self.min.load(Ordering::Relaxed);
+        let min = if first { micros } else { micros.min(min + min / 8 + 1) };
+        self.min.store(min, Ordering::Relaxed);
     }
 
     /// The moving average, once there is one.
@@ -36,12 +38,13 @@ impl Durations {
         }
     }
 
-    /// The shortest, once there is one: what the work takes where nothing else is done.
+    /// The shortest of late, once there is one: what the work takes where nothing else is done. One that is not seen again
+    /// counts an eighth more with each that comes.
     #[must_use]
     pub fn min(&self) -> Option<Duration> {
         match self.min.load(Ordering::Relaxed) {
             0 => None,
-            below => Some(Duration::from_micros(u64::MAX - below)),
+            micros => Some(Duration::from_micros(micros)),
         }
     }
 
@@ -75,5 +78,11 @@ mod tests {
         assert!(average > Duration::from_millis(1900) && average < Duration::from_millis(2100), "{average:?}");
         assert_eq!((durations.max(), durations.count()), (Duration::from_secs(8), 41));
         assert_eq!(durations.min(), Some(Duration::from_secs(2)));
+        durations.record(Duration::from_millis(1));
+        assert_eq!(durations.min(), Some(Duration::from_millis(1)));
+        for _ in 0..80 {
+            durations.record(Duration::from_secs(2));
+        }
+        assert_eq!(durations.min(), Some(Duration::from_secs(2)), "that one was a mistake");
     }
 }

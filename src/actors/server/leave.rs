@@ -73,8 +73,8 @@ impl ServerActor {
         let emptied = self.declaration.as_ref().map(|declaration| &declaration.emptied);
         let named = self.row.draining.iter().chain(emptied.into_iter().flatten()).chain(&self.stopping).copied();
         let named = named.chain(self.recycling.turn()).filter(|index| self.replicas.contains_key(index));
-        let expected = self.row.expected.unwrap_or(u32::MAX);
-        let leaving = self.replicas.range(expected..).map(|(index, _)| *index).chain(named).collect();
+        let beyond = self.row.expected.into_iter().flat_map(|expected| self.replicas.range(expected..));
+        let leaving = beyond.map(|(index, _)| *index).chain(named).collect();
         debug_assert_eq!(leaving, self.replicas.keys().copied().filter(|index| self.leaves(*index)).collect());
         leaving
     }
