@@ -8,10 +8,6 @@ use std::{
 use actix::{Actor, Addr, Context};
 use actix_rt::ArbiterHandle;
 
-/// How much models and the placement leave the cores to whoever answers: requests, and questions about status, which no
-/// actor has to be asked for. The others hear agents and gateways, who take silence for an end.
-const NICENESS: i32 = 5;
-
 /// Decides on which thread an actor runs. Placement, models and servers never share one where there is a
 /// choice: a flooded actor starves every other on its arbiter.
 pub enum Spawner {
@@ -52,21 +48,9 @@ impl Spawner {
     #[expect(clippy::disallowed_methods, reason = "the one place that makes arbiters")]
     pub fn arbiters(models: usize) -> Self {
         let arbiter = || actix_rt::Arbiter::new().handle();
-        let nice = || {
-            let arbiter = arbiter();
-            arbiter.spawn_fn(|| {
-                // Of this thread and those that it starts; elsewhere it would be the whole process's.
-                if cfg!(target_os = "linux")
-                    && let Err(error) = rustix::process::nice(NICENESS)
-                {
-                    tracing::debug!(%error, "actors are as urgent as requests");
-                }
-            });
-            arbiter
-        };
         Self::Arbiters(Arbiters {
-            core: [arbiter(), nice(), arbiter(), arbiter()],
-            models: (0..models.max(1)).map(|_| nice()).collect(),
+            core: [arbiter(), arbiter(), arbiter(), arbiter()],
+            models: (0..models.max(1)).map(|_| arbiter()).collect(),
             next: AtomicUsize::new(0),
         })
     }
