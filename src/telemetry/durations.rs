@@ -25,7 +25,7 @@ impl Durations {
         // A lost race with another load costs one sample of an estimate.
         self.average.store(blend(self.average.load(Ordering::Relaxed)), Ordering::Relaxed);
         let min = self.min.load(Ordering::Relaxed);
-        let min = if first { micros } else { micros.min(min + min / 8 + 1) };
+        let min = if first { micros } else { micros.min(min.saturating_add(min / 8 + 1)) };
         self.min.store(min, Ordering::Relaxed);
     }
 
