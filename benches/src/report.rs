@@ -236,14 +236,15 @@ impl Report {
         let changes = self.rows.iter().filter_map(|row| Some((row, change(row, before)?)));
         let worse = changes.filter(|(_, change)| change.times > 1.0 + change.noise);
         let text = |(row, Change { now, then, times, noise }): (&Row, Change)| {
-            let (of, worse, noise) =
-                (row.rival.as_ref().map_or("", |rival| &rival.name), (times - 1.0) * 100.0, noise * 100.0);
-            let of = if row.unit == INSTRUCTIONS { " instructions".to_owned() } else { format!(" of {of}") };
-            let (what, now, then) = (&row.what, short(now), short(then));
-            (
-                row.id.clone(),
-                format!("{what}: {now}{of} now, {then} before; worse by {worse:.1} %, the noise is {noise:.0} %"),
-            )
+            let of = match &row.rival {
+                Some(rival) if row.unit != INSTRUCTIONS => format!("of {}", rival.name),
+                _ => "instructions".to_owned(),
+            };
+            let (what, now, then, worse, noise) =
+                (&row.what, short(now), short(then), (times - 1.0) * 100.0, noise * 100.0);
+            let text =
+                format!("{what}: {now} {of} now, {then} before; worse by {worse:.1} %, the noise is {noise:.0} %");
+            (row.id.clone(), text)
         };
         worse.map(text).collect()
     }
