@@ -60,14 +60,14 @@ pub enum ProcessError {
     #[error(transparent)]
     Open(#[from] crate::ports::OpenError),
     /// An address.
-    #[error("can't listen on {address}: {source}; is another wharf running? set {setting} to another address")]
+    #[error("can't listen on {address}: {problem}; is another wharf running? set {setting} to another address")]
     Listen {
         /// The address.
         address: String,
         /// The setting that names it.
         setting: &'static str,
         /// What the system said.
-        source: io::Error,
+        problem: io::Error,
     },
     /// The server registry.
     #[error("{0}")]
@@ -308,7 +308,7 @@ impl Process {
 
     async fn bind(&self, address: &str, setting: &'static str) -> Result<Box<dyn crate::ports::Listen>, ProcessError> {
         let bound = self.world.network.bind(address).await;
-        bound.map_err(|source| ProcessError::Listen { address: address.to_owned(), setting, source })
+        bound.map_err(|problem| ProcessError::Listen { address: address.to_owned(), setting, problem })
     }
 
     /// Waits until every part has stopped, after `shutdown`.

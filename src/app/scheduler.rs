@@ -64,12 +64,14 @@ pub enum Error {
     #[error(transparent)]
     Start(#[from] StartError),
     /// An address.
-    #[error("can't listen on {address}: {source}")]
+    #[error("can't listen on {address}: {problem}; is another wharf running? set {setting} to another address")]
     Listen {
         /// The address.
         address: String,
+        /// The setting that names it.
+        setting: &'static str,
         /// What the system said.
-        source: io::Error,
+        problem: io::Error,
     },
 }
 
@@ -107,8 +109,8 @@ pub async fn start(
     fatal: Fatal,
     shutdown: CancellationToken,
 ) -> Result<Running, Error> {
-    let api_listener = bind(world, &options.api).await?;
-    let agents_listener = bind(world, &options.agents).await?;
+    let api_listener = bind(world, &options.api, "scheduler.listen").await?;
+    let agents_listener = bind(world, &options.agents, "scheduler.agents").await?;
     let (api_address, agents_address) = (api_listener.address(), agents_listener.address());
     let store = Arc::clone(&options.store);
     let handle = actors::start(actors::Scheduler {
@@ -140,8 +142,9 @@ pub async fn start(
     Ok(Running { handle, api: api_address, agents: agents_address, store, tasks })
 }
 
-async fn bind(world: &World, address: &str) -> Result<Box<dyn Listen>, Error> {
-    world.network.bind(address).await.map_err(|source| Error::Listen { address: address.to_owned(), source })
+async fn bind(world: &World, address: &str, setting: &'static str) -> Result<Box<dyn Listen>, Error> {
+    let bound = world.network.bind(address).await;
+    bound.map_err(|problem| Error::Listen { address: address.to_owned(), setting, problem })
 }
 
 async fn api(handle: &Handle) -> Routes {
@@ -192,4 +195,20 @@ fn agents(handle: &Handle) -> Routes {
     let sessions = AgentSessions::new(connected, spoke, leader.clone());
     let routes = RouteSessions::new(handle.gateways(), leader, links.timing.gateway_lease, Arc::clone(&links.clock));
     Routes::new(AgentHubServer::new(sessions).max_decoding_message_size(MESSAGE)).add_service(RoutesServer::new(routes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{forward::TcpNetwork, ports::SystemClock};
+
+    #[tokio::test]
+    async fn a_port_that_is_taken_is_told_once_with_the_setting_that_names_it() {
+        let world = World { network: Arc::new(TcpNetwork), clock: Arc::new(SystemClock::new()) };
+        let taken = world.network.bind("127.0.0.1:0").await.unwrap();
+        let error = bind(&world, &taken.address(), "scheduler.agents").await.unwrap_err();
+        let told = format!("{:#}", anyhow::Error::from(error));
+        assert_eq!(told.matches("os error").count(), 1, "{told}");
+        assert!(told.ends_with("set scheduler.agents to another address"), "{told}");
+    }
 }
