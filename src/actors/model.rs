@@ -2,16 +2,16 @@
 
 use std::{collections::VecDeque, iter, mem, sync::Arc};
 
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, Message, SpawnHandle};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, SpawnHandle};
 use serde_json::json;
 use tracing::Span;
 
-use super::{life::Life, links::Links, server::ServerActor};
+use super::{life::Life, links::Links};
 use crate::{
     domain::{
         copy::{self, Copy, Drain, State},
         error::{Code, Refusal},
-        model::{Decision, Effect, Event, Model, Submitted},
+        model::{Decision, Effect, Event, Model, Submitted, Wanted},
         names::ReplicaId,
         order::Order,
         record::Write,
@@ -21,10 +21,10 @@ use crate::{
     messages::{
         Reply,
         journal::{Commit, Committed},
-        model::{Announce, Happened, Request},
+        model::{AllHappened, Announce, Happened, Request},
         placement::{Leave, Place, Release, Restore},
         router::Publish,
-        server::{Enquire, SetOrder},
+        server::{Enquire, SetOrder, SetOrders},
         supervisor::{Begin, Observe, Stays, Stop, Terminated, Who},
     },
     telemetry::metrics::Submission,
@@ -134,14 +134,7 @@ impl ModelActor {
                 self.links.board.put_model(Arc::clone(&self.model));
             }
         }
-        // The route is the model's of now: of several revisions only the last is worth telling.
-        let publishes = |effect: &Effect| matches!(effect, Effect::Publish(_));
-        let last = tentative.effects.iter().rposition(publishes);
-        for (at, effect) in tentative.effects.into_iter().enumerate() {
-            if !publishes(&effect) || last == Some(at) {
-                self.perform(effect, ctx);
-            }
-        }
+        self.perform(tentative.effects, ctx);
         if !self.model.is_born() && !tentative.answers.is_empty() && self.waiting.is_empty() {
             // What was asked was refused: there is no model, and nothing is to stay of the question.
             self.links.supervisor.tell(Terminated(self.who()));
@@ -183,36 +176,55 @@ impl ModelActor {
         span
     }
 
-    fn perform(&mut self, effect: Effect, ctx: &mut Context<Self>) {
-        let (links, model) = (&self.links, &self.model);
-        let name = &model.name;
-        match effect {
-            Effect::Place(wanted) => links.placement.tell(Place { model: name.clone(), wanted }),
-            Effect::Withdraw(generation) | Effect::Release(generation) => {
-                links.placement.tell(Release { model: name.clone(), generation });
+    /// Performs them in order; but what several of them have to say to one actor is said in one message.
+    fn perform(&mut self, effects: Vec<Effect>, ctx: &mut Context<Self>) {
+        let (mut wanted, mut orders) = (Vec::new(), Vec::new());
+        for effect in effects {
+            if !matches!(effect, Effect::Place(_)) {
+                // It may take back what was asked of the placement before it.
+                self.tell_wanted(&mut wanted);
             }
+            let (links, model) = (&self.links, &self.model);
+            let name = &model.name;
+            match effect {
+                Effect::Place(copy) => wanted.push(*copy),
+                Effect::Withdraw(generation) | Effect::Release(generation) => {
+                    links.placement.tell(Release { model: name.clone(), generation });
+                }
+                Effect::Register { .. } | Effect::Unregister { .. } => orders.extend(self.order(effect)),
+                Effect::Keep(generation) => {
+                    let kept = model.copies.iter().find(|copy| copy.generation == generation);
+                    if let Some((copy, on)) = kept.and_then(|copy| Some((copy, copy.state.replica()?.clone()))) {
+                        let (need, pinned) = (copy.need.clone(), model.deployment.pinned);
+                        links.placement.tell(Restore { model: name.clone(), generation, on, need, pinned });
+                    }
+                }
+                Effect::Leave(generation) => links.placement.tell(Leave { model: name.clone(), generation }),
+                // The route is the model's of now: of several revisions only the last is worth telling.
+                Effect::Publish(revision) if revision < model.revision => {}
+                Effect::Publish(revision) => self.publish(revision),
+                Effect::Wake(at) => self.wake_at(at, ctx),
+                Effect::Note(note) => links.note(&Who::Model(name.clone()), note),
+                Effect::Terminated => links.supervisor.tell(Terminated(Who::Model(name.clone()))),
+                Effect::Arrived(way) => links.ways.record(way),
+            }
+        }
+        self.tell_wanted(&mut wanted);
+        self.tell_orders(orders, ctx);
+    }
+
+    /// The order that is asked for, if it is one.
+    fn order(&self, effect: Effect) -> Option<SetOrder> {
+        let (model, trust, drain) = (self.model.name.clone(), self.links.policy.trust, self.links.timing.drain);
+        match effect {
             Effect::Register { on, generation, spec, need, attempt, measured, pinned } => {
-                let (model, trust) = (name.clone(), links.policy.trust);
                 let order = Order::Register { model, generation, spec, need, attempt, measured, trust, pinned };
-                self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
+                Some(SetOrder { replica: on, order })
             }
             Effect::Unregister { on, generation } => {
-                let order = Order::Unregister { model: name.clone(), generation, drain: links.timing.drain };
-                self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
+                Some(SetOrder { replica: on, order: Order::Unregister { model, generation, drain } })
             }
-            Effect::Keep(generation) => {
-                let kept = model.copies.iter().find(|copy| copy.generation == generation);
-                if let Some((copy, on)) = kept.and_then(|copy| Some((copy, copy.state.replica()?.clone()))) {
-                    let (need, pinned) = (copy.need.clone(), model.deployment.pinned);
-                    links.placement.tell(Restore { model: name.clone(), generation, on, need, pinned });
-                }
-            }
-            Effect::Leave(generation) => links.placement.tell(Leave { model: name.clone(), generation }),
-            Effect::Publish(revision) => self.publish(revision),
-            Effect::Wake(at) => self.wake_at(at, ctx),
-            Effect::Note(note) => links.note(&Who::Model(name.clone()), note),
-            Effect::Terminated => links.supervisor.tell(Terminated(Who::Model(name.clone()))),
-            Effect::Arrived(way) => links.ways.record(way),
+            _ => None,
         }
     }
 
@@ -237,27 +249,32 @@ impl ModelActor {
         self.wake = Some((at, handle));
     }
 
-    /// Tells the server of a replica. A server that nobody knows has none: then the replica is lost.
-    fn tell_server<M>(&self, on: ReplicaId, message: M, ctx: &mut Context<Self>)
-    where
-        M: Message + Send + 'static,
-        M::Result: Send,
-        ServerActor: Handler<M>,
-    {
-        if !self.links.tell_server(&on.server, message) {
-            ctx.notify(Happened(Event::Replica(on, copy::Event::ReplicaLost)));
+    fn tell_wanted(&self, wanted: &mut Vec<Wanted>) {
+        if !wanted.is_empty() {
+            self.links.placement.tell(Place { model: self.model.name.clone(), wanted: mem::take(wanted) });
+        }
+    }
+
+    /// Tells each server what is wanted of its replicas. A server that nobody knows has none: then they are lost.
+    fn tell_orders(&self, mut orders: Vec<SetOrder>, ctx: &mut Context<Self>) {
+        orders.sort_by(|a, b| a.replica.server.cmp(&b.replica.server));
+        while let Some(first) = orders.first() {
+            let server = first.replica.server.clone();
+            let others = orders.split_off(orders.partition_point(|order| order.replica.server == server));
+            let replicas: Vec<ReplicaId> = orders.iter().map(|order| order.replica.clone()).collect();
+            if !self.links.tell_server(&server, SetOrders(orders)) {
+                replicas.into_iter().for_each(|on| lost(on, ctx));
+            }
+            orders = others;
         }
     }
 
     fn announce(&self, to: Announce, ctx: &mut Context<Self>) {
+        let (mut wanted, mut orders) = (Vec::new(), Vec::new());
         for copy in &self.model.copies {
             let restored = copy.state.replica().cloned();
             match (to, &copy.state) {
-                (Announce::ToPlacement, State::Pending { .. }) => {
-                    if let Some(Effect::Place(wanted)) = self.model.place(copy) {
-                        self.links.placement.tell(Place { model: self.model.name.clone(), wanted });
-                    }
-                }
+                (Announce::ToPlacement, State::Pending { .. }) => wanted.extend(self.model.wanted(copy)),
                 (Announce::ToPlacement, _) => {
                     if let Some(on) = restored {
                         let (model, generation) = (self.model.name.clone(), copy.generation);
@@ -270,32 +287,35 @@ impl ModelActor {
                     }
                 }
                 (Announce::ToServer, State::Draining { on, phase: Drain::Unloading }) => {
-                    let (model, generation) = (self.model.name.clone(), copy.generation);
-                    let order = Order::Unregister { model, generation, drain: self.links.timing.drain };
-                    self.tell_server(on.clone(), SetOrder { replica: on.clone(), order }, ctx);
+                    orders.extend(self.order(Effect::Unregister { on: on.clone(), generation: copy.generation }));
                 }
                 (Announce::ToServer, _) if copy.draining => {
                     if let Some(on) = restored {
                         let (model, generation) = (self.model.name.clone(), copy.generation);
-                        self.tell_server(on.clone(), Enquire { replica: on, model, generation }, ctx);
+                        let enquire = Enquire { replica: on.clone(), model, generation };
+                        if !self.links.tell_server(&on.server, enquire) {
+                            lost(on, ctx);
+                        }
                     }
                 }
+                (Announce::ToServer, State::Failed { .. }) => {}
                 (Announce::ToServer, _) => {
-                    if let (Some(Effect::Register { on, generation, spec, need, attempt, measured, pinned }), false) =
-                        (self.model.register(copy), matches!(copy.state, State::Failed { .. }))
-                    {
-                        let (model, trust) = (self.model.name.clone(), self.links.policy.trust);
-                        let order = Order::Register { model, generation, spec, need, attempt, measured, trust, pinned };
-                        self.tell_server(on.clone(), SetOrder { replica: on, order }, ctx);
-                    }
+                    orders.extend(self.model.register(copy).and_then(|register| self.order(register)));
                 }
                 (Announce::ToRouter, _) => {}
             }
         }
+        self.tell_wanted(&mut wanted);
+        self.tell_orders(orders, ctx);
         if to == Announce::ToRouter && self.model.is_born() {
             self.publish(self.model.revision);
         }
     }
+}
+
+/// The replica of a copy is gone, and its server with it.
+fn lost(on: ReplicaId, ctx: &mut Context<ModelActor>) {
+    ctx.notify(Happened(Event::Replica(on, copy::Event::ReplicaLost)));
 }
 
 impl Actor for ModelActor {
@@ -327,6 +347,15 @@ impl Handler<Happened> for ModelActor {
 
     fn handle(&mut self, Happened(event): Happened, ctx: &mut Self::Context) {
         self.take(Pending { event, reply: None }, ctx);
+    }
+}
+
+impl Handler<AllHappened> for ModelActor {
+    type Result = ();
+
+    fn handle(&mut self, AllHappened(events): AllHappened, ctx: &mut Self::Context) {
+        self.waiting.extend(events.into_iter().map(|event| Pending { event, reply: None }));
+        self.decide(ctx);
     }
 }
 

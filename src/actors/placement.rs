@@ -16,14 +16,14 @@ use super::{life::Life, links::Links};
 use crate::{
     domain::{
         copy,
-        model::Event,
+        model::{Event, Wanted},
         names::{ModelName, ReplicaId},
-        placement::{Capabilities, Decision, Placed, Placement, PlacementRequest, Prefer, ReplicaFacts},
+        placement::{Capabilities, Decision, Placement, PlacementRequest, Prefer, ReplicaFacts},
         version::Generation,
     },
     messages::{
         Ask,
-        model::{Announce, Happened},
+        model::{AllHappened, Announce, Happened},
         placement::{Explain, Explanation, Leave, Only, Place, Release, ReplicaChanged, Restore},
         supervisor::Observe,
     },
@@ -65,11 +65,10 @@ impl PlacementActor {
         }
     }
 
-    fn request(&self, place: &Place) -> PlacementRequest {
-        let wanted = &place.wanted;
+    fn request(&self, model: &ModelName, wanted: &Wanted) -> PlacementRequest {
         let until = self.links.clock.now() + AVOIDED;
         PlacementRequest {
-            model: place.model.clone(),
+            model: model.clone(),
             generation: wanted.generation,
             requirements: Capabilities::new(&wanted.spec.requirements),
             server: wanted.spec.server.clone(),
@@ -83,7 +82,8 @@ impl PlacementActor {
         }
     }
 
-    fn decided(&self, model: &ModelName, generation: Generation, decision: Decision) {
+    /// What the model is to know of a decision that was taken.
+    fn decided(&self, generation: Generation, decision: Decision) -> Event {
         let event = match decision.outcome {
             Ok(placed) => {
                 self.show(&placed.replica);
@@ -91,7 +91,20 @@ impl PlacementActor {
             }
             Err(reason) => copy::Event::Unplaced { reason },
         };
-        self.links.tell_model(model, Happened(Event::Copy(generation, event)));
+        Event::Copy(generation, event)
+    }
+
+    fn place(&mut self, model: &ModelName, wanted: &Wanted, ctx: &mut Context<Self>) -> Event {
+        let now = self.links.clock.now();
+        let request = self.request(model, wanted);
+        let decision = self.placement.place_at_last(request, now);
+        let outcome = if decision.outcome.is_ok() { Outcome::Placed } else { Outcome::Unplaced };
+        self.links.metrics.scheduler.placement(outcome, self.links.clock.now().since(now));
+        if let Some(on) = decision.replica() {
+            // One that has its place already may have become larger, or pinned.
+            self.look_if_strained(on, ctx);
+        }
+        self.decided(wanted.generation, decision)
     }
 
     fn retry_soon(&mut self, ctx: &mut Context<Self>) {
@@ -157,7 +170,7 @@ impl Handler<Retry> for PlacementActor {
         self.retrying = false;
         let retried = self.placement.retry(self.links.clock.now(), ROUND);
         for (model, generation, decision) in retried.decisions {
-            self.decided(&model, generation, decision);
+            self.links.tell_model(&model, Happened(self.decided(generation, decision)));
         }
         if retried.more {
             self.retry_soon(ctx);
@@ -173,22 +186,9 @@ impl Handler<Retry> for PlacementActor {
 impl Handler<Place> for PlacementActor {
     type Result = ();
 
-    fn handle(&mut self, place: Place, ctx: &mut Self::Context) {
-        let now = self.links.clock.now();
-        let request = self.request(&place);
-        let links = Arc::clone(&self.links);
-        let decision = self.placement.place_at_last(request, now);
-        if let Ok(Placed { replica, score: None }) = &decision.outcome {
-            // It had its place, and may be pinned there only now.
-            self.look_if_strained(replica, ctx);
-        }
-        let outcome = if decision.outcome.is_ok() { Outcome::Placed } else { Outcome::Unplaced };
-        links.metrics.scheduler.placement(outcome, links.clock.now().since(now));
-        if let Some(on) = decision.replica() {
-            // One that has its place already may have become larger.
-            self.look_if_strained(on, ctx);
-        }
-        self.decided(&place.model, place.wanted.generation, decision);
+    fn handle(&mut self, Place { model, wanted }: Place, ctx: &mut Self::Context) {
+        let decided = wanted.iter().map(|wanted| self.place(&model, wanted, ctx)).collect();
+        self.links.tell_model(&model, AllHappened(decided));
     }
 }
 
@@ -293,8 +293,7 @@ impl Handler<Explain> for PlacementActor {
             let copies = || model.copies.iter().filter(|copy| copy.generation.version == latest && !copy.draining);
             // One that found no place is what a user asks about; else the one that was placed last.
             let copy = copies().find(|copy| copy.state.replica().is_none()).or_else(|| copies().next_back())?;
-            let Some(crate::domain::model::Effect::Place(wanted)) = model.place(copy) else { return None };
-            let report = self.placement.explain(&self.request(&Place { model: question.clone(), wanted }), now);
+            let report = self.placement.explain(&self.request(&question, &model.wanted(copy)?), now);
             let stands = match copy.state.replica() {
                 Some(on) => {
                     format!("{question} version {latest} is {} on {on}. Were its copy placed now:\n", copy.state.name())

@@ -36,7 +36,7 @@ use crate::{
     },
     messages::{
         model::{Announce, Happened},
-        server::{AgentConnected, AgentSpoke, Declaration, Declare, Down, Enquire, Recall, SetOrder, Word},
+        server::{AgentConnected, AgentSpoke, Declaration, Declare, Down, Enquire, Recall, SetOrder, SetOrders, Word},
         supervisor::{Begin, Observe, Stays, Stop, Who},
     },
 };
@@ -190,6 +190,25 @@ impl ServerActor {
         self.show();
     }
 
+    fn set_order(&mut self, SetOrder { replica: id, order }: SetOrder, ctx: &mut Context<Self>) {
+        let (model, generation) = (order.model().clone(), order.generation());
+        let Some(replica) = self.spoken_of(&id, &model) else { return };
+        let known = replica.set(order);
+        if self.unsaid.is_empty() {
+            // Whatever is in the mailbox by then shares the message.
+            ctx.notify(Say);
+        }
+        self.unsaid.insert(id.index);
+        let leaves = self.leaves(id.index);
+        if let Some(report) = known {
+            // The agent has said how it stands already, perhaps to an actor that is no more.
+            self.links.tell_model(&model, Happened(Event::Reported(id, generation, report)));
+        }
+        if leaves {
+            self.tell_leaving(&[model].into());
+        }
+    }
+
     /// Shows readers how the server is, once for all that is in the mailbox by then.
     fn show_soon(&mut self, ctx: &mut Context<Self>) {
         if !self.showing {
@@ -337,26 +356,12 @@ impl Handler<AgentSpoke> for ServerActor {
     }
 }
 
-impl Handler<SetOrder> for ServerActor {
+impl Handler<SetOrders> for ServerActor {
     type Result = ();
 
-    fn handle(&mut self, order: SetOrder, ctx: &mut Self::Context) {
-        let index = order.replica.index;
-        let model = order.order.model().clone();
-        let Some(replica) = self.spoken_of(&order.replica, &model) else { return };
-        let generation = order.order.generation();
-        let known = replica.set(order.order);
-        if self.unsaid.is_empty() {
-            // Whatever is in the mailbox by then shares the message.
-            ctx.notify(Say);
-        }
-        self.unsaid.insert(index);
-        if let Some(report) = known {
-            // The agent has said how it stands already, perhaps to an actor that is no more.
-            self.links.tell_model(&model, Happened(Event::Reported(order.replica, generation, report)));
-        }
-        if self.leaves(index) {
-            self.tell_leaving(&[model].into());
+    fn handle(&mut self, SetOrders(orders): SetOrders, ctx: &mut Self::Context) {
+        for order in orders {
+            self.set_order(order, ctx);
         }
     }
 }

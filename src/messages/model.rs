@@ -23,6 +23,11 @@ pub struct Request {
 #[rtype(result = "()")]
 pub struct Happened(pub Event);
 
+/// All of this happened, in this order: one decision takes it.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct AllHappened(pub Vec<Event>);
+
 /// Say again to the others what they should know of this model: one of them has lost it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Message)]
 #[rtype(result = "()")]

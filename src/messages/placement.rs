@@ -13,14 +13,14 @@ use crate::domain::{
     version::Generation,
 };
 
-/// Find a replica for the copy.
+/// Find a replica for each of the copies, in this order. All are answered at once.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct Place {
     /// The model.
     pub model: ModelName,
-    /// The copy.
-    pub wanted: Box<Wanted>,
+    /// Its copies.
+    pub wanted: Vec<Wanted>,
 }
 
 /// The copy is not wanted any more, or its memory is free.

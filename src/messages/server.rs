@@ -146,9 +146,13 @@ pub struct Restated {
     pub runtime: String,
 }
 
-/// A model wants its copy held, or let go, by the replica.
+/// A model wants copies held, or let go, by replicas of the server.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
+pub struct SetOrders(pub Vec<SetOrder>);
+
+/// A copy that is to be held, or let go.
+#[derive(Debug)]
 pub struct SetOrder {
     /// The replica.
     pub replica: ReplicaId,

@@ -12,12 +12,12 @@ use serde_json::json;
 use super::PlacementActor;
 use crate::{
     domain::{
-        model::{Effect, Event, Note},
+        model::{Event, Note},
         names::{ModelName, ReplicaId},
         placement::{Condition, Key, PlacementRequest, Relief, Replica},
         version::Generation,
     },
-    messages::{Registered, model::Happened, placement::Place, supervisor::Who},
+    messages::{Registered, model::Happened, supervisor::Who},
 };
 
 /// How often a replica that its copies do not fit is looked at again: what was told may be lost, and what is free
@@ -87,8 +87,7 @@ impl PlacementActor {
         let request = |(name, generation): &Key| {
             let model = self.links.board.model(name)?;
             let copy = model.copies.iter().find(|copy| copy.generation == *generation)?;
-            let Some(Effect::Place(wanted)) = model.place(copy) else { return None };
-            Some(self.request(&Place { model: name.clone(), wanted }))
+            Some(self.request(name, &model.wanted(copy)?))
         };
         let copies = self.placement.ledger().replica(id).into_iter().flat_map(|replica| replica.copies());
         copies.filter_map(|key| Some((key.clone(), request(key)?))).collect()

@@ -368,13 +368,18 @@ impl Model {
         self.copies.push(copy);
     }
 
-    /// The request for a place for `copy`.
+    /// Asks for a place for `copy`.
+    pub(super) fn place(&self, copy: &Copy) -> Option<Effect> {
+        self.wanted(copy).map(|wanted| Effect::Place(Box::new(wanted)))
+    }
+
+    /// What `copy` wants of the placement.
     #[must_use]
-    pub fn place(&self, copy: &Copy) -> Option<Effect> {
+    pub fn wanted(&self, copy: &Copy) -> Option<Wanted> {
         let version = copy.generation.version;
         let placed = |other: &&Copy| other.generation.version == version && other.state.replica().is_some();
         let placed = u32::try_from(self.copies.iter().filter(placed).count()).unwrap_or(u32::MAX);
-        Some(Effect::Place(Box::new(Wanted {
+        Some(Wanted {
             generation: copy.generation,
             spec: Arc::clone(&self.entry(version)?.spec),
             need: copy.need.clone(),
@@ -383,7 +388,7 @@ impl Model {
             pinned: self.deployment.pinned,
             avoid: copy.avoid.clone(),
             together: self.deployment.replicas.saturating_sub(placed).max(1),
-        })))
+        })
     }
 
     /// Drops what is over: copies that are gone, and versions beyond the history. Ends the model when it is

@@ -596,9 +596,9 @@ mod tests {
             for index in 0..self.capacities.len() {
                 let id = on(u32::try_from(index).expect("few"));
                 let name = &self.world.model.name;
-                let request = |copy: &copy::Copy| match self.world.model.place(copy) {
-                    Some(Effect::Place(wanted)) => Some(((name.clone(), copy.generation), self.request(&wanted))),
-                    _ => None,
+                let request = |copy: &copy::Copy| {
+                    let wanted = self.world.model.wanted(copy)?;
+                    Some(((name.clone(), copy.generation), self.request(&wanted)))
                 };
                 let requests = self.world.model.copies.iter().filter_map(request).collect();
                 self.placement.relieve(&id, &requests, NOW);
