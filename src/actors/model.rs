@@ -82,12 +82,13 @@ impl ModelActor {
         Who::Model(self.model.name.clone())
     }
 
-    fn take(&mut self, pending: Pending, ctx: &mut Context<Self>) {
-        if pending.reply.is_none() {
+    /// Takes what happened.
+    fn take(&mut self, events: impl IntoIterator<Item = Event>, ctx: &mut Context<Self>) {
+        for event in events {
             // Words may come faster than the disk turns, and for as long as the journal refuses.
-            self.waiting.retain(|other| other.reply.is_some() || !pending.event.replaces(&other.event));
+            self.waiting.retain(|other| other.reply.is_some() || !event.replaces(&other.event));
+            self.waiting.push_back(Pending { event, reply: None });
         }
-        self.waiting.push_back(pending);
         self.decide(ctx);
     }
 
@@ -244,7 +245,7 @@ impl ModelActor {
         let delay = at.since(self.links.clock.now());
         let handle = ctx.run_later(delay, |actor, ctx| {
             actor.wake = None;
-            actor.take(Pending { event: Event::Reconcile, reply: None }, ctx);
+            actor.take([Event::Reconcile], ctx);
         });
         self.wake = Some((at, handle));
     }
@@ -329,7 +330,7 @@ impl Handler<Begin> for ModelActor {
         if self.model.is_born() {
             // The board, the placement and the router were told before it was started.
             self.announce(Announce::ToServer, ctx);
-            self.take(Pending { event: Event::Reconcile, reply: None }, ctx);
+            self.take([Event::Reconcile], ctx);
         }
     }
 }
@@ -338,7 +339,8 @@ impl Handler<Request> for ModelActor {
     type Result = ();
 
     fn handle(&mut self, request: Request, ctx: &mut Self::Context) {
-        self.take(Pending { event: request.event, reply: Some(request.reply) }, ctx);
+        self.waiting.push_back(Pending { event: request.event, reply: Some(request.reply) });
+        self.decide(ctx);
     }
 }
 
@@ -346,7 +348,7 @@ impl Handler<Happened> for ModelActor {
     type Result = ();
 
     fn handle(&mut self, Happened(event): Happened, ctx: &mut Self::Context) {
-        self.take(Pending { event, reply: None }, ctx);
+        self.take([event], ctx);
     }
 }
 
@@ -354,8 +356,7 @@ impl Handler<AllHappened> for ModelActor {
     type Result = ();
 
     fn handle(&mut self, AllHappened(events): AllHappened, ctx: &mut Self::Context) {
-        self.waiting.extend(events.into_iter().map(|event| Pending { event, reply: None }));
-        self.decide(ctx);
+        self.take(events, ctx);
     }
 }
 

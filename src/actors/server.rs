@@ -4,6 +4,7 @@
 //! timer; an order that was lost is sent again.
 
 mod leave;
+mod news;
 mod recycle;
 mod refuse;
 mod replica;
@@ -20,6 +21,7 @@ use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler};
 use serde_json::json;
 
 use self::{
+    news::News,
     replica::Replica,
     rows::{Change, Tentative},
 };
@@ -35,7 +37,7 @@ use crate::{
         time::Instant,
     },
     messages::{
-        model::{Announce, Happened},
+        model::Announce,
         server::{AgentConnected, AgentSpoke, Declaration, Declare, Down, Enquire, Recall, SetOrder, SetOrders, Word},
         supervisor::{Begin, Observe, Stays, Stop, Who},
     },
@@ -51,6 +53,8 @@ pub(super) struct ServerActor {
     /// Whether readers are about to be shown how the server is.
     showing: bool,
     replicas: BTreeMap<u32, Replica>,
+    /// What agents reported and models are about to be told.
+    news: News,
     /// Of those, the ones whose agents said that they are about to stop.
     stopping: BTreeSet<u32>,
     /// Models that were told to leave a replica and not yet that they may stay.
@@ -76,6 +80,7 @@ impl ServerActor {
             unsaid: BTreeSet::new(),
             showing: false,
             replicas: BTreeMap::new(),
+            news: News::default(),
             stopping: BTreeSet::new(),
             leavers: BTreeSet::new(),
             recycling: Recycling::default(),
@@ -111,16 +116,15 @@ impl ServerActor {
     fn spoken_of(&mut self, id: &ReplicaId, model: &ModelName) -> Option<&mut Replica> {
         let now = self.links.clock.now();
         let missed = ReplicaState::Unknown { since: now };
-        let replica = self.replicas.entry(id.index).or_insert_with(|| Replica::new(missed, now));
-        match replica.state {
-            ReplicaState::Lost => {
-                let lost = Event::Replica(id.clone(), CopyEvent::ReplicaLost);
-                self.links.tell_model(model, Happened(lost));
-                return None;
-            }
+        let state = self.replicas.entry(id.index).or_insert_with(|| Replica::new(missed, now)).state;
+        if state == ReplicaState::Lost {
+            self.tell(model, Event::Replica(id.clone(), CopyEvent::ReplicaLost));
+            return None;
+        }
+        let replica = self.replicas.get_mut(&id.index)?;
+        if state == ReplicaState::Pending {
             // It was given a copy, so its agent has called before.
-            ReplicaState::Pending => (replica.state, replica.since) = (missed, now),
-            ReplicaState::Available | ReplicaState::Draining | ReplicaState::Unknown { .. } => {}
+            (replica.state, replica.since) = (missed, now);
         }
         Some(replica)
     }
@@ -167,7 +171,7 @@ impl ServerActor {
         );
         if let Some(event) = lost {
             for model in models {
-                self.links.tell_model(&model, Happened(Event::Replica(id.clone(), event.clone())));
+                self.tell(&model, Event::Replica(id.clone(), event.clone()));
             }
         }
         self.publish_one(index);
@@ -202,7 +206,7 @@ impl ServerActor {
         let leaves = self.leaves(id.index);
         if let Some(report) = known {
             // The agent has said how it stands already, perhaps to an actor that is no more.
-            self.links.tell_model(&model, Happened(Event::Reported(id, generation, report)));
+            self.tell(&model, Event::Reported(id, generation, report));
         }
         if leaves {
             self.tell_leaving(&[model].into());
@@ -287,8 +291,7 @@ impl Handler<AgentConnected> for ServerActor {
         self.publish_one(id.index);
         self.show_soon(ctx);
         for (model, generation, report) in reports {
-            let happened = Happened(Event::Reported(id.clone(), generation, report));
-            if !self.links.tell_model(&model, happened)
+            if !self.tell(&model, Event::Reported(id.clone(), generation, report))
                 && let Some(replica) = self.replicas.get_mut(&id.index)
             {
                 replica.stray(model, generation, self.links.timing.drain);
@@ -344,11 +347,10 @@ impl Handler<AgentSpoke> for ServerActor {
             Word::Reports(reports) => {
                 replica.heard = now;
                 for (model, generation, report) in reports {
-                    replica.reported(&model, generation, &report);
-                    let happened = Happened(Event::Reported(spoke.replica.clone(), generation, Some(report)));
-                    if !self.links.tell_model(&model, happened) {
-                        replica.stray(model, generation, self.links.timing.drain);
+                    if let Some(replica) = self.replicas.get_mut(&index) {
+                        replica.reported(&model, generation, &report);
                     }
+                    self.gather(index, model, generation, report, ctx);
                 }
                 self.set_state(index, ReplicaEvent::Heard, ctx);
             }
@@ -389,7 +391,7 @@ impl Handler<Enquire> for ServerActor {
     fn handle(&mut self, Enquire { replica, model, generation }: Enquire, _: &mut Self::Context) {
         let Some(known) = self.spoken_of(&replica, &model) else { return };
         if let Some(report) = known.ask(model.clone(), generation) {
-            self.links.tell_model(&model, Happened(Event::Reported(replica, generation, report)));
+            self.tell(&model, Event::Reported(replica, generation, report));
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::{
         record::ServerRow,
         replica::{Rest, is_over},
     },
-    messages::{model::Happened, placement::ReplicaChanged},
+    messages::placement::ReplicaChanged,
 };
 
 impl ServerActor {
@@ -93,7 +93,7 @@ impl ServerActor {
             if leaving.is_empty() && !told {
                 continue;
             }
-            let known = self.links.tell_model(model, Happened(Event::Leaving(self.row.name.clone(), leaving.clone())));
+            let known = self.tell(model, Event::Leaving(self.row.name.clone(), leaving.clone()));
             if leaving.is_empty() || !known {
                 self.leavers.remove(model);
             } else if !told {
