@@ -14,13 +14,16 @@ use super::{
 };
 use crate::{
     domain::{
+        copy::{Report, Residency},
         error::{Code, Refusal},
         leader::Leader,
         memory::{Bytes, Resources},
-        model::{Outcome, Policy, Submitted},
+        model::{Model, Outcome, Policy, Submitted},
         names::{ModelName, ReplicaId, ServerName},
+        order::Order,
         record::{Contents, Owner, ServerRow, Write},
-        spec::{Definition, DeploymentPatch, ModelSpec, Passthrough},
+        spec::{Definition, DeploymentPatch, ModelSpec, Passthrough, Replicas},
+        version::Generation,
     },
     messages::{
         Gate,
@@ -58,6 +61,8 @@ struct Slow {
     kept: MemoryStore,
     held: Mutex<Hold>,
     freed: Condvar,
+    /// How many copies each commit wrote that wrote any.
+    copies: Mutex<Vec<usize>>,
 }
 
 /// Which commits are held up.
@@ -107,6 +112,8 @@ impl Store for Slow {
             Hold::Removals => writes.iter().any(|write| matches!(write, Write::RemoveModel(_))),
         };
         drop(self.freed.wait_while(self.held.lock().unwrap(), waits).unwrap());
+        let copies = writes.iter().filter(|write| matches!(write, Write::PutCopy(_))).count();
+        self.copies.lock().unwrap().extend((copies > 0).then_some(copies));
         self.kept.commit(writes)
     }
 
@@ -153,7 +160,8 @@ fn scheduler(store: &Arc<Slow>, died: &Arc<Mutex<Option<String>>>) -> Scheduler 
 fn with<F: Future<Output = ()>>(test: impl FnOnce(World) -> F) {
     actix_rt::System::new().block_on(async {
         let kept = MemoryStore::new(Identity { cluster: "c".to_owned(), lineage: "l".to_owned() });
-        let store = Arc::new(Slow { kept, held: Mutex::new(Hold::None), freed: Condvar::new() });
+        let store =
+            Arc::new(Slow { kept, held: Mutex::new(Hold::None), freed: Condvar::new(), copies: Mutex::default() });
         let died = Arc::new(Mutex::new(None));
         let handle = start(scheduler(&store, &died)).unwrap();
         test(World {
@@ -232,6 +240,23 @@ impl World {
     }
 }
 
+/// The copies that an agent is ordered to hold next.
+async fn ordered(down: &mut mpsc::Receiver<Down>) -> Vec<Generation> {
+    let order = async {
+        loop {
+            if let Down::Orders(orders) = down.recv().await.expect("the session is open") {
+                return orders.iter().map(Order::generation).collect();
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, order).await.expect("an order in time")
+}
+
+fn answers(name: &str, copies: Vec<Generation>) -> Word {
+    let available = Report::Available { residency: Residency::Resident, measured: None, estimate: None, pinned: false };
+    Word::Reports(copies.into_iter().map(|copy| (model(name), copy, available.clone())).collect())
+}
+
 fn model(name: &str) -> ModelName {
     ModelName::new(name).unwrap()
 }
@@ -241,11 +266,15 @@ fn server(name: &str) -> ServerName {
 }
 
 fn submit(name: &str) -> Action {
+    submit_as(name, DeploymentPatch::default())
+}
+
+fn submit_as(name: &str, deployment: DeploymentPatch) -> Action {
     let spec = ModelSpec { uri: format!("/models/{name}"), memory: Some(Bytes(10)), ..ModelSpec::default() };
     Action::Submit(Box::new(Definition {
         name: model(name),
         spec,
-        deployment: DeploymentPatch::default(),
+        deployment,
         kubernetes: None,
         passthrough: Passthrough::default(),
     }))
@@ -289,6 +318,57 @@ fn a_model_that_panics_is_rebuilt_with_the_commit_that_was_on_its_way() {
         let rows = world.store.load().unwrap();
         assert_eq!((rows.models.len(), rows.models[0].deployment.replicas), (1, 3));
         assert_eq!(*world.died.lock().unwrap(), None);
+    });
+}
+
+#[test]
+fn copies_that_are_placed_at_once_are_one_commit_and_those_that_answer_at_once_one_route() {
+    with(|world| async move {
+        world.declare(Owner::File, 4, 1000).await.unwrap();
+        let mut agents: Vec<_> = (0..4).map(|index| world.call(index)).collect();
+        let replicas = Replicas { replicas: 4, min: 0, max: 0, log_payloads: false };
+        world
+            .ask("m", submit_as("m", DeploymentPatch { replicas: Some(replicas), ..Default::default() }))
+            .await
+            .unwrap();
+        let mut copies = Vec::new();
+        for down in &mut agents {
+            copies.push(ordered(down).await);
+        }
+        assert_eq!(*world.store.copies.lock().unwrap(), [4]);
+        let epoch = world.inspect().await["router"]["epoch"].as_u64().unwrap();
+        for (index, copies) in (0..).zip(copies) {
+            world.says(index, answers("m", copies));
+        }
+        let routed = |model: &Model| model.copies.iter().filter(|copy| copy.routed).count();
+        world
+            .until("all answer", || {
+                world.handle.links.board.model(&model("m")).is_some_and(|model| routed(&model) == 4)
+            })
+            .await;
+        assert_eq!(world.inspect().await["router"]["epoch"], epoch + 1);
+    });
+}
+
+#[test]
+fn what_an_agent_reported_is_told_before_what_became_of_it() {
+    with(|world| async move {
+        world.declare(Owner::File, 1, 1000).await.unwrap();
+        let mut down = world.call(0);
+        world.ask("m", submit("m")).await.unwrap();
+        let copies = ordered(&mut down).await;
+        let epoch = world.inspect().await["router"]["epoch"].as_u64().unwrap();
+        world.says(0, answers("m", copies.clone()));
+        // At once its session ends, and the agent that calls next has nothing.
+        let mut down = world.call(0);
+        assert_eq!(ordered(&mut down).await, copies);
+        let left = async {
+            // One epoch with the copy, and one without it.
+            while world.inspect().await["router"]["epoch"].as_u64().unwrap() < epoch + 2 {}
+        };
+        tokio::time::timeout(PATIENCE, left).await.expect("the routes leave it in time");
+        let view = world.handle.links.board.model(&model("m")).unwrap();
+        assert_eq!(view.copies.iter().map(|copy| copy.state.name()).collect::<Vec<_>>(), ["Scheduled"]);
     });
 }
 
