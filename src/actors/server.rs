@@ -441,6 +441,8 @@ impl Handler<Stop> for ServerActor {
 
     fn handle(&mut self, _: Stop, ctx: &mut Self::Context) {
         if self.is_over() {
+            // The last word of a copy may still be among what was gathered: without it, its model waits for ever.
+            self.tell_news();
             self.note("Removed", "nothing of it is left".to_owned());
             self.links.board.remove_server(&self.row.name);
             ctx.stop();
