@@ -28,10 +28,14 @@ use crate::{
     },
 };
 
+/// Models in one epoch. A gateway makes all routes of one ready before it turns to a request.
+pub(super) const CHANGES: usize = 500;
+
 pub(super) struct RouterActor {
     links: Arc<Links>,
     epoch: Epoch,
-    routes: BTreeMap<ModelName, Route>,
+    /// Shared with the updates on their way to gateways.
+    routes: BTreeMap<ModelName, Arc<Route>>,
     gateways: BTreeMap<String, Gateway>,
     /// Changed since the last epoch, with the models' own revisions.
     changed: BTreeMap<ModelName, u64>,
@@ -75,19 +79,27 @@ impl RouterActor {
         }
     }
 
-    /// Gives everything that changed since the last time one epoch.
+    /// Gives everything that changed since the last time an epoch, or several if it is much.
     fn flush(&mut self) {
         self.flushing = false;
         if self.changed.is_empty() {
             return;
         }
+        while !self.changed.is_empty() {
+            self.publish();
+        }
+        self.settle();
+    }
+
+    fn publish(&mut self) {
         self.epoch = Epoch(self.epoch.0 + 1);
-        let changed = std::mem::take(&mut self.changed);
+        let rest = self.changed.keys().nth(CHANGES).cloned();
+        let rest = rest.map(|first| self.changed.split_off(&first)).unwrap_or_default();
+        let changed = std::mem::replace(&mut self.changed, rest);
         let routes = changed.keys().filter_map(|name| self.routes.get(name).cloned()).collect();
         let removed = changed.keys().filter(|name| !self.routes.contains_key(*name)).cloned().collect();
         self.send(&RouteUpdate::Changes(self.epoch, Arc::new((routes, removed))));
         self.unreached.push_back((self.epoch, changed.into_iter().collect()));
-        self.settle();
     }
 
     fn send(&mut self, update: &RouteUpdate) {
@@ -151,7 +163,7 @@ impl Actor for RouterActor {
         // The whole table, before any gateway calls: a part of it would say that the other models are gone.
         for model in self.links.board.models() {
             if let Some(route) = model.published(|on| self.links.door(on), self.links.outlook()) {
-                self.routes.insert(model.name.clone(), route);
+                self.routes.insert(model.name.clone(), Arc::new(route));
             }
         }
         for model in self.links.all_models() {
@@ -175,7 +187,7 @@ impl Handler<Publish> for RouterActor {
     fn handle(&mut self, publish: Publish, ctx: &mut Self::Context) {
         match publish.route {
             Some(route) => {
-                self.routes.insert(publish.model.clone(), route);
+                self.routes.insert(publish.model.clone(), Arc::new(route));
             }
             None => {
                 self.routes.remove(&publish.model);
@@ -222,7 +234,7 @@ impl RouterActor {
     fn follow(&mut self, connected: GatewayConnected) {
         self.flush();
         // It starts from the whole table, whatever it holds: one path to get right.
-        let table = RouteUpdate::Table(self.epoch, Arc::new(self.routes.values().cloned().collect()));
+        let table = RouteUpdate::Table(self.epoch, self.routes.values().cloned().collect());
         let sent = connected.updates.try_send(table).is_ok();
         // What it holds is not what it has acknowledged: something may still be on its way under an older epoch.
         let acknowledged = Epoch::default();

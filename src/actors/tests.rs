@@ -10,7 +10,8 @@ use actix::{Context, Handler};
 use tokio::sync::mpsc;
 
 use super::{
-    Handle, Scheduler, Spawner, Timing, model::ModelActor, server::ServerActor, start, supervisor::Supervisor,
+    Handle, Scheduler, Spawner, Timing, model::ModelActor, router::CHANGES, server::ServerActor, start,
+    supervisor::Supervisor,
 };
 use crate::{
     domain::{
@@ -22,11 +23,13 @@ use crate::{
         names::{ModelName, ReplicaId, ServerName},
         order::Order,
         record::{Contents, Owner, ServerRow, Write},
+        routes::{Absence, Epoch, Route},
         spec::{Definition, DeploymentPatch, ModelSpec, Passthrough, Replicas},
         version::Generation,
     },
     messages::{
         Gate,
+        router::{GatewayConnected, Publish, RouteUpdate},
         server::{AgentConnected, AgentSpoke, Declaration, Declare, Down, Hello, Mark, SetMark, Word},
         supervisor::{Action, OnModel},
     },
@@ -369,6 +372,33 @@ fn what_an_agent_reported_is_told_before_what_became_of_it() {
         tokio::time::timeout(PATIENCE, left).await.expect("the routes leave it in time");
         let view = world.handle.links.board.model(&model("m")).unwrap();
         assert_eq!(view.copies.iter().map(|copy| copy.state.name()).collect::<Vec<_>>(), ["Scheduled"]);
+    });
+}
+
+#[test]
+fn many_routes_that_change_at_once_are_several_epochs_and_none_is_lost() {
+    with(|world| async move {
+        let (updates, mut told) = mpsc::channel(16);
+        let gateway = GatewayConnected { gateway: "g".to_owned(), session: 1, holds: None, foreign: false, updates };
+        world.handle.gateways().0.do_send(gateway);
+        assert!(matches!(told.recv().await, Some(RouteUpdate::Table(Epoch(0), routes)) if routes.is_empty()));
+        let names: Vec<_> = (0..2 * CHANGES + 2).map(|number| model(&format!("m{number:05}"))).collect();
+        for (revision, name) in (1..).zip(&names) {
+            // One in two was there for a moment only.
+            let route = Route { model: name.clone(), targets: Vec::new(), absence: Absence::default() };
+            let route = (revision % 2 == 0).then_some(route);
+            world.handle.links.router.tell(Publish { model: name.clone(), revision, route });
+        }
+        let mut seen = Vec::new();
+        for epoch in 1..=3 {
+            let Some(RouteUpdate::Changes(of, changes)) = told.recv().await else { panic!("the routes change") };
+            let (routes, removed) = &*changes;
+            assert!(of == Epoch(epoch) && routes.len() + removed.len() <= CHANGES);
+            seen.extend(routes.iter().map(|route| (route.model.clone(), true)));
+            seen.extend(removed.iter().map(|name| (name.clone(), false)));
+        }
+        seen.sort_unstable();
+        assert!(seen.into_iter().eq(names.into_iter().zip([false, true].into_iter().cycle())));
     });
 }
 

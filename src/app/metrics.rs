@@ -35,12 +35,12 @@ pub fn expose_scheduler(metrics: &Metrics, links: &Arc<Links>) {
     let links = Arc::clone(links);
     metrics.expose(Box::new(move || {
         let (mut models, mut copies, mut replicas) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        for model in links.board.models() {
+        links.board.visit_models(|model| {
             *models.entry(model.standing().state.name()).or_insert(0_u64) += 1;
             for copy in &model.copies {
                 *copies.entry(copy.state.name()).or_insert(0_u64) += 1;
             }
-        }
+        });
         let (mut registered, mut capacity, mut over_limit) = (Bytes::ZERO, Bytes::ZERO, 0);
         for server in links.board.servers() {
             for replica in &server.replicas {

@@ -14,6 +14,7 @@ use crate::{
     ports::{Listen, Store},
     rpc::{
         agent_hub::{AgentSessions, Leader},
+        directory::Directory,
         proto::{
             DESCRIPTORS, agent::agent_hub_server::AgentHubServer,
             health::health_check_service_server::HealthCheckServiceServer, routes::routes_server::RoutesServer,
@@ -43,7 +44,7 @@ pub struct Options {
     pub agents: String,
     /// The journal.
     pub store: Arc<dyn Store>,
-    /// Whether commits block a thread of their own.
+    /// Whether commits, and looks at all models, block threads of their own.
     pub blocking: bool,
     /// Where actors run.
     pub spawner: Spawner,
@@ -136,7 +137,7 @@ pub async fn start(
     // Meanwhile those who call wait in the listeners' queues: an agent that is not welcomed soon calls again, and each call
     // says all that it holds.
     handle.known().await;
-    open(api_listener, api(&handle).await);
+    open(api_listener, api(&handle, options.blocking).await);
     handle.restored().await;
     open(agents_listener, agents(&handle));
     Ok(Running { handle, api: api_address, agents: agents_address, store, tasks })
@@ -147,18 +148,18 @@ async fn bind(world: &World, address: &str, setting: &'static str) -> Result<Box
     bound.map_err(|problem| Error::Listen { address: address.to_owned(), setting, problem })
 }
 
-async fn api(handle: &Handle) -> Routes {
+async fn api(handle: &Handle, blocking: bool) -> Routes {
     let links = &handle.links;
     let models = Gate::new(handle.models(), PERMITS, DEADLINE);
-    let board = Arc::clone(&links.board);
-    let scheduler =
-        SchedulerApi::new(models.clone(), Gate::new(handle.servers(), PERMITS, DEADLINE), Arc::clone(&board));
+    let directory = Directory::new(Arc::clone(&links.board), blocking);
+    let servers = Gate::new(handle.servers(), PERMITS, DEADLINE);
+    let scheduler = SchedulerApi::new(models.clone(), servers, directory.clone());
     let wharf = WharfApi {
         models,
         marks: Gate::new(handle.marks(), PERMITS, DEADLINE),
         explain: Gate::new(handle.explain(), PERMITS, DEADLINE),
         inspect: Gate::new(handle.inspect(), PERMITS, DEADLINE),
-        board,
+        directory,
         events: links.events.clone(),
     };
     let (reporter, health) = tonic_health::server::health_reporter();

@@ -12,6 +12,7 @@ pub mod leader;
 pub mod memory;
 pub mod model;
 pub mod names;
+pub mod near;
 pub mod order;
 pub mod outlier;
 pub mod placement;

@@ -23,12 +23,16 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Gateway, epochs::Turn};
+use super::{
+    Gateway,
+    epochs::Turn,
+    route::{Draft, Past},
+};
 use crate::{
     domain::{
         leader::Leader,
         names::ModelName,
-        routes::{Absence, Changes, Epoch, Route, Snapshot},
+        routes::{Absence, Changes, Epoch, Route},
         time::Instant,
     },
     ports::Network,
@@ -88,8 +92,10 @@ struct Session {
     lineage: String,
     /// Who it is.
     leader: Leader,
-    /// The pieces of a table so far.
-    pieces: Snapshot,
+    /// The table that is coming, as far as it has come.
+    draft: Option<Draft>,
+    /// What the last table took the place of.
+    past: Past,
     /// The turn to acknowledge when it has settled.
     owed: Option<Turn>,
 }
@@ -168,7 +174,8 @@ impl Gateway {
             lease: FIRST_LEASE,
             lineage: String::new(),
             leader: Leader::default(),
-            pieces: Snapshot::default(),
+            draft: None,
+            past: Past::default(),
             owed: None,
         })
     }
@@ -202,6 +209,7 @@ impl Gateway {
             if let Err(lost) = self.take(session, message) {
                 return lost;
             }
+            std::mem::take(&mut session.past).forget().await;
         }
     }
 
@@ -225,13 +233,16 @@ impl Gateway {
                 }
             }
             routes_message::Message::Table(table) => {
-                if session.pieces.epoch != Epoch(table.epoch) {
-                    // Pieces of a table that was given up for a newer one.
-                    session.pieces = Snapshot { epoch: Epoch(table.epoch), routes: Vec::new() };
-                }
-                session.pieces.routes.extend(table.routes.into_iter().filter_map(|route| self.route(route)));
-                if table.last {
-                    let turn = self.table.replace(std::mem::take(&mut session.pieces));
+                let epoch = Epoch(table.epoch);
+                // Pieces of a table that was given up for a newer one are forgotten.
+                let mut draft =
+                    session.draft.take().filter(|draft| draft.epoch == epoch).unwrap_or_else(|| Draft::new(epoch));
+                self.table.add(&mut draft, table.routes.into_iter().filter_map(|route| self.route(route)));
+                if !table.last {
+                    session.draft = Some(draft);
+                } else {
+                    let turn;
+                    (turn, session.past) = self.table.publish(draft);
                     self.metrics.epochs.fetch_add(1, Ordering::Relaxed);
                     let (name, leader) = (session.lineage.clone(), session.leader);
                     *self.lineage_mut() = Some(Lineage { name, leader, since: turn.sequence });

@@ -9,7 +9,6 @@ mod follow;
 mod health;
 mod listener;
 mod metrics;
-mod near;
 mod pass;
 mod passage;
 mod pick;

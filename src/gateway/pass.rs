@@ -19,7 +19,6 @@ use super::{
     health::Flight,
     listener::Call,
     metrics::{Admitted, Class},
-    near::nearest,
     passage::{Limit, Passage},
     pick::{Wish, pick},
     route::{Entry, Missing, Place, Share},
@@ -28,6 +27,7 @@ use crate::{
     domain::{
         error::Code,
         names::ModelName,
+        near::nearest,
         outlier::Verdict,
         version::{Generation, Version},
     },

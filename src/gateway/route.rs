@@ -31,6 +31,7 @@ use super::{
 use crate::{
     domain::{
         names::{ModelName, ReplicaId},
+        near::Known,
         routes::{Absence, Changes, Epoch, Route, Snapshot},
         version::{Generation, Version, served_name},
     },
@@ -39,6 +40,9 @@ use crate::{
 
 /// A power of two.
 const SHARDS: usize = 4096;
+
+/// Shards of a former table that are let go of at once.
+const PART: usize = 16;
 
 type Shard = HashMap<Key, Arc<Entry>, BuildHasherDefault<Fnv>>;
 
@@ -142,11 +146,6 @@ impl Table {
         self.get(name).ok_or(if held.epoch.is_some() { Missing::Unknown } else { Missing::NoTable })
     }
 
-    /// Whether there is a route for `name`.
-    pub(super) fn knows(&self, name: &str) -> bool {
-        self.shards[shard_of(name)].load().contains_key(name.as_bytes())
-    }
-
     /// Waits for a route of `entry`'s model other than `entry`. `None` when the model has none any more.
     pub(super) async fn next(&self, entry: &Arc<Entry>) -> Option<Arc<Entry>> {
         let mut changed = self.changed.subscribe();
@@ -164,18 +163,27 @@ impl Table {
 
     /// Replaces the whole table. What is known of a copy's load and residency stays with it.
     pub fn replace(&self, snapshot: Snapshot) -> Turn {
-        let mut held = self.held();
-        let mut shards: Vec<Shard> = (0..SHARDS).map(|_| Shard::default()).collect();
-        for route in snapshot.routes {
+        let mut draft = Draft::new(snapshot.epoch);
+        self.add(&mut draft, snapshot.routes);
+        self.publish(draft).0
+    }
+
+    /// Makes routes of a coming table ready for requests.
+    pub(super) fn add(&self, draft: &mut Draft, routes: impl IntoIterator<Item = Route>) {
+        for route in routes {
             let shard = shard_of(route.model.as_str());
             let before = self.get(route.model.as_str());
-            shards[shard].insert(key(&route.model), self.entry(route, before.as_deref()));
+            draft.shards[shard].insert(key(&route.model), self.entry(route, before.as_deref()));
         }
-        held.models = shards.iter().map(HashMap::len).sum();
-        for (shard, new) in shards.into_iter().enumerate() {
-            self.put(shard, new);
-        }
-        self.mark(&mut held, snapshot.epoch)
+    }
+
+    /// Replaces the whole table by what has come, and answers what was held before: to let go of it takes as long as
+    /// there are routes in it.
+    pub(super) fn publish(&self, draft: Draft) -> (Turn, Past) {
+        let mut held = self.held();
+        held.models = draft.shards.iter().map(HashMap::len).sum();
+        let past = draft.shards.into_iter().enumerate().map(|(shard, new)| self.put(shard, new)).collect();
+        (self.mark(&mut held, draft.epoch), Past(past))
     }
 
     /// Applies what one epoch changed. Changes that are not newer than the table change nothing: `None`.
@@ -208,15 +216,15 @@ impl Table {
         Some(self.mark(&mut held, changes.epoch))
     }
 
-    /// Puts `after` in the place of a shard. The lock on `held` is taken: there is one writer.
-    fn put(&self, shard: usize, after: Shard) {
+    /// Puts `after` in the place of a shard, and answers what was there. The lock on `held` is taken: there is one writer.
+    fn put(&self, shard: usize, after: Shard) -> Arc<Shard> {
         let (word, bit) = (&self.occupied[shard / 64], 1 << (shard % 64));
         if after.is_empty() {
             word.fetch_and(!bit, Ordering::Relaxed);
         } else {
             word.fetch_or(bit, Ordering::Relaxed);
         }
-        self.shards[shard].store(Arc::new(after));
+        self.shards[shard].swap(Arc::new(after))
     }
 
     fn mark(&self, held: &mut Held, epoch: Epoch) -> Turn {
@@ -304,6 +312,54 @@ impl Table {
 
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Known for Table {
+    fn count(&self) -> usize {
+        self.held().models
+    }
+
+    fn knows(&self, name: &str) -> bool {
+        self.shards[shard_of(name)].load().contains_key(name.as_bytes())
+    }
+
+    fn each(&self, visit: &mut dyn FnMut(&str)) {
+        self.visit(|entry| {
+            visit(entry.model.as_str());
+            true
+        });
+    }
+}
+
+/// A table that comes piece by piece: of many routes, to make them all ready at once would keep requests waiting.
+#[derive(Debug)]
+pub(super) struct Draft {
+    /// Its epoch.
+    pub(super) epoch: Epoch,
+    shards: Vec<Shard>,
+}
+
+impl Draft {
+    /// One without a route.
+    pub(super) fn new(epoch: Epoch) -> Self {
+        Self { epoch, shards: (0..SHARDS).map(|_| Shard::default()).collect() }
+    }
+}
+
+/// The table that was held before.
+#[derive(Debug, Default)]
+pub(super) struct Past(Vec<Arc<Shard>>);
+
+impl Past {
+    /// Lets go of it, other tasks between its parts.
+    pub(super) async fn forget(self) {
+        for (part, shard) in self.0.into_iter().enumerate() {
+            drop(shard);
+            if part % PART == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
     }
 }
 

@@ -17,6 +17,7 @@ use crate::domain::{
     memory::Resources,
     model::Model,
     names::{ModelName, ReplicaId, ServerName},
+    near::Known,
     record::ServerRow,
     replica::ReplicaState,
     time::Instant,
@@ -114,6 +115,11 @@ impl Board {
         models
     }
 
+    /// Calls `visit` with each model, in any order. A change to the models waits for it.
+    pub fn visit_models(&self, mut visit: impl FnMut(&Arc<Model>)) {
+        self.models.iter().for_each(|model| visit(&model));
+    }
+
     /// The names of the models that are so. Looks at each.
     #[must_use]
     pub fn models_that(&self, so: impl Fn(&Model) -> bool) -> BTreeSet<ModelName> {
@@ -171,6 +177,20 @@ impl Board {
     #[must_use]
     pub fn watch_servers(&self) -> Arc<Feed<ServerName, ServerView>> {
         subscribe(&self.server_feeds)
+    }
+}
+
+impl Known for Board {
+    fn count(&self) -> usize {
+        self.models.len()
+    }
+
+    fn knows(&self, name: &str) -> bool {
+        ModelName::new(name).is_ok_and(|name| self.models.contains_key(&name))
+    }
+
+    fn each(&self, visit: &mut dyn FnMut(&str)) {
+        self.visit_models(|model| visit(model.name.as_str()));
     }
 }
 

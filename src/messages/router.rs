@@ -1,5 +1,7 @@
 //! To the router.
 
+use std::sync::Arc;
+
 use actix::Message;
 use tokio::sync::mpsc;
 
@@ -62,9 +64,9 @@ pub struct GatewayGone {
 #[derive(Clone, Debug)]
 pub enum RouteUpdate {
     /// Everything.
-    Table(Epoch, std::sync::Arc<Vec<Route>>),
+    Table(Epoch, Vec<Arc<Route>>),
     /// What changed; routes that are gone by name.
-    Changes(Epoch, std::sync::Arc<(Vec<Route>, Vec<ModelName>)>),
+    Changes(Epoch, Arc<(Vec<Arc<Route>>, Vec<ModelName>)>),
     /// Nothing changed: acknowledge all the same.
     Ping(Epoch),
 }

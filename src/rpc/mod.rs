@@ -3,6 +3,7 @@
 pub mod agent_hub;
 pub mod agent_wire;
 pub mod client;
+pub mod directory;
 pub mod routes_service;
 pub mod routes_wire;
 pub mod scheduler_service;

@@ -32,8 +32,8 @@ const NAME: usize = 253;
 const HELLO: Duration = Duration::from_secs(10);
 /// Updates to a gateway that may wait for it to read.
 const BOUND: usize = 1024;
-/// Routes in one piece of a table.
-const PIECE: usize = 1000;
+/// Routes in one piece of a table. A gateway makes all of a piece ready before it turns to a request.
+const PIECE: usize = 200;
 
 /// Serves gateways' sessions.
 #[derive(Debug)]
@@ -121,7 +121,8 @@ impl Routes for RouteSessions {
             }
             drop(listener);
         };
-        let down = ReceiverStream::new(down).flat_map(move |update| stream::iter(update_to_wire(&update, &shared)));
+        let down =
+            ReceiverStream::new(down).flat_map(move |update| stream::iter(update_to_wire(update, &shared.clock)));
         let both = stream::select(down.map(Some).chain(stream::iter([None])), stream::once(up).map(|()| None))
             .take_while(|word| futures::future::ready(word.is_some()))
             .filter_map(futures::future::ready);
@@ -152,27 +153,68 @@ const fn message(message: wire::routes_message::Message) -> wire::RoutesMessage 
     wire::RoutesMessage { message: Some(message) }
 }
 
-fn update_to_wire(update: &RouteUpdate, shared: &Shared) -> Vec<wire::RoutesMessage> {
+/// The messages of an update, each made when the connection has room for it.
+fn update_to_wire(update: RouteUpdate, clock: &Arc<dyn Clock>) -> Box<dyn Iterator<Item = wire::RoutesMessage> + Send> {
     use wire::routes_message::Message;
-    let now = shared.clock.now();
+    let one = |word| -> Box<dyn Iterator<Item = _> + Send> { Box::new(std::iter::once(message(word))) };
     match update {
-        RouteUpdate::Ping(epoch) => vec![message(Message::Ping(wire::Ping { epoch: epoch.0 }))],
-        RouteUpdate::Changes(epoch, changes) => vec![message(Message::Changes(wire::Changes {
-            epoch: epoch.0,
-            routes: changes.0.iter().map(|route| route_to_wire(route, now)).collect(),
-            removed: changes.1.iter().map(ToString::to_string).collect(),
-        }))],
+        RouteUpdate::Ping(epoch) => one(Message::Ping(wire::Ping { epoch: epoch.0 })),
+        RouteUpdate::Changes(epoch, changes) => {
+            let now = clock.now();
+            one(Message::Changes(wire::Changes {
+                epoch: epoch.0,
+                routes: changes.0.iter().map(|route| route_to_wire(route, now)).collect(),
+                removed: changes.1.iter().map(ToString::to_string).collect(),
+            }))
+        }
         RouteUpdate::Table(epoch, routes) => {
-            let pieces = routes.len().div_ceil(PIECE).max(1);
-            let piece = |index: usize| {
-                let routes = routes.iter().skip(index * PIECE).take(PIECE);
-                message(Message::Table(wire::Table {
-                    epoch: epoch.0,
-                    routes: routes.map(|route| route_to_wire(route, now)).collect(),
-                    last: index + 1 == pieces,
-                }))
+            let (clock, mut routes, mut over) = (Arc::clone(clock), routes.into_iter(), false);
+            Box::new(std::iter::from_fn(move || {
+                if over {
+                    return None;
+                }
+                let now = clock.now();
+                let piece = routes.by_ref().take(PIECE).map(|route| route_to_wire(&route, now)).collect();
+                over = routes.len() == 0;
+                Some(message(Message::Table(wire::Table { epoch: epoch.0, routes: piece, last: over })))
+            }))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        domain::{
+            names::ModelName,
+            routes::{Absence, Route},
+        },
+        ports::SystemClock,
+    };
+
+    #[test]
+    fn a_table_is_made_into_messages_a_piece_at_a_time_and_let_go_of_with_them() {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        for count in [0, 1, PIECE, PIECE + 1, 3 * PIECE] {
+            let route = |number| Route {
+                model: ModelName::new(&format!("m{number}")).unwrap(),
+                targets: Vec::new(),
+                absence: Absence::default(),
             };
-            (0..pieces).map(piece).collect()
+            let routes: Vec<_> = (0..count).map(|number| Arc::new(route(number))).collect();
+            let mut messages = update_to_wire(RouteUpdate::Table(Epoch(7), routes.clone()), &clock);
+            let mut told = Vec::new();
+            loop {
+                let held = routes.iter().filter(|route| Arc::strong_count(route) > 1).count();
+                assert_eq!(held, count - told.len(), "what is not yet sent is all that is held");
+                let Some(wire::RoutesMessage { message: Some(message) }) = messages.next() else { break };
+                let wire::routes_message::Message::Table(piece) = message else { panic!("{message:?}") };
+                assert!(piece.epoch == 7 && piece.routes.len() <= PIECE);
+                told.extend(piece.routes.into_iter().map(|route| route.model));
+                assert_eq!(piece.last, told.len() == count);
+            }
+            assert!(told.iter().eq(routes.iter().map(|route| route.model.as_str())), "each once, in order");
         }
     }
 }

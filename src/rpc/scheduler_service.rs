@@ -7,6 +7,7 @@ use futures::{Stream, StreamExt as _, stream};
 use tonic::{Request, Response, Status};
 
 use super::{
+    directory::Directory,
     proto::{
         health,
         scheduler::{self as wire, scheduler_server::Scheduler},
@@ -39,18 +40,18 @@ pub type ServerGate = Gate<Declare, Result<(), Refusal>>;
 pub struct SchedulerApi {
     models: ModelGate,
     servers: ServerGate,
-    board: Arc<Board>,
+    directory: Directory,
 }
 
 impl SchedulerApi {
     /// The API over these.
     #[must_use]
-    pub const fn new(models: ModelGate, servers: ServerGate, board: Arc<Board>) -> Self {
-        Self { models, servers, board }
+    pub const fn new(models: ModelGate, servers: ServerGate, directory: Directory) -> Self {
+        Self { models, servers, directory }
     }
 
     fn find(&self, name: &str) -> Result<Arc<crate::domain::model::Model>, Refusal> {
-        let found = ModelName::new(name).ok().and_then(|name| self.board.model(&name));
+        let found = ModelName::new(name).ok().and_then(|name| self.directory.board().model(&name));
         found.ok_or_else(|| Refusal::new(Code::FailedPrecondition, format!("Failed to find model {name}")))
     }
 }
@@ -141,7 +142,7 @@ impl Scheduler for SchedulerApi {
         let request = request.into_inner();
         let models = match request.model {
             Some(reference) => vec![self.find(&reference.name).map_err(status)?],
-            None => self.board.models(),
+            None => self.directory.find(Board::models).await?,
         };
         let replies = models.into_iter().map(move |model| Ok(model_status(&model, request.all_versions)));
         Ok(Response::new(Box::pin(stream::iter(replies))))
@@ -154,8 +155,8 @@ impl Scheduler for SchedulerApi {
         _: Request<wire::ModelSubscriptionRequest>,
     ) -> Result<Response<Self::SubscribeModelStatusStream>, Status> {
         // Subscribed before the snapshot is read: what changes in between comes twice rather than never.
-        let feed = self.board.watch_models();
-        let snapshot = stream::iter(self.board.models());
+        let feed = self.directory.board().watch_models();
+        let snapshot = stream::iter(self.directory.find(Board::models).await?);
         let changes = stream::unfold(feed, |feed| async move { Some((feed.next().await, feed)) });
         let replies = snapshot.chain(changes).map(|model| Ok(model_status(&model, false)));
         Ok(Response::new(Box::pin(replies)))
@@ -169,13 +170,13 @@ impl Scheduler for SchedulerApi {
     ) -> Result<Response<Self::ServerStatusStream>, Status> {
         let servers = match request.into_inner().name {
             Some(name) => {
-                let found = ServerName::new(&name).ok().and_then(|name| self.board.server(&name));
+                let found = ServerName::new(&name).ok().and_then(|name| self.directory.board().server(&name));
                 let missing = || Status::failed_precondition(format!("Failed to find server {name}"));
                 vec![found.ok_or_else(missing)?]
             }
-            None => self.board.servers(),
+            None => self.directory.board().servers(),
         };
-        let replies: Vec<_> = servers.iter().map(|server| Ok(server_status(server, &self.board))).collect();
+        let replies: Vec<_> = servers.iter().map(|server| Ok(server_status(server, self.directory.board()))).collect();
         Ok(Response::new(Box::pin(stream::iter(replies))))
     }
 
@@ -185,10 +186,10 @@ impl Scheduler for SchedulerApi {
         &self,
         _: Request<wire::ServerSubscriptionRequest>,
     ) -> Result<Response<Self::SubscribeServerStatusStream>, Status> {
-        let feed = self.board.watch_servers();
-        let snapshot = stream::iter(self.board.servers());
+        let feed = self.directory.board().watch_servers();
+        let snapshot = stream::iter(self.directory.board().servers());
         let changes = stream::unfold(feed, |feed| async move { Some((feed.next().await, feed)) });
-        let board = Arc::clone(&self.board);
+        let board = Arc::clone(self.directory.board());
         let replies = snapshot.chain(changes).map(move |server| Ok(server_status(&server, &board)));
         Ok(Response::new(Box::pin(replies)))
     }

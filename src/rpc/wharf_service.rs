@@ -6,6 +6,7 @@ use futures::{Stream, StreamExt as _, stream};
 use tonic::{Request, Response, Status};
 
 use super::{
+    directory::Directory,
     proto::wharf::{self as wire, wharf_server::Wharf},
     scheduler_service::ModelGate,
     status::status,
@@ -18,6 +19,7 @@ use crate::{
         error::{Code, Refusal},
         model::{Model, Outcome, Submitted},
         names::{ModelName, ReplicaId, ServerName},
+        near::nearest,
         version::Version,
     },
     messages::{
@@ -53,7 +55,7 @@ pub struct WharfApi {
     /// Where questions about actors go.
     pub inspect: InspectGate,
     /// What readers see.
-    pub board: Arc<Board>,
+    pub directory: Directory,
     /// What happened.
     pub events: Events,
 }
@@ -76,55 +78,58 @@ impl WharfApi {
         Ok(Response::new(wire::SubmitModelResponse { uid: uid.0, version: version.0, outcome: outcome.into() }))
     }
 
-    fn chosen(&self, request: &wire::ListModelsRequest) -> Result<Vec<Arc<Model>>, Status> {
+    async fn chosen(&self, request: &wire::ListModelsRequest) -> Result<Vec<Arc<Model>>, Status> {
         let Some(name) = &request.name else {
-            let mut models = self.board.models();
-            models.retain(|model| request.terminated || shown(model));
-            return Ok(models);
+            let terminated = request.terminated;
+            let all = move |board: &Board| {
+                let mut models = board.models();
+                models.retain(|model| terminated || shown(model));
+                models
+            };
+            return self.directory.find(all).await;
         };
-        let found = ModelName::new(name).ok().and_then(|name| self.board.model(&name));
+        let found = ModelName::new(name).ok().and_then(|name| self.board().model(&name));
         Ok(vec![found.ok_or_else(|| Status::not_found(self.unknown(name)))?])
     }
 
+    fn board(&self) -> &Arc<Board> {
+        self.directory.board()
+    }
+
     fn unknown(&self, name: &str) -> String {
-        let models = self.board.models();
-        let nearest = models
-            .iter()
-            .map(|model| (strsim::damerau_levenshtein(name, model.name.as_str()), model.name.as_str()))
-            .min()
-            .filter(|(distance, _)| *distance <= 3);
-        match nearest {
-            Some((_, nearest)) => format!("model {name} is not known; did you mean {nearest}?"),
+        match nearest(&**self.board(), name) {
+            Some(nearest) => format!("model {name} is not known; did you mean {nearest}?"),
             None => format!("model {name} is not known; `wharf model list` shows those that are"),
         }
     }
 
     fn servers(&self, request: &wire::ListServersRequest) -> Result<Vec<Arc<ServerView>>, Status> {
-        let Some(name) = &request.name else { return Ok(self.board.servers()) };
-        let found = ServerName::new(name).ok().and_then(|name| self.board.server(&name));
+        let Some(name) = &request.name else { return Ok(self.board().servers()) };
+        let found = ServerName::new(name).ok().and_then(|name| self.board().server(&name));
         let text = || format!("server {name} is not known; `wharf server list` shows those that are");
         Ok(vec![found.ok_or_else(|| Status::not_found(text()))?])
     }
+}
 
-    /// How far the replicas' copies have moved.
-    fn progress(&self, server: &ServerName, replicas: &BTreeSet<u32>, before: u32) -> wire::DrainProgress {
-        let here = |on: &ReplicaId| on.server == *server && replicas.contains(&on.index);
-        let mut left = 0;
-        let mut stuck = Vec::new();
-        for model in self.board.models() {
-            let count = model.copies.iter().filter(|copy| copy.state.replica().is_some_and(here)).count();
-            if count == 0 {
-                continue;
-            }
-            left += u32::try_from(count).unwrap_or(u32::MAX);
-            let reason = model.copies.iter().find_map(|copy| match &copy.state {
-                State::Pending { reason: Some(reason) } => Some(reason.summary()),
-                _ => None,
-            });
-            stuck.extend(reason.map(|reason| format!("{}: {reason}", model.name)));
+/// How far the replicas' copies have moved.
+fn progress(board: &Board, server: &ServerName, replicas: &BTreeSet<u32>, before: u32) -> wire::DrainProgress {
+    let here = |on: &ReplicaId| on.server == *server && replicas.contains(&on.index);
+    let mut left = 0;
+    let mut stuck = Vec::new();
+    board.visit_models(|model| {
+        let count = model.copies.iter().filter(|copy| copy.state.replica().is_some_and(here)).count();
+        if count == 0 {
+            return;
         }
-        wire::DrainProgress { left, moved: before.saturating_sub(left), stuck, done: left == 0 }
-    }
+        left += u32::try_from(count).unwrap_or(u32::MAX);
+        let reason = model.copies.iter().find_map(|copy| match &copy.state {
+            State::Pending { reason: Some(reason) } => Some(reason.summary()),
+            _ => None,
+        });
+        stuck.extend(reason.map(|reason| format!("{}: {reason}", model.name)));
+    });
+    stuck.sort_unstable();
+    wire::DrainProgress { left, moved: before.saturating_sub(left), stuck, done: left == 0 }
 }
 
 fn shown(model: &Model) -> bool {
@@ -177,7 +182,7 @@ impl Wharf for WharfApi {
         &self,
         request: Request<wire::ListModelsRequest>,
     ) -> Result<Response<Self::ListModelsStream>, Status> {
-        let models = self.chosen(&request.into_inner())?;
+        let models = self.chosen(&request.into_inner()).await?;
         Ok(Response::new(Box::pin(stream::iter(models).map(|model| Ok(model_view(&model))))))
     }
 
@@ -188,8 +193,8 @@ impl Wharf for WharfApi {
         request: Request<wire::ListModelsRequest>,
     ) -> Result<Response<Self::WatchModelsStream>, Status> {
         let request = request.into_inner();
-        let feed = self.board.watch_models();
-        let snapshot = match self.chosen(&request) {
+        let feed = self.board().watch_models();
+        let snapshot = match self.chosen(&request).await {
             Ok(models) => models,
             // A watch may wait for a model that is yet to come.
             Err(_) if request.name.is_some() => Vec::new(),
@@ -214,7 +219,7 @@ impl Wharf for WharfApi {
         request: Request<wire::ListServersRequest>,
     ) -> Result<Response<Self::ListServersStream>, Status> {
         let servers = self.servers(&request.into_inner())?;
-        let views: Vec<_> = servers.iter().map(|server| Ok(server_view(server, &self.board))).collect();
+        let views: Vec<_> = servers.iter().map(|server| Ok(server_view(server, self.board()))).collect();
         Ok(Response::new(Box::pin(stream::iter(views))))
     }
 
@@ -225,10 +230,10 @@ impl Wharf for WharfApi {
         request: Request<wire::ListServersRequest>,
     ) -> Result<Response<Self::WatchServersStream>, Status> {
         let request = request.into_inner();
-        let feed = self.board.watch_servers();
+        let feed = self.board().watch_servers();
         let snapshot = self.servers(&request)?;
         let changes = stream::unfold(feed, |feed| async move { Some((feed.next().await, feed)) });
-        let (name, board) = (request.name, Arc::clone(&self.board));
+        let (name, board) = (request.name, Arc::clone(self.board()));
         let replies = stream::iter(snapshot)
             .chain(changes)
             .filter(move |server| {
@@ -254,23 +259,32 @@ impl Wharf for WharfApi {
             millis => Duration::from_millis(millis),
         };
         let looks = patience.as_millis() / LOOK.as_millis();
-        let before = self.progress(&server, &chosen, 0).left;
-        let api = self.clone();
+        let look = {
+            let directory = self.directory.clone();
+            move |before: u32| {
+                let (directory, server, chosen) = (directory.clone(), server.clone(), chosen.clone());
+                async move { directory.find(move |board| progress(board, &server, &chosen, before)).await }
+            }
+        };
+        let before = look(0).await?.left;
         let start = (None::<wire::DrainProgress>, 0_u128, false);
-        let replies = stream::unfold(start, move |(last, mut look, ended)| {
-            let (api, server, chosen) = (api.clone(), server.clone(), chosen.clone());
+        let replies = stream::unfold(start, move |(last, mut looked, ended)| {
+            let look = look.clone();
             async move {
                 if ended {
                     return None;
                 }
                 loop {
-                    let progress = api.progress(&server, &chosen, before);
-                    let over = progress.done || look >= looks;
+                    let progress = match look(before).await {
+                        Ok(progress) => progress,
+                        Err(status) => return Some((Err(status), (last, looked, true))),
+                    };
+                    let over = progress.done || looked >= looks;
                     if over || last.as_ref() != Some(&progress) {
-                        return Some((Ok(progress.clone()), (Some(progress), look, over)));
+                        return Some((Ok(progress.clone()), (Some(progress), looked, over)));
                     }
                     tokio::time::sleep(LOOK).await;
-                    look += 1;
+                    looked += 1;
                 }
             }
         });
@@ -315,7 +329,7 @@ impl Wharf for WharfApi {
 
     async fn explain(&self, request: Request<wire::ExplainRequest>) -> Result<Response<wire::ExplainResponse>, Status> {
         let name = request.into_inner().model;
-        let known = ModelName::new(&name).ok().filter(|name| self.board.model(name).is_some());
+        let known = ModelName::new(&name).ok().filter(|name| self.board().model(name).is_some());
         let Some(known) = known else { return Err(Status::not_found(self.unknown(&name))) };
         let answer = self.explain.ask(known).await.map_err(status)?;
         let Some(Explanation { text, data }) = answer else {

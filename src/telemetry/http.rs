@@ -43,7 +43,7 @@ pub fn router(metrics: Arc<Metrics>, checks: Checks) -> Router {
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(async move || ready(&checks())))
-        .route("/metrics", get(async move || exposition(&metrics)))
+        .route("/metrics", get(async move || exposition(metrics).await))
 }
 
 fn ready(checks: &[Check]) -> Response {
@@ -56,11 +56,13 @@ fn ready(checks: &[Check]) -> Response {
     }
 }
 
-fn exposition(metrics: &Metrics) -> Response {
-    match metrics.exposition() {
-        Ok(text) => {
+/// On a thread for blocking work: of very many models, to count them by state takes long.
+async fn exposition(metrics: Arc<Metrics>) -> Response {
+    match tokio::task::spawn_blocking(move || metrics.exposition()).await {
+        Ok(Ok(text)) => {
             ([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
         }
+        Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
 }

@@ -4,10 +4,9 @@
 
 use std::collections::BTreeSet;
 
-use super::route::Table;
-use crate::domain::names::MAX_NAME;
+use super::names::MAX_NAME;
 
-/// Tables of up to this many models are compared name by name.
+/// Up to this many names are compared one by one.
 const COMPARED: usize = 512;
 /// Names longer than this are not corrected: the work grows with the square of their length.
 const LONGEST: usize = 64;
@@ -15,24 +14,33 @@ const LONGEST: usize = 64;
 const FARTHEST: usize = 3;
 const ALPHABET: &[u8; 37] = b"abcdefghijklmnopqrstuvwxyz0123456789-";
 
-/// The known name nearest to `name`. In a large table only names one edit away are found: all of them are tried.
-pub(super) fn nearest(table: &Table, name: &str) -> Option<String> {
+/// The names that there are.
+pub trait Known {
+    /// How many.
+    fn count(&self) -> usize;
+    /// Whether `name` is one of them.
+    fn knows(&self, name: &str) -> bool;
+    /// Calls `visit` with each, in any order.
+    fn each(&self, visit: &mut dyn FnMut(&str));
+}
+
+/// The known name nearest to `name`. Of very many only those are found that are one edit away: all of these are tried.
+#[must_use]
+pub fn nearest(known: &impl Known, name: &str) -> Option<String> {
     if name.len() > LONGEST.min(MAX_NAME) || !name.is_ascii() {
         return None;
     }
-    if table.held_epoch().1 > COMPARED {
-        return one_edit_away(name).into_iter().find(|candidate| table.knows(candidate));
+    if known.count() > COMPARED {
+        return one_edit_away(name).into_iter().find(|candidate| known.knows(candidate));
     }
     let mut best: Option<(usize, String)> = None;
-    table.visit(|entry| {
-        let known = entry.model.as_str();
+    known.each(&mut |known| {
         if known.len().abs_diff(name.len()) <= FARTHEST {
             let found = (strsim::osa_distance(name, known), known);
             if found.0 <= FARTHEST && best.as_ref().is_none_or(|(far, near)| found < (*far, near.as_str())) {
                 best = Some((found.0, known.to_owned()));
             }
         }
-        true
     });
     // Three letters off in a name of four is a guess, not a correction.
     best.filter(|(far, near)| far * 2 <= near.len()).map(|(_, near)| near)
