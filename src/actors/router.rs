@@ -28,8 +28,8 @@ use crate::{
     },
 };
 
-/// Models in one epoch. A gateway makes all routes of one ready before it turns to a request.
-pub(super) const CHANGES: usize = 500;
+/// Models in one epoch, at most: what a gateway reads at once.
+pub(super) const CHANGES: usize = 1000;
 
 pub(super) struct RouterActor {
     links: Arc<Links>,

@@ -36,6 +36,8 @@ use crate::{
 
 /// Copies in one message of reports.
 const BATCH: usize = 256;
+/// Orders that are obeyed at once. Then it is the turn of requests.
+const OBEYED: usize = 100;
 /// Messages on their way out; with more the scheduler is too slow, and the session ends.
 const QUEUE: usize = 64;
 /// Longest message from the scheduler. 100,000 orders are less.
@@ -321,7 +323,10 @@ impl Session<'_> {
         match message {
             scheduler_message::Message::Orders(Orders { leader_epoch, orders }) => {
                 self.heed(leader_epoch, self.core.seen().word(leader_epoch)).await?;
-                for order in orders {
+                for (number, order) in orders.into_iter().enumerate() {
+                    if number % OBEYED == OBEYED - 1 {
+                        tokio::task::yield_now().await;
+                    }
                     let about = order_about(&order);
                     match order_from_wire(order) {
                         Ok(order) => self.core.obey(order),

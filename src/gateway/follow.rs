@@ -23,11 +23,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{
-    Gateway,
-    epochs::Turn,
-    route::{Draft, Past},
-};
+use super::{Gateway, epochs::Turn, route::Draft};
 use crate::{
     domain::{
         leader::Leader,
@@ -94,10 +90,16 @@ struct Session {
     leader: Leader,
     /// The table that is coming, as far as it has come.
     draft: Option<Draft>,
-    /// What the last table took the place of.
-    past: Past,
     /// The turn to acknowledge when it has settled.
     owed: Option<Turn>,
+}
+
+impl Session {
+    fn forget_draft(&mut self) {
+        if let Some(draft) = self.draft.take() {
+            tokio::spawn(draft.into_past().forget());
+        }
+    }
 }
 
 impl Gateway {
@@ -118,6 +120,7 @@ impl Gateway {
                 Ok(mut session) => {
                     let heard = self.metrics.epochs.load(Ordering::Relaxed);
                     let lost = self.listen(&mut session).await;
+                    session.forget_draft();
                     if self.metrics.epochs.load(Ordering::Relaxed) > heard {
                         wait = self.options.reconnect_first;
                     }
@@ -160,7 +163,8 @@ impl Gateway {
             held.map_or_else(Default::default, |(epoch, lineage)| (epoch.0, lineage.name, lineage.leader));
         let (leader_epoch, leader_started) = (leader.epoch, leader.started.as_micros());
         let hello = wire::Hello { gateway: self.options.name.clone(), lineage, epoch, leader_epoch, leader_started };
-        say(&outbound, gateway_message::Message::Hello(hello));
+        // It is the first word: there is room.
+        drop(outbound.try_send(word(gateway_message::Message::Hello(hello))));
         let mut client = RoutesClient::new(channel).max_decoding_message_size(MESSAGE);
         let watching = timeout(self.options.connect_timeout, client.watch(ReceiverStream::new(words)));
         let inbound = watching
@@ -175,25 +179,28 @@ impl Gateway {
             lineage: String::new(),
             leader: Leader::default(),
             draft: None,
-            past: Past::default(),
             owed: None,
         })
     }
 
     async fn listen(&self, session: &mut Session) -> Lost {
         loop {
-            let owed = session.owed;
+            let (owed, outbound) = (session.owed, session.outbound.clone());
             let settle = async {
                 match owed {
                     Some(turn) => self.table.settle(turn).await,
                     None => std::future::pending().await,
                 }
+                // Without room for the acknowledgement it would be the next ping's, seconds later.
+                outbound.reserve().await
             };
             let message = tokio::select! {
                 biased;
-                () = settle => {
+                room = settle => {
                     session.owed = None;
-                    self.acknowledge(session);
+                    if let (Ok(room), Some(word)) = (room, self.acknowledgement()) {
+                        room.send(word);
+                    }
                     continue;
                 }
                 message = timeout(session.lease, session.inbound.message()) => message,
@@ -206,14 +213,15 @@ impl Gateway {
             };
             // A message of a later version of the protocol changes nothing here.
             let Some(message) = message else { continue };
-            if let Err(lost) = self.take(session, message) {
+            if let Err(lost) = self.take(session, message).await {
                 return lost;
             }
-            std::mem::take(&mut session.past).forget().await;
+            // What else has come is buffered, and would be taken at once.
+            tokio::task::yield_now().await;
         }
     }
 
-    fn take(&self, session: &mut Session, message: routes_message::Message) -> Result<(), Lost> {
+    async fn take(&self, session: &mut Session, message: routes_message::Message) -> Result<(), Lost> {
         match message {
             routes_message::Message::Welcome(welcome) => {
                 let started = Instant::from_micros(welcome.leader_started);
@@ -235,14 +243,16 @@ impl Gateway {
             routes_message::Message::Table(table) => {
                 let epoch = Epoch(table.epoch);
                 // Pieces of a table that was given up for a newer one are forgotten.
-                let mut draft =
-                    session.draft.take().filter(|draft| draft.epoch == epoch).unwrap_or_else(|| Draft::new(epoch));
+                if session.draft.as_ref().is_some_and(|draft| draft.epoch != epoch) {
+                    session.forget_draft();
+                }
+                let mut draft = session.draft.take().unwrap_or_else(|| Draft::new(epoch));
                 self.table.add(&mut draft, table.routes.into_iter().filter_map(|route| self.route(route)));
                 if !table.last {
                     session.draft = Some(draft);
                 } else {
-                    let turn;
-                    (turn, session.past) = self.table.publish(draft);
+                    let (turn, past) = self.table.publish(draft);
+                    tokio::spawn(past.forget());
                     self.metrics.epochs.fetch_add(1, Ordering::Relaxed);
                     let (name, leader) = (session.lineage.clone(), session.leader);
                     *self.lineage_mut() = Some(Lineage { name, leader, since: turn.sequence });
@@ -255,7 +265,7 @@ impl Gateway {
                 }
                 let removed = changes.removed.iter().filter_map(|name| ModelName::new(name).ok()).collect();
                 let routes = changes.routes.into_iter().filter_map(|route| self.route(route)).collect();
-                if let Some(turn) = self.table.apply(Changes { epoch: Epoch(changes.epoch), routes, removed }) {
+                if let Some(turn) = self.table.apply(Changes { epoch: Epoch(changes.epoch), routes, removed }).await {
                     self.metrics.epochs.fetch_add(1, Ordering::Relaxed);
                     session.owed = Some(turn);
                 }
@@ -265,7 +275,10 @@ impl Gateway {
                 if !self.is_same_lineage(session) || held.is_none_or(|held| held.0 < ping.epoch) {
                     return Err(Lost::Missed(ping.epoch));
                 }
-                self.acknowledge(session);
+                if let Some(word) = self.acknowledgement() {
+                    // What finds no room is not said: the next ping asks for it again.
+                    drop(session.outbound.try_send(word));
+                }
             }
         }
         Ok(())
@@ -286,12 +299,11 @@ impl Gateway {
     }
 
     /// Says under which epoch, at the oldest, requests are sent from now on.
-    fn acknowledge(&self, session: &Session) {
+    fn acknowledgement(&self) -> Option<wire::GatewayMessage> {
         let settled = self.table.settled();
-        if self.lineage().is_some_and(|lineage| settled.sequence >= lineage.since) {
-            let epoch = settled.epoch.0;
-            say(&session.outbound, gateway_message::Message::Acknowledged(wire::Acknowledged { epoch }));
-        }
+        let known = self.lineage().is_some_and(|lineage| settled.sequence >= lineage.since);
+        let epoch = settled.epoch.0;
+        known.then(|| word(gateway_message::Message::Acknowledged(wire::Acknowledged { epoch })))
     }
 
     fn is_same_lineage(&self, session: &Session) -> bool {
@@ -307,11 +319,8 @@ impl Gateway {
     }
 }
 
-/// What finds no room is not said: the scheduler's next ping asks for it again.
-fn say(outbound: &mpsc::Sender<wire::GatewayMessage>, message: gateway_message::Message) {
-    if outbound.try_send(wire::GatewayMessage { message: Some(message) }).is_err() {
-        tracing::debug!("the scheduler takes no acknowledgements at present");
-    }
+const fn word(message: gateway_message::Message) -> wire::GatewayMessage {
+    wire::GatewayMessage { message: Some(message) }
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

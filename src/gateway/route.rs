@@ -41,8 +41,8 @@ use crate::{
 /// A power of two.
 const SHARDS: usize = 4096;
 
-/// Shards of a former table that are let go of at once.
-const PART: usize = 16;
+/// Routes and shards that are dealt with at once. Then it is the turn of requests.
+const PART: usize = 100;
 
 type Shard = HashMap<Key, Arc<Entry>, BuildHasherDefault<Fnv>>;
 
@@ -177,8 +177,7 @@ impl Table {
         }
     }
 
-    /// Replaces the whole table by what has come, and answers what was held before: to let go of it takes as long as
-    /// there are routes in it.
+    /// Replaces the whole table by what has come, and answers what was held before.
     pub(super) fn publish(&self, draft: Draft) -> (Turn, Past) {
         let mut held = self.held();
         held.models = draft.shards.iter().map(HashMap::len).sum();
@@ -186,10 +185,9 @@ impl Table {
         (self.mark(&mut held, draft.epoch), Past(past))
     }
 
-    /// Applies what one epoch changed. Changes that are not newer than the table change nothing: `None`.
-    pub fn apply(&self, changes: Changes) -> Option<Turn> {
-        let mut held = self.held();
-        if held.epoch.is_none_or(|epoch| changes.epoch <= epoch) {
+    /// Applies what one epoch changed, in parts. Changes that are not newer than the table change nothing: `None`.
+    pub async fn apply(&self, changes: Changes) -> Option<Turn> {
+        if self.held().epoch.is_none_or(|epoch| changes.epoch <= epoch) {
             return None;
         }
         let mut touched: BTreeMap<usize, (Vec<Route>, Vec<ModelName>)> = BTreeMap::new();
@@ -199,21 +197,32 @@ impl Table {
         for model in changes.removed {
             touched.entry(shard_of(model.as_str())).or_default().1.push(model);
         }
+        let mut part = 0;
         for (shard, (routes, removed)) in touched {
-            let before = self.shards[shard].load_full();
-            let mut after = Shard::clone(&before);
-            for route in routes {
-                let key = key(&route.model);
-                let known = before.get(&key).map(Arc::as_ref);
-                after.insert(key, self.entry(route, known));
+            part += 1 + routes.len();
+            self.change(shard, routes, &removed);
+            if part >= PART {
+                part = 0;
+                tokio::task::yield_now().await;
             }
-            for model in removed {
-                after.remove(model.as_str().as_bytes());
-            }
-            held.models = held.models + after.len() - before.len();
-            self.put(shard, after);
         }
-        Some(self.mark(&mut held, changes.epoch))
+        Some(self.mark(&mut self.held(), changes.epoch))
+    }
+
+    fn change(&self, shard: usize, routes: Vec<Route>, removed: &[ModelName]) {
+        let mut held = self.held();
+        let before = self.shards[shard].load_full();
+        let mut after = Shard::clone(&before);
+        for route in routes {
+            let key = key(&route.model);
+            let known = before.get(&key).map(Arc::as_ref);
+            after.insert(key, self.entry(route, known));
+        }
+        for model in removed {
+            after.remove(model.as_str().as_bytes());
+        }
+        held.models = held.models + after.len() - before.len();
+        self.put(shard, after);
     }
 
     /// Puts `after` in the place of a shard, and answers what was there. The lock on `held` is taken: there is one writer.
@@ -332,7 +341,7 @@ impl Known for Table {
     }
 }
 
-/// A table that comes piece by piece: of many routes, to make them all ready at once would keep requests waiting.
+/// A table that comes piece by piece.
 #[derive(Debug)]
 pub(super) struct Draft {
     /// Its epoch.
@@ -345,18 +354,26 @@ impl Draft {
     pub(super) fn new(epoch: Epoch) -> Self {
         Self { epoch, shards: (0..SHARDS).map(|_| Shard::default()).collect() }
     }
+
+    /// What has come of one that is not to be finished.
+    pub(super) fn into_past(self) -> Past {
+        Past(self.shards.into_iter().map(Arc::new).collect())
+    }
 }
 
-/// The table that was held before.
-#[derive(Debug, Default)]
+/// Routes that are not held any more. To let go of them takes as long as there are many.
+#[derive(Debug)]
 pub(super) struct Past(Vec<Arc<Shard>>);
 
 impl Past {
-    /// Lets go of it, other tasks between its parts.
+    /// Lets go of it in parts.
     pub(super) async fn forget(self) {
-        for (part, shard) in self.0.into_iter().enumerate() {
+        let mut part = 0;
+        for shard in self.0 {
+            part += 1 + shard.len();
             drop(shard);
-            if part % PART == 0 {
+            if part >= PART {
+                part = 0;
                 tokio::task::yield_now().await;
             }
         }
@@ -436,6 +453,7 @@ fn shard_of(name: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use futures::executor::block_on;
     use proptest::prelude::*;
 
     use super::*;
@@ -504,7 +522,7 @@ mod tests {
                     (expected, epoch) = (step.routes, Some(next));
                 } else {
                     let removed = step.removed.iter().map(|model| name(*model)).collect();
-                    let applied = table.apply(Changes { epoch: next, routes, removed });
+                    let applied = block_on(table.apply(Changes { epoch: next, routes, removed }));
                     prop_assert_eq!(applied.is_some(), epoch.is_some_and(|now| next > now));
                     if applied.is_some() {
                         expected.extend(step.routes);
@@ -544,13 +562,12 @@ mod tests {
         table.replace(Snapshot { epoch: Epoch(1), routes: vec![route(1, 1)] });
         let pulse = |table: &Table| Arc::clone(&table.get("m1").expect("known").shares[0].places[0].pulse);
         let first = pulse(&table);
-        table
-            .apply(Changes { epoch: Epoch(2), routes: vec![route(1, 1), route(2, 1)], removed: vec![] })
-            .expect("newer");
+        let changes = Changes { epoch: Epoch(2), routes: vec![route(1, 1), route(2, 1)], removed: vec![] };
+        block_on(table.apply(changes)).expect("newer");
         assert!(Arc::ptr_eq(&first, &pulse(&table)));
         table.replace(Snapshot { epoch: Epoch(3), routes: vec![route(1, 1)] });
         assert!(Arc::ptr_eq(&first, &pulse(&table)));
-        table.apply(Changes { epoch: Epoch(4), routes: vec![route(1, 2)], removed: vec![] }).expect("newer");
+        block_on(table.apply(Changes { epoch: Epoch(4), routes: vec![route(1, 2)], removed: vec![] })).expect("newer");
         assert!(!Arc::ptr_eq(&first, &pulse(&table)));
     }
 
@@ -563,7 +580,7 @@ mod tests {
         let before: Vec<_> = table.shards.iter().map(ArcSwap::load_full).collect();
         assert!(before.iter().all(|shard| shard.len() < 80), "the names are spread");
         let changed = Route { model: many(77), ..route(0, 2) };
-        table.apply(Changes { epoch: Epoch(2), routes: vec![changed], removed: vec![] }).expect("newer");
+        block_on(table.apply(Changes { epoch: Epoch(2), routes: vec![changed], removed: vec![] })).expect("newer");
         let copied = table.shards.iter().zip(&before).filter(|(now, before)| !Arc::ptr_eq(&now.load_full(), before));
         assert_eq!(copied.count(), 1);
     }

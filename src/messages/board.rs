@@ -115,9 +115,10 @@ impl Board {
         models
     }
 
-    /// Calls `visit` with each model, in any order. A change to the models waits for it.
-    pub fn visit_models(&self, mut visit: impl FnMut(&Arc<Model>)) {
-        self.models.iter().for_each(|model| visit(&model));
+    /// Calls `visit` with each model, in any order. Nobody who changes one waits for it.
+    pub fn visit_models(&self, visit: impl FnMut(&Arc<Model>)) {
+        let models: Vec<_> = self.models.iter().map(|model| Arc::clone(&model)).collect();
+        models.iter().for_each(visit);
     }
 
     /// The names of the models that are so. Looks at each.

@@ -10,13 +10,14 @@ use std::{
 };
 
 use actix::Recipient;
-use futures::{Stream, StreamExt as _};
+use futures::{Stream, StreamExt as _, stream};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     agent_wire::{order_to_wire, report_from_wire, resources_from_wire},
+    pieces::pieces,
     proto::agent::{self as wire, agent_hub_server::AgentHub},
 };
 use crate::{
@@ -37,6 +38,8 @@ const VERSION: usize = 64;
 const PROBLEM: usize = 500;
 /// Words to an agent that may wait for it to read.
 const BOUND: usize = 1024;
+/// Orders in one message, at most.
+const ORDERS: usize = 200;
 
 /// Serves agents' sessions.
 #[derive(Debug)]
@@ -96,7 +99,7 @@ impl AgentHub for AgentSessions {
         let shared = Arc::clone(&self.shared);
         let listener = Listener { replica, session, shared: Arc::clone(&shared) };
         let leader = shared.leader.clone();
-        let down = ReceiverStream::new(down).map(move |word| Ok(word_to_wire(word, &leader)));
+        let down = ReceiverStream::new(down).flat_map(move |word| stream::iter(word_to_wire(word, &leader))).map(Ok);
         // The listener lives in the answer's stream: when either direction ends, the agent is gone.
         let up = async move {
             while let Some(Ok(word)) = words.next().await {
@@ -199,7 +202,8 @@ fn hello_from_wire(hello: wire::Hello) -> Result<Hello, Status> {
     })
 }
 
-fn word_to_wire(word: Down, leader: &Leader) -> wire::SchedulerMessage {
+/// The messages of a word, each made when the connection has room for it.
+fn word_to_wire(word: Down, leader: &Leader) -> Box<dyn Iterator<Item = wire::SchedulerMessage> + Send> {
     use wire::scheduler_message::Message;
     let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let message = match word {
@@ -211,13 +215,16 @@ fn word_to_wire(word: Down, leader: &Leader) -> wire::SchedulerMessage {
             heartbeat_millis: millis(heartbeat),
             leader_started: leader.this.started.as_micros(),
         }),
-        Down::Orders(orders) => Message::Orders(wire::Orders {
-            leader_epoch: leader.this.epoch,
-            orders: orders.iter().map(order_to_wire).collect(),
-        }),
+        Down::Orders(orders) => {
+            let leader_epoch = leader.this.epoch;
+            return Box::new(pieces(orders, ORDERS).map(move |(orders, _)| {
+                let orders = orders.iter().map(order_to_wire).collect();
+                wire::SchedulerMessage { message: Some(Message::Orders(wire::Orders { leader_epoch, orders })) }
+            }));
+        }
         Down::Recycle(run) => Message::Recycle(wire::Recycle { leader_epoch: leader.this.epoch, run }),
         Down::Heard(sequence) => Message::Heartbeat(wire::HeartbeatAck { sequence, leader_epoch: leader.this.epoch }),
         Down::Refused { reason, retry } => Message::Refused(wire::Refused { reason, retry }),
     };
-    wire::SchedulerMessage { message: Some(message) }
+    Box::new(std::iter::once(wire::SchedulerMessage { message: Some(message) }))
 }

@@ -6,23 +6,28 @@
 
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
 use tonic::Status;
 
 use crate::messages::Board;
+
+/// Looks that are taken at a time: they are work for a processor, which whoever asks for one thing wants as well.
+const LOOKS: usize = 2;
 
 /// What readers see of all models.
 #[derive(Clone, Debug)]
 pub struct Directory {
     board: Arc<Board>,
-    blocking: bool,
+    /// A place for each look; none where looks are taken on the thread that asks.
+    places: Option<Arc<Semaphore>>,
 }
 
 impl Directory {
     /// The directory of the models on `board`; looks that take long on threads for `blocking` work, or, in a simulation of one
     /// thread, on that.
     #[must_use]
-    pub const fn new(board: Arc<Board>, blocking: bool) -> Self {
-        Self { board, blocking }
+    pub fn new(board: Arc<Board>, blocking: bool) -> Self {
+        Self { board, places: blocking.then(|| Arc::new(Semaphore::new(LOOKS))) }
     }
 
     /// What is there, for questions about one thing.
@@ -38,12 +43,17 @@ impl Directory {
         &self,
         look: impl FnOnce(&Board) -> T + Send + 'static,
     ) -> Result<T, Status> {
-        if !self.blocking {
-            return Ok(look(&self.board));
-        }
+        let Some(places) = &self.places else { return Ok(look(&self.board)) };
+        let ended =
+            |error: &dyn std::fmt::Display| Status::internal(format!("the look at all models ended early: {error}"));
+        let place = Arc::clone(places).acquire_owned().await.map_err(|error| ended(&error))?;
         let board = Arc::clone(&self.board);
-        let found = tokio::task::spawn_blocking(move || look(&board)).await;
-        found.map_err(|error| Status::internal(format!("the look at all models ended early: {error}")))
+        let looking = tokio::task::spawn_blocking(move || {
+            // Also when nobody waits for the answer any more.
+            let _place = place;
+            look(&board)
+        });
+        looking.await.map_err(|error| ended(&error))
     }
 }
 

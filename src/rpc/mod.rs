@@ -4,6 +4,7 @@ pub mod agent_hub;
 pub mod agent_wire;
 pub mod client;
 pub mod directory;
+mod pieces;
 pub mod routes_service;
 pub mod routes_wire;
 pub mod scheduler_service;

@@ -17,6 +17,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     agent_hub::Leader,
+    pieces::pieces,
     proto::routes::{self as wire, routes_server::Routes},
     routes_wire::route_to_wire,
 };
@@ -32,7 +33,7 @@ const NAME: usize = 253;
 const HELLO: Duration = Duration::from_secs(10);
 /// Updates to a gateway that may wait for it to read.
 const BOUND: usize = 1024;
-/// Routes in one piece of a table. A gateway makes all of a piece ready before it turns to a request.
+/// Routes in one piece of a table: what a gateway reads and makes ready at once.
 const PIECE: usize = 200;
 
 /// Serves gateways' sessions.
@@ -168,53 +169,12 @@ fn update_to_wire(update: RouteUpdate, clock: &Arc<dyn Clock>) -> Box<dyn Iterat
             }))
         }
         RouteUpdate::Table(epoch, routes) => {
-            let (clock, mut routes, mut over) = (Arc::clone(clock), routes.into_iter(), false);
-            Box::new(std::iter::from_fn(move || {
-                if over {
-                    return None;
-                }
+            let clock = Arc::clone(clock);
+            Box::new(pieces(routes, PIECE).map(move |(routes, last)| {
                 let now = clock.now();
-                let piece = routes.by_ref().take(PIECE).map(|route| route_to_wire(&route, now)).collect();
-                over = routes.len() == 0;
-                Some(message(Message::Table(wire::Table { epoch: epoch.0, routes: piece, last: over })))
+                let routes = routes.iter().map(|route| route_to_wire(route, now)).collect();
+                message(Message::Table(wire::Table { epoch: epoch.0, routes, last }))
             }))
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        domain::{
-            names::ModelName,
-            routes::{Absence, Route},
-        },
-        ports::SystemClock,
-    };
-
-    #[test]
-    fn a_table_is_made_into_messages_a_piece_at_a_time_and_let_go_of_with_them() {
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-        for count in [0, 1, PIECE, PIECE + 1, 3 * PIECE] {
-            let route = |number| Route {
-                model: ModelName::new(&format!("m{number}")).unwrap(),
-                targets: Vec::new(),
-                absence: Absence::default(),
-            };
-            let routes: Vec<_> = (0..count).map(|number| Arc::new(route(number))).collect();
-            let mut messages = update_to_wire(RouteUpdate::Table(Epoch(7), routes.clone()), &clock);
-            let mut told = Vec::new();
-            loop {
-                let held = routes.iter().filter(|route| Arc::strong_count(route) > 1).count();
-                assert_eq!(held, count - told.len(), "what is not yet sent is all that is held");
-                let Some(wire::RoutesMessage { message: Some(message) }) = messages.next() else { break };
-                let wire::routes_message::Message::Table(piece) = message else { panic!("{message:?}") };
-                assert!(piece.epoch == 7 && piece.routes.len() <= PIECE);
-                told.extend(piece.routes.into_iter().map(|route| route.model));
-                assert_eq!(piece.last, told.len() == count);
-            }
-            assert!(told.iter().eq(routes.iter().map(|route| route.model.as_str())), "each once, in order");
         }
     }
 }

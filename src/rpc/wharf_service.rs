@@ -126,9 +126,10 @@ fn progress(board: &Board, server: &ServerName, replicas: &BTreeSet<u32>, before
             State::Pending { reason: Some(reason) } => Some(reason.summary()),
             _ => None,
         });
-        stuck.extend(reason.map(|reason| format!("{}: {reason}", model.name)));
+        stuck.extend(reason.map(|reason| (model.name.clone(), reason)));
     });
     stuck.sort_unstable();
+    let stuck = stuck.into_iter().map(|(model, reason)| format!("{model}: {reason}")).collect();
     wire::DrainProgress { left, moved: before.saturating_sub(left), stuck, done: left == 0 }
 }
 

@@ -165,6 +165,25 @@ async fn a_table_in_pieces_becomes_valid_with_the_last_and_changes_follow() {
 }
 
 #[tokio::test]
+async fn of_many_epochs_that_come_at_once_the_last_is_acknowledged_without_a_ping() {
+    let mut bench = Bench::new().await;
+    let door = bench.world.local("a", Door::echo());
+    let mut scheduler = bench.next().await;
+    scheduler.greet("first").await;
+    scheduler.say(table(1, &[], true)).await;
+    for epoch in 2..=60 {
+        scheduler.say(changes(epoch, &[model(&format!("m{epoch}"), vec![version(1, 1, &[&door])])], &[])).await;
+    }
+    let mut heard = 0;
+    while heard < 60 {
+        let epoch = scheduler.acknowledged().await;
+        assert!(epoch >= heard, "{epoch} after {heard}");
+        heard = epoch;
+    }
+    assert_eq!(bench.world.get("/v2/models/m60/ready").await.status, 200);
+}
+
+#[tokio::test]
 async fn an_epoch_is_acknowledged_only_when_nothing_is_sent_under_an_older_one() {
     let mut bench = Bench::over(Arc::new(HalfDead)).await;
     let mut scheduler = bench.next().await;

@@ -114,8 +114,8 @@ async fn not_here_everywhere_waits_for_newer_routes() {
     until("the door has refused", || lost.calls() == 1).await;
     // Another model's change is not what it waits for.
     let change = |epoch, route| Changes { epoch: Epoch(epoch), routes: vec![route], removed: vec![] };
-    world.gateway.table().apply(change(50, model("wine", vec![version(1, 1, &[&b])]))).expect("newer");
-    world.gateway.table().apply(change(51, model("iris", vec![version(1, 1, &[&b])]))).expect("newer");
+    world.gateway.table().apply(change(50, model("wine", vec![version(1, 1, &[&b])]))).await.expect("newer");
+    world.gateway.table().apply(change(51, model("iris", vec![version(1, 1, &[&b])]))).await.expect("newer");
     let response = asking.await.expect("no panic").expect("an answer");
     assert_eq!(response.status(), 200);
     assert_eq!(lost.calls(), 1);
@@ -162,10 +162,15 @@ async fn a_route_that_is_taken_away_is_gone() {
     let door = world.local("a", Door::echo());
     world.routes(vec![model("iris", vec![version(1, 1, &[&door])])]);
     let removed = vec![ModelName::new("iris").expect("valid")];
-    world.gateway.table().apply(Changes { epoch: Epoch(9), routes: vec![], removed: removed.clone() }).expect("newer");
+    world
+        .gateway
+        .table()
+        .apply(Changes { epoch: Epoch(9), routes: vec![], removed: removed.clone() })
+        .await
+        .expect("newer");
     assert_eq!(world.get("/v2/models/iris/infer").await.status, 404);
     let stale = Changes { epoch: Epoch(9), routes: vec![model("iris", vec![version(1, 1, &[&door])])], removed };
-    assert_eq!(world.gateway.table().apply(stale), None);
+    assert_eq!(world.gateway.table().apply(stale).await, None);
     assert_eq!(world.get("/v2/models/iris/infer").await.status, 404);
     assert_eq!(world.gateway.inspect()["models"], 0);
 }
