@@ -71,7 +71,7 @@ pub struct Options {
     pub replay: usize,
     /// Requests in flight.
     pub in_flight: u64,
-    /// How long a request waits for newer routes when no door holds the copy that the present ones name.
+    /// How long a request waits for newer routes, or for the copy, when no door holds the copy that the present ones name.
     pub route_wait: Duration,
     /// In which the scheduler must be reached, and answer.
     pub connect_timeout: Duration,

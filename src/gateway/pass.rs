@@ -1,8 +1,8 @@
 //! One request's way to a copy and back.
 //!
 //! The rule of this module: a request is sent again only when no inference server can have begun it, to each copy
-//! at most once, within its deadline; and a client is told what the control plane knows of a model that can't
-//! answer now.
+//! at most once as long as any door has one, within its deadline; and a client is told what the control plane knows of a
+//! model that can't answer now.
 
 use std::{
     sync::{Arc, Mutex, PoisonError, atomic::Ordering},
@@ -49,6 +49,8 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// When to ask again where nothing better is known.
 const SOON: Duration = Duration::from_secs(1);
+/// The first wait for a copy that no door holds; it doubles.
+const PAUSE: Duration = Duration::from_millis(5);
 /// How long a door that could not be reached is chosen only when there is no other.
 const SUSPICION: Duration = Duration::from_secs(3);
 
@@ -196,7 +198,7 @@ impl Gateway {
         let wish = Wish { version: version.map(|text| parse_version(&entry, text)).transpose()?, sticky };
         let mut tried: Vec<Generation> = Vec::new();
         let mut trouble = Trouble::default();
-        let mut waited = false;
+        let mut waited = Duration::ZERO;
         loop {
             let here = match guard.take() {
                 Some(guard) => guard,
@@ -211,14 +213,16 @@ impl Gateway {
                 if tried.is_empty() {
                     return Err(self.absent(&entry, wish.version));
                 }
-                if trouble.not_here && !waited {
-                    // Every door that the routes name has lost its copy: newer routes must be on their way.
-                    waited = true;
-                    if timeout(self.options.route_wait, self.table.next(&entry)).await.is_ok() {
-                        tried.clear();
-                        trouble.not_here = false;
-                        continue;
-                    }
+                let left = self.options.route_wait.saturating_sub(waited);
+                if trouble.not_here && !left.is_zero() {
+                    // No door that the routes name holds its copy. Newer routes are on their way; or the copy is, to where they
+                    // have it already, as after a restart of all that there is.
+                    let pause = waited.max(PAUSE).min(left);
+                    waited += pause;
+                    drop(timeout(pause, self.table.next(&entry)).await);
+                    tried.clear();
+                    trouble.not_here = false;
+                    continue;
                 }
                 return trouble.end(&entry);
             };
@@ -356,7 +360,8 @@ impl Trouble {
         }
         let why = match self.unreachable {
             Some(why) => why,
-            None => "no door that the routes name holds one, and no newer routes came".to_owned(),
+            None => "no door that the routes name holds one, and neither did one get there nor did newer routes come"
+                .to_owned(),
         };
         let message = format!("no copy of model {} could be reached: {why}", entry.model);
         Err(Refused::new(Code::Unavailable, message).retry_after(SOON))
