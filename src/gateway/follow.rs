@@ -90,6 +90,8 @@ struct Session {
     leader: Leader,
     /// The table that is coming, as far as it has come.
     draft: Option<Draft>,
+    /// When it was last told, in the midst of a table, that somebody is here.
+    told: Instant,
     /// The turn to acknowledge when it has settled.
     owed: Option<Turn>,
 }
@@ -179,6 +181,7 @@ impl Gateway {
             lineage: String::new(),
             leader: Leader::default(),
             draft: None,
+            told: self.clock.now(),
             owed: None,
         })
     }
@@ -250,6 +253,7 @@ impl Gateway {
                 self.table.add(&mut draft, table.routes.into_iter().filter_map(|route| self.route(route)));
                 if !table.last {
                     session.draft = Some(draft);
+                    self.stay(session);
                 } else {
                     let (turn, past) = self.table.publish(draft);
                     tokio::spawn(past.forget());
@@ -284,6 +288,16 @@ impl Gateway {
         Ok(())
     }
 
+    /// Keeps the lease while a table comes: of very many routes it takes longer than that, and the pings are behind it.
+    fn stay(&self, session: &mut Session) {
+        let now = self.clock.now();
+        if now.since(session.told) >= session.lease / 4 {
+            session.told = now;
+            let held = self.is_same_lineage(session).then(|| self.acknowledgement()).flatten();
+            drop(session.outbound.try_send(held.unwrap_or_else(|| acknowledged(Epoch::default()))));
+        }
+    }
+
     /// A route that is not understood leaves its model known, without an endpoint and with the reason: sending to
     /// what it was before could be sending to what it was taken from.
     fn route(&self, route: wire::Route) -> Option<Route> {
@@ -302,8 +316,7 @@ impl Gateway {
     fn acknowledgement(&self) -> Option<wire::GatewayMessage> {
         let settled = self.table.settled();
         let known = self.lineage().is_some_and(|lineage| settled.sequence >= lineage.since);
-        let epoch = settled.epoch.0;
-        known.then(|| word(gateway_message::Message::Acknowledged(wire::Acknowledged { epoch })))
+        known.then(|| acknowledged(settled.epoch))
     }
 
     fn is_same_lineage(&self, session: &Session) -> bool {
@@ -317,6 +330,11 @@ impl Gateway {
     fn lineage_mut(&self) -> MutexGuard<'_, Option<Lineage>> {
         self.lineage.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Of epoch 0 it says that nothing is held.
+const fn acknowledged(epoch: Epoch) -> wire::GatewayMessage {
+    word(gateway_message::Message::Acknowledged(wire::Acknowledged { epoch: epoch.0 }))
 }
 
 const fn word(message: gateway_message::Message) -> wire::GatewayMessage {

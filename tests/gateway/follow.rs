@@ -77,11 +77,16 @@ impl Conversation {
 
     /// As a leader of this epoch does.
     async fn greet_as(&mut self, lineage: &str, leader_epoch: u64) -> (String, u64) {
+        self.greet_with(lineage, leader_epoch, 60_000).await
+    }
+
+    /// As a leader with a lease of so many milliseconds does.
+    async fn greet_with(&mut self, lineage: &str, leader_epoch: u64, lease_millis: u64) -> (String, u64) {
         let gateway_message::Message::Hello(hello) = self.hear().await else { panic!("hello comes first") };
         assert_eq!(hello.gateway, "gateway");
         self.say(Message::Welcome(wire::Welcome {
             lineage: lineage.into(),
-            lease_millis: 60_000,
+            lease_millis,
             leader_epoch,
             leader_started: 0,
         }))
@@ -181,6 +186,29 @@ async fn of_many_epochs_that_come_at_once_the_last_is_acknowledged_without_a_pin
         heard = epoch;
     }
     assert_eq!(bench.world.get("/v2/models/m60/ready").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_table_that_takes_longer_than_the_lease_does_not_end_it() {
+    let mut bench = Bench::new().await;
+    let door = bench.world.local("a", Door::echo());
+    let mut scheduler = bench.next().await;
+    scheduler.greet_with("first", 0, 1000).await;
+    let mut pieces = 0;
+    let lasting = async {
+        loop {
+            pieces += 1;
+            scheduler.say(table(5, &[model(&format!("m{pieces}"), vec![version(1, 1, &[&door])])], false)).await;
+            if let Ok(heard) = timeout(Duration::from_millis(10), scheduler.acknowledged()).await {
+                return heard;
+            }
+        }
+    };
+    assert_eq!(timeout(PATIENCE, lasting).await, Ok(0), "it is there, and nothing is in force yet");
+    assert_eq!(bench.world.gateway.inspect()["models"], 0);
+    scheduler.say(table(5, &[], true)).await;
+    assert_eq!(scheduler.acknowledged().await, 5);
+    assert_eq!(bench.world.gateway.inspect()["models"], pieces);
 }
 
 #[tokio::test]
