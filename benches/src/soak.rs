@@ -49,6 +49,9 @@ const PAUSE: Duration = Duration::from_millis(15);
 /// Those who roll models out, and those who delete them and submit them anew.
 const CHANGERS: usize = 2;
 const CHANGE_PAUSE: Duration = Duration::from_millis(200);
+/// How often it is looked what is left. Each look has a thread of the pool for blocking work scrape the metrics, and they take turns
+/// at it: looked at more often, none of them would ever be idle for the ten seconds after which it ends.
+const LOOK: Duration = Duration::from_secs(12);
 
 /// What is counted while it runs; all of it on one thread.
 #[derive(Debug, Default)]
@@ -376,7 +379,7 @@ async fn until_as_before(up: &Up, home: &Path, before: Held) -> anyhow::Result<H
         if done || began.elapsed() > PATIENCE {
             return Ok(now);
         }
-        sleep(Duration::from_secs(1)).await;
+        sleep(LOOK).await;
     }
 }
 
