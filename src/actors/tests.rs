@@ -391,7 +391,8 @@ fn many_routes_that_change_at_once_are_several_epochs_and_none_is_lost() {
         }
         let mut seen = Vec::new();
         for epoch in 1..=3 {
-            let Some(RouteUpdate::Changes(of, changes)) = told.recv().await else { panic!("the routes change") };
+            let update = tokio::time::timeout(PATIENCE, told.recv()).await.expect("an epoch in time");
+            let Some(RouteUpdate::Changes(of, changes)) = update else { panic!("the routes change") };
             let (routes, removed) = &*changes;
             assert!(of == Epoch(epoch) && routes.len() + removed.len() <= CHANGES);
             seen.extend(routes.iter().map(|route| (route.model.clone(), true)));

@@ -1,8 +1,8 @@
 //! One request's way to a copy and back.
 //!
 //! The rule of this module: a request is sent again only when no inference server can have begun it, to each copy
-//! at most once as long as any door has one, within its deadline; and a client is told what the control plane knows of a
-//! model that can't answer now.
+//! at most once unless its door did not hold it yet, within its deadline; and a client is told what the control plane knows
+//! of a model that can't answer now.
 
 use std::{
     sync::{Arc, Mutex, PoisonError, atomic::Ordering},
@@ -214,14 +214,14 @@ impl Gateway {
                     return Err(self.absent(&entry, wish.version));
                 }
                 let left = self.options.route_wait.saturating_sub(waited);
-                if trouble.not_here && !left.is_zero() {
-                    // No door that the routes name holds its copy. Newer routes are on their way; or the copy is, to where they
-                    // have it already, as after a restart of all that there is.
+                if !trouble.not_here.is_empty() && !left.is_zero() {
+                    // A door does not hold the copy that the routes name. Newer routes are on their way; or the copy is, to where
+                    // they have it already, as after a restart of all that there is.
                     let pause = waited.max(PAUSE).min(left);
                     waited += pause;
-                    drop(timeout(pause, self.table.next(&entry)).await);
-                    tried.clear();
-                    trouble.not_here = false;
+                    let newer = timeout(pause, self.table.next(&entry)).await.is_ok();
+                    tried.retain(|copy| !newer && !trouble.not_here.contains(copy));
+                    trouble.not_here.clear();
                     continue;
                 }
                 return trouble.end(&entry);
@@ -248,7 +248,7 @@ impl Gateway {
                         }
                         return Ok(Answer { response, sticky: share.sticky.clone(), flight });
                     }
-                    Some(Refusal::NotHere) => trouble.not_here = true,
+                    Some(Refusal::NotHere) => trouble.not_here.push(place.generation),
                     Some(Refusal::NotStarted) => {
                         let flight = flight.refused();
                         trouble.refusal = Some(Answer { response, sticky: share.sticky.clone(), flight });
@@ -347,7 +347,8 @@ enum Refusal {
 /// What went wrong on the way so far.
 #[derive(Default)]
 struct Trouble {
-    not_here: bool,
+    /// Copies that their doors did not hold.
+    not_here: Vec<Generation>,
     refusal: Option<Answer>,
     unreachable: Option<String>,
 }
@@ -360,8 +361,7 @@ impl Trouble {
         }
         let why = match self.unreachable {
             Some(why) => why,
-            None => "no door that the routes name holds one, and neither did one get there nor did newer routes come"
-                .to_owned(),
+            None => "no door that the routes name holds one, and neither it nor newer routes came".to_owned(),
         };
         let message = format!("no copy of model {} could be reached: {why}", entry.model);
         Err(Refused::new(Code::Unavailable, message).retry_after(SOON))

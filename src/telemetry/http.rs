@@ -58,12 +58,12 @@ fn ready(checks: &[Check]) -> Response {
 
 /// On a thread for blocking work: of very many models, to count them by state takes long.
 async fn exposition(metrics: Arc<Metrics>) -> Response {
-    match tokio::task::spawn_blocking(move || metrics.exposition()).await {
-        Ok(Ok(text)) => {
+    let text = tokio::task::spawn_blocking(move || metrics.exposition().map_err(|error| error.to_string())).await;
+    match text.unwrap_or_else(|error| Err(error.to_string())) {
+        Ok(text) => {
             ([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
         }
-        Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+        Err(problem) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{problem}\n")).into_response(),
     }
 }
 

@@ -142,6 +142,17 @@ async fn a_copy_that_comes_back_to_where_it_was_is_found_there() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_refused_is_not_asked_again_while_another_copy_is_waited_for() {
+    let world = World::new();
+    let (lost, full) = (Door::refusing(NOT_HERE), Door::refusing(NOT_STARTED));
+    let (a, b) = (world.local("lost", lost.clone()), world.local("full", full.clone()));
+    world.routes(vec![model("iris", vec![version(1, 1, &[&a, &b])])]);
+    let answer = world.ask(post("/v2/models/iris/infer", "x")).await;
+    assert_eq!((answer.status, answer.body.as_str()), (503, "the door says no"));
+    assert_eq!((full.calls(), lost.calls()), (1, 10));
+}
+
+#[tokio::test(start_paused = true)]
 async fn not_here_everywhere_without_newer_routes_is_a_503() {
     let world = World::new();
     let lost = Door::refusing(NOT_HERE);
