@@ -2,41 +2,45 @@
 
 use std::time::Duration;
 
-use http::{
-    HeaderMap, HeaderName,
-    header::{CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE},
-};
+use http::{HeaderMap, HeaderName, HeaderValue, header::CONNECTION};
+use smallvec::SmallVec;
 
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// What the headers of Wharf's own hops begin with.
 const INTERNAL: &str = "x-wharf-";
 
-/// Removes what concerns one connection only (RFC 9110, 7.6.1). `te: trailers` stays: gRPC asks for it end to end.
-pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    if let Some(listed) = headers.remove(CONNECTION) {
-        for name in listed.to_str().unwrap_or_default().split(',') {
-            if let Ok(name) = name.trim().parse::<HeaderName>() {
+/// Removes what ends at a hop: what concerns one connection only (RFC 9110, 7.6.1), and what Wharf's own parts speak to
+/// each other with. `te: trailers` stays: gRPC asks for it end to end.
+pub fn strip_ending(headers: &mut HeaderMap) {
+    // Most of it is not there. To look at each name costs less than to ask for each of those.
+    let ending: SmallVec<[HeaderName; 4]> =
+        headers.iter().filter(|(name, value)| ends_here(name, value)).map(|(name, _)| name.clone()).collect();
+    for name in ending {
+        if name == CONNECTION {
+            let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+            let listed: SmallVec<[HeaderName; 4]> =
+                values.flat_map(|value| value.split(',')).filter_map(|name| name.trim().parse().ok()).collect();
+            for name in listed {
                 headers.remove(name);
             }
         }
-    }
-    for name in
-        [KEEP_ALIVE, PROXY_CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TRANSFER_ENCODING, UPGRADE, TRAILER]
-    {
         headers.remove(name);
-    }
-    if headers.get(TE).is_some_and(|value| value != "trailers") {
-        headers.remove(TE);
     }
 }
 
-/// Removes the headers that Wharf's own parts speak to each other with.
-pub fn strip_internal(headers: &mut HeaderMap) {
-    while let Some(name) = headers.keys().find(|name| name.as_str().starts_with(INTERNAL)).cloned() {
-        headers.remove(name);
+fn ends_here(name: &HeaderName, value: &HeaderValue) -> bool {
+    match name.as_str() {
+        "connection"
+        | "keep-alive"
+        | "proxy-connection"
+        | "proxy-authenticate"
+        | "proxy-authorization"
+        | "transfer-encoding"
+        | "upgrade"
+        | "trailer" => true,
+        "te" => value != "trailers",
+        name => name.starts_with(INTERNAL),
     }
 }
 
@@ -72,7 +76,9 @@ mod tests {
     fn what_ends_here_is_removed_and_nothing_else() {
         let mut map = headers(&[
             ("connection", "close, X-Mine"),
+            ("connection", "x-other"),
             ("x-mine", "1"),
+            ("x-other", "1"),
             ("keep-alive", "timeout=5"),
             ("transfer-encoding", "chunked"),
             ("upgrade", "h2c"),
@@ -81,11 +87,10 @@ mod tests {
             ("x-wharf-copy", "1.1.1"),
             ("x-wharf-not-here", ""),
         ]);
-        strip_hop_by_hop(&mut map);
-        strip_internal(&mut map);
+        strip_ending(&mut map);
         assert_eq!(map, headers(&[("te", "trailers"), ("accept", "*/*")]));
         let mut map = headers(&[("te", "gzip")]);
-        strip_hop_by_hop(&mut map);
+        strip_ending(&mut map);
         assert!(map.is_empty());
     }
 

@@ -17,7 +17,7 @@ use super::{
     Gateway,
     epochs::Guard,
     health::Flight,
-    listener::Call,
+    listener::{Call, SELDON_MODEL},
     metrics::{Admitted, Class},
     passage::{Limit, Passage},
     pick::{Wish, pick},
@@ -34,7 +34,7 @@ use crate::{
     forward::{
         Body, COPY, NOT_HERE, NOT_STARTED, RESIDENCY, Request, Response, UpstreamError, error_response,
         grpc::{Peeked, peek_model},
-        headers::{grpc_timeout, strip_hop_by_hop, strip_internal},
+        headers::{grpc_timeout, strip_ending},
         replay::{Replay, SizeLimit},
         respond::too_large,
     },
@@ -121,7 +121,7 @@ impl Gateway {
         };
         let body = (!body.is_end_stream()).then(|| Replay::new(body, self.options.replay, limit));
         let mut kept = Kept { head, body };
-        let id = self.prepare(&mut kept.head.headers);
+        let id = self.prepare(&mut kept.head.headers, grpc);
         let streaming = call.streaming;
         let aboard = Aboard::default();
         let outcome = timeout(deadline, self.attempts(&kept, call, &aboard)).await;
@@ -146,8 +146,7 @@ impl Gateway {
                     replay.release();
                 }
                 let headers = response.headers_mut();
-                strip_hop_by_hop(headers);
-                strip_internal(headers);
+                strip_ending(headers);
                 headers.insert(SELDON_ROUTE, sticky);
                 let limit = match asked {
                     Some((given, at)) => Limit::deadline(given.saturating_sub(self.clock.now().since(at))),
@@ -171,9 +170,12 @@ impl Gateway {
     }
 
     /// Makes the headers those of the next hop; answers the request's id.
-    fn prepare(&self, headers: &mut HeaderMap) -> HeaderValue {
-        strip_hop_by_hop(headers);
-        strip_internal(headers);
+    fn prepare(&self, headers: &mut HeaderMap, grpc: bool) -> HeaderValue {
+        strip_ending(headers);
+        if grpc && let Some(model) = headers.get_mut(SELDON_MODEL) {
+            // Out of HTTP/2's table, like what the route says of the model.
+            model.set_sensitive(true);
+        }
         if let Some(id) = headers.get(REQUEST_ID) {
             return id.clone();
         }

@@ -412,9 +412,12 @@ impl Texts {
     }
 }
 
-/// Names and numbers that were checked are valid in a header.
+/// Names and numbers that were checked are valid in a header. Those of one model are of no use to requests for the
+/// next: HTTP/2 leaves them out of its table.
 fn header(text: Bytes) -> HeaderValue {
-    HeaderValue::from_maybe_shared(text).unwrap_or(HeaderValue::from_static(""))
+    let mut value = HeaderValue::from_maybe_shared(text).unwrap_or(HeaderValue::from_static(""));
+    value.set_sensitive(true);
+    value
 }
 
 /// FNV-1a: short keys, and the same order in every run, so that a simulation can be repeated. The names in the
