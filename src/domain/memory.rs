@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, fmt};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::devices::Devices;
+
 /// A number of bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -241,34 +243,20 @@ impl fmt::Display for Bytes {
 
 /// Bytes by device. The primary device is the one that a server's `memory` and a manifest's `memory` speak
 /// of; the others go by name (`gpu0`).
-#[derive(Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Resources {
     /// On the primary device.
     pub primary: Bytes,
     /// On every other device; one that is absent has or needs nothing.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub others: BTreeMap<String, Bytes>,
-}
-
-impl Clone for Resources {
-    fn clone(&self) -> Self {
-        Self { primary: self.primary, others: self.others.clone() }
-    }
-
-    // The placement's indexes copy sums from node to node, and hardly any is of more than one device.
-    fn clone_from(&mut self, from: &Self) {
-        self.primary = from.primary;
-        if !(self.others.is_empty() && from.others.is_empty()) {
-            self.others.clone_from(&from.others);
-        }
-    }
+    #[serde(default, skip_serializing_if = "Devices::is_empty")]
+    pub others: Devices,
 }
 
 impl Resources {
     /// Bytes on the primary device only.
     #[must_use]
     pub const fn primary(bytes: Bytes) -> Self {
-        Self { primary: bytes, others: BTreeMap::new() }
+        Self { primary: bytes, others: Devices::NONE }
     }
 
     /// Bytes on `device`, or on the primary one.
@@ -366,14 +354,13 @@ impl Resources {
     }
 
     fn zip(&self, other: &Self, op: impl Fn(Bytes, Bytes) -> Option<Bytes>) -> Option<Self> {
-        let primary = op(self.primary, other.primary)?;
-        let mut others = BTreeMap::new();
+        let mut both = Self::primary(op(self.primary, other.primary)?);
         for device in self.others.keys().chain(other.others.keys()) {
-            if !others.contains_key(device) {
-                others.insert(device.clone(), op(self.on(Some(device)), other.on(Some(device)))?);
+            if !both.others.contains_key(device) {
+                both.others.insert(device.clone(), op(self.on(Some(device)), other.on(Some(device)))?);
             }
         }
-        Some(Self { primary, others })
+        Some(both)
     }
 }
 

@@ -4,6 +4,7 @@
 //! and identifiers come in as arguments, so any decision can be replayed and asked about.
 
 pub mod copy;
+pub mod devices;
 pub mod error;
 pub mod ghost;
 pub mod history;

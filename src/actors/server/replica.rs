@@ -81,7 +81,7 @@ impl Replica {
             link: None,
             outdated: None,
             misread: None,
-            resident: Resources { primary: Bytes::ZERO, others: BTreeMap::new() },
+            resident: Resources::primary(Bytes::ZERO),
             strain: Strain { leaked: Bytes::ZERO, advice: Advice { returns: 0, more: Bytes::ZERO, spared_percent: 0 } },
             run: None,
             wanted: BTreeMap::new(),

@@ -75,7 +75,7 @@ impl PartialOrd for Memory {
 }
 
 /// The most that any one replica of a subtree has; on each device it may be another one.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Most {
     /// Bytes left within its memory.
     pub(super) free: Resources,
@@ -85,20 +85,6 @@ pub(super) struct Most {
     pub(super) room_to_pin: Resources,
     /// Open replicas of its server with the same capabilities.
     pub(super) peers: u32,
-}
-
-impl Clone for Most {
-    fn clone(&self) -> Self {
-        let Self { free, room, room_to_pin, peers } = self;
-        Self { free: free.clone(), room: room.clone(), room_to_pin: room_to_pin.clone(), peers: *peers }
-    }
-
-    fn clone_from(&mut self, from: &Self) {
-        self.free.clone_from(&from.free);
-        self.room.clone_from(&from.room);
-        self.room_to_pin.clone_from(&from.room_to_pin);
-        self.peers = from.peers;
-    }
 }
 
 impl Summary for Most {

@@ -76,9 +76,10 @@ impl Load {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::devices::Devices;
 
     fn need(primary: u64, gpu: u64) -> Resources {
-        let others = if gpu > 0 { [("gpu0".to_owned(), Bytes(gpu))].into() } else { BTreeMap::new() };
+        let others = if gpu > 0 { [("gpu0".to_owned(), Bytes(gpu))].into() } else { Devices::NONE };
         Resources { primary: Bytes(primary), others }
     }
 

@@ -345,7 +345,7 @@ impl<'a, 'i> Entry<'a, 'i> {
                 }
             }
         }
-        Some(Resources { primary: primary?, others })
+        Some(Resources { primary: primary?, others: others.into() })
     }
 
     fn bytes(&self, item: Item<'_, '_>, key: &str, found: &mut Found<'_>) -> Option<Bytes> {
