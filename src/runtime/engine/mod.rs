@@ -4,6 +4,7 @@
 //! chance, and its name is in the metadata of each; a library that is missing, too old or broken is told in words
 //! and takes nothing down.
 
+mod aside;
 mod head;
 mod onnxruntime;
 mod tract;

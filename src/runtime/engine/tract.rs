@@ -13,14 +13,14 @@ use tract_onnx::{
     data_resolver::{FopenDataResolver, ModelDataResolver},
     pb::{GraphProto, ModelProto, tensor_proto::DataType, type_proto},
     prelude::*,
-    tract_core::ops::konst::Const,
+    tract_core::{ops::konst::Const, optim::Optimizer},
     tract_hir::{
         infer::{DimFact, Factoid as _, ShapeFactoid},
         internal::DimLike as _,
     },
 };
 
-use super::{Engine, Loaded, RunError, Runnable, ZIPMAP};
+use super::{Engine, Loaded, RunError, Runnable, ZIPMAP, aside::Aside};
 use crate::runtime::{
     datatype::Datatype,
     failure::{clip, explain},
@@ -44,6 +44,7 @@ impl Engine for Tract {
     }
 
     fn load(&self, file: &Path) -> Result<Loaded, String> {
+        let aside = Aside::begin();
         let bytes = fs::read(file).map_err(|error| format!("can't be read: {error}"))?;
         let model = ModelProto::decode(&*bytes).map_err(|error| format!("is not an ONNX model: {error}"))?;
         let Some(graph) = &model.graph else {
@@ -52,8 +53,11 @@ impl Engine for Tract {
         let files = Arc::new(CountedFiles::default());
         let onnx = Onnx { provider: Arc::clone(&files) as _, ..tract_onnx::onnx() };
         let directory = file.parent().and_then(Path::to_str).ok_or("lies under a path that is not UTF-8")?;
-        let compiled = typed(&onnx, &model, directory).and_then(|typed| {
-            let optimized = typed.into_optimized()?;
+        aside.step();
+        let compiled = typed(&onnx, &model, directory, &aside).and_then(|mut optimized| {
+            // What `into_optimized` does.
+            aside.between(Optimizer::declutter()).session().optimize(&mut optimized)?;
+            optimized.optimize_with_session(&mut aside.between(Optimizer::codegen()).session())?;
             let inputs = facts(&optimized, optimized.input_outlets()?)?;
             let outputs = facts(&optimized, optimized.output_outlets()?)?;
             let held = held(&optimized);
@@ -112,7 +116,7 @@ impl Compiled {
 }
 
 /// Reads `model` and infers every type and shape in it.
-fn typed(onnx: &Onnx, model: &ModelProto, directory: &str) -> TractResult<TypedModel> {
+fn typed(onnx: &Onnx, model: &ModelProto, directory: &str, aside: &Aside) -> TractResult<TypedModel> {
     // Axes without a name are first taken to be unrelated. Where the model can't be typed that way, the first
     // axis of each input is taken to be the batch.
     let mut last = None;
@@ -121,9 +125,12 @@ fn typed(onnx: &Onnx, model: &ModelProto, directory: &str) -> TractResult<TypedM
         if let Some(name) = parsed.unresolved_inputs.first() {
             return Err(TractError::msg(format!("its graph uses {name:?}, which nothing in it gives")));
         }
+        aside.step();
         let mut inference = parsed.model;
         let named = name_axes(&mut inference, shared)?;
-        match inference.into_typed() {
+        let typed = inference.into_typed();
+        aside.step();
+        match typed {
             Ok(typed) => return Ok(typed),
             Err(error) if named => last = Some(error),
             Err(error) => return Err(error),
