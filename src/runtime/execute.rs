@@ -43,8 +43,24 @@ impl Default for Turn {
 #[derive(Debug)]
 pub(super) struct Executor {
     pool: Option<Arc<Semaphore>>,
-    waiting: AtomicUsize,
+    waiting: Arc<AtomicUsize>,
     most_waiting: usize,
+}
+
+/// Those who wait for an executor's pool, as its jobs may see them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Queue(Arc<AtomicUsize>);
+
+impl Queue {
+    /// Whether anybody waits for a job to end.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == 0
+    }
+
+    #[cfg(test)]
+    pub(super) fn of(waiting: usize) -> Self {
+        Self(Arc::new(AtomicUsize::new(waiting)))
+    }
 }
 
 impl Executor {
@@ -54,7 +70,12 @@ impl Executor {
             Execution::Inline => None,
             Execution::Pool { threads } => Some(Arc::new(Semaphore::new(threads.clamp(1, Semaphore::MAX_PERMITS)))),
         };
-        Self { pool, waiting: AtomicUsize::new(0), most_waiting }
+        Self { pool, waiting: Arc::default(), most_waiting }
+    }
+
+    /// Who waits for its pool.
+    pub(super) fn queue(&self) -> Queue {
+        Queue(Arc::clone(&self.waiting))
     }
 
     /// Runs `job`. Dropping the future gives the job up unless it has begun.

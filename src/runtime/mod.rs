@@ -201,10 +201,11 @@ impl Shared {
         repository::check(name)?;
         let loading = self.registry.begin(name);
         let (name, repository, engine) = (name.to_owned(), Arc::clone(&self.repository), Arc::clone(&self.onnx.engine));
+        let queue = self.loads.queue();
         let run = self.loads.run(move || match repository.find(&name) {
             // Not remembered: there would be no end of names that are not there.
             Err(failure) if failure.kind == Kind::NotFound => Err(failure),
-            found => loading.finish(found.and_then(|file| Plan::load(&*engine, &name, &file))),
+            found => loading.finish(found.and_then(|file| Plan::load(&*engine, &name, &file, &queue))),
         });
         deadline(self.limits.load, "the load", run).await
     }

@@ -14,7 +14,7 @@ use tract_onnx::prelude::Tensor;
 use super::{
     datatype::Datatype,
     engine::{Engine, Loaded, RunError, Runnable},
-    execute::Turn,
+    execute::{Queue, Turn},
     failure::{Failure, Kind, panic_message},
     stop::Stop,
 };
@@ -94,9 +94,9 @@ impl Plan {
     ///
     /// # Errors
     /// When it can't be read, is not ONNX, or asks for what the engine can't do; the message names the file.
-    pub(crate) fn load(engine: &dyn Engine, name: &str, file: &Path) -> Result<Self, Failure> {
+    pub(super) fn load(engine: &dyn Engine, name: &str, file: &Path, behind: &Queue) -> Result<Self, Failure> {
         let shown = file.display();
-        let problem = match catch_unwind(AssertUnwindSafe(|| engine.load(file))) {
+        let problem = match catch_unwind(AssertUnwindSafe(|| engine.load(file, behind))) {
             Ok(Ok(Loaded { inputs, outputs, artifact_bytes, memory_bytes, takes_turns, runnable })) => {
                 let (name, platform) = (name.to_owned(), engine.platform());
                 let turn = takes_turns.then(Turn::default);

@@ -208,11 +208,11 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::runtime::Onnx;
+    use crate::runtime::{Onnx, execute::Queue};
 
     fn plan() -> Plan {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models/add/model.onnx");
-        Plan::load(&*Onnx::tract().engine, "add", &file).unwrap()
+        Plan::load(&*Onnx::tract().engine, "add", &file, &Queue::default()).unwrap()
     }
 
     fn state(registry: &Registry) -> Vec<(String, &'static str)> {

@@ -1,8 +1,9 @@
 //! A load that gives way to who is soon done.
 //!
 //! The kernel lets a thread that works have its core for milliseconds, while requests that need a tenth of one wait. So a
-//! compilation steps aside every now and then. The rule of this module: it has waited for no longer than it has worked,
-//! but for one turn; so nobody's load takes more than twice as long beside requests without end, and where a core is free none does.
+//! compilation steps aside every now and then. The rules of this module: it has waited for no longer than it has worked,
+//! but for one turn; so nobody's load takes more than twice as long beside requests without end, and where a core is free
+//! none does. And while other loads wait for it to end it does not step aside: they would pay for that too.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -17,6 +18,8 @@ use tract_onnx::{
         optim::{Optimizer, OptimizerSession, TypedPass},
     },
 };
+
+use crate::runtime::execute::Queue;
 
 /// Work between two turns of others.
 const STRETCH: Duration = Duration::from_micros(100);
@@ -50,17 +53,27 @@ impl Balance {
 
 /// One load's turns.
 #[derive(Clone, Debug)]
-pub(super) struct Aside(Arc<Mutex<Balance>>);
+pub(super) struct Aside {
+    balance: Arc<Mutex<Balance>>,
+    behind: Queue,
+}
 
 impl Aside {
-    /// Of a load that begins.
-    pub(super) fn begin() -> Self {
-        Self(Arc::new(Mutex::new(Balance { worked: Duration::ZERO, waited: Duration::ZERO, since: now() })))
+    /// Of a load that begins, with others `behind` it.
+    pub(super) fn begin(behind: Queue) -> Self {
+        let balance = Balance { worked: Duration::ZERO, waited: Duration::ZERO, since: now() };
+        Self { balance: Arc::new(Mutex::new(balance)), behind }
     }
 
     /// Steps aside, if it is time.
     pub(super) fn step(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).rest(now, thread::yield_now);
+        self.step_by(thread::yield_now);
+    }
+
+    fn step_by(&self, give: impl FnOnce()) {
+        if self.behind.is_empty() {
+            self.balance.lock().unwrap_or_else(PoisonError::into_inner).rest(now, give);
+        }
     }
 
     /// The same optimizer, stepping aside between one change of the model and the next.
@@ -107,6 +120,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn while_others_wait_for_it_to_end_it_does_not_step_aside() {
+        for waiting in [0, 1] {
+            let aside = Aside::begin(Queue::of(waiting));
+            thread::sleep(STRETCH);
+            let mut given = false;
+            aside.step_by(|| given = true);
+            assert_eq!(given, waiting == 0);
+        }
+    }
 
     proptest! {
         #[test]

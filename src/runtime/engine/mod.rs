@@ -13,7 +13,7 @@ use std::{fmt, path::Path, sync::Arc};
 
 use tract_onnx::prelude::Tensor;
 
-use super::{plan::Port, stop::Stop};
+use super::{execute::Queue, plan::Port, stop::Stop};
 
 /// What to do about a model whose output is a sequence of maps, which the protocol has no datatype for.
 const ZIPMAP: &str =
@@ -24,11 +24,11 @@ pub(crate) trait Engine: fmt::Debug + Send + Sync {
     /// Its name in the metadata of models.
     fn platform(&self) -> &'static str;
 
-    /// Reads the artifact in `file`. Blocks, and may panic.
+    /// Reads the artifact in `file`; other loads wait `behind` it. Blocks, and may panic.
     ///
     /// # Errors
     /// What is wrong, as the end of a sentence that begins with the artifact.
-    fn load(&self, file: &Path) -> Result<Loaded, String>;
+    fn load(&self, file: &Path, behind: &Queue) -> Result<Loaded, String>;
 }
 
 /// A model that an engine has read.

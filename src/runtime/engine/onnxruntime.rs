@@ -22,6 +22,7 @@ use tract_onnx::prelude::{Datum, Tensor, f16};
 use super::{Engine, Library, Loaded, RunError, Runnable, ZIPMAP, head};
 use crate::runtime::{
     datatype::Datatype,
+    execute::Queue,
     failure::{Failure, clip, explain, panic_message},
     plan::{Dim, Port},
     stop::Stop,
@@ -159,7 +160,7 @@ impl Engine for OnnxRuntime {
         "onnx_onnxruntime"
     }
 
-    fn load(&self, file: &Path) -> Result<Loaded, String> {
+    fn load(&self, file: &Path, _: &Queue) -> Result<Loaded, String> {
         let (graph, artifact_bytes) = head::read(file)?;
         if let Some(input) = graph.input.iter().find(|input| !input.has_shape()) {
             let name = &input.name;

@@ -23,6 +23,7 @@ use tract_onnx::{
 use super::{Engine, Loaded, RunError, Runnable, ZIPMAP, aside::Aside};
 use crate::runtime::{
     datatype::Datatype,
+    execute::Queue,
     failure::{clip, explain},
     plan::{Dim, Port},
     stop::Stop,
@@ -43,8 +44,8 @@ impl Engine for Tract {
         "onnx_tract"
     }
 
-    fn load(&self, file: &Path) -> Result<Loaded, String> {
-        let aside = Aside::begin();
+    fn load(&self, file: &Path, behind: &Queue) -> Result<Loaded, String> {
+        let aside = Aside::begin(behind.clone());
         let bytes = fs::read(file).map_err(|error| format!("can't be read: {error}"))?;
         let model = ModelProto::decode(&*bytes).map_err(|error| format!("is not an ONNX model: {error}"))?;
         let Some(graph) = &model.graph else {
