@@ -231,6 +231,24 @@ async fn ids_and_traces_are_passed_on_or_made() {
 }
 
 #[tokio::test]
+async fn what_differs_from_request_to_request_is_marked_to_stay_out_of_http2s_table() {
+    let world = World::new();
+    let door = Door::new(|request| async move {
+        let marked = request.headers().iter().filter(|(_, value)| value.is_sensitive());
+        let mut marked: Vec<&str> = marked.map(|(name, _)| name.as_str()).collect();
+        marked.sort_unstable();
+        Ok(text(StatusCode::OK, &marked.join(" ")))
+    });
+    let door = world.local("a", door);
+    world.routes(vec![model("iris", vec![version(1, 1, &[&door])])]);
+    let mut request = grpc_post("ModelInfer", grpc_message("iris", "", 10));
+    request.headers_mut().insert("seldon-model", "iris".parse().expect("valid"));
+    let answer = world.ask(request).await;
+    assert_eq!(answer.body, "seldon-internal-model seldon-model traceparent x-request-id x-wharf-copy");
+    assert!(answer.headers["x-seldon-route"].is_sensitive() && answer.headers["x-request-id"].is_sensitive());
+}
+
+#[tokio::test]
 async fn what_it_knows_can_be_looked_at() {
     let world = World::new();
     let door = world.local("a", Door::echo());

@@ -67,10 +67,10 @@ impl Aside {
 
     /// Steps aside, if it is time.
     pub(super) fn step(&self) {
-        self.step_by(thread::yield_now);
+        self.step_by(now, thread::yield_now);
     }
 
-    fn step_by(&self, give: impl FnOnce()) {
+    fn step_by(&self, now: impl Fn() -> Instant, give: impl FnOnce()) {
         if self.behind.is_empty() {
             self.balance.lock().unwrap_or_else(PoisonError::into_inner).rest(now, give);
         }
@@ -125,9 +125,8 @@ mod tests {
     fn while_others_wait_for_it_to_end_it_does_not_step_aside() {
         for waiting in [0, 1] {
             let aside = Aside::begin(Queue::of(waiting));
-            thread::sleep(STRETCH);
-            let mut given = false;
-            aside.step_by(|| given = true);
+            let (later, mut given) = (now() + STRETCH, false);
+            aside.step_by(|| later, || given = true);
             assert_eq!(given, waiting == 0);
         }
     }
