@@ -14,6 +14,8 @@ mod harness;
 mod answers;
 #[path = "gateway/follow.rs"]
 mod follow;
+#[path = "gateway/gathered.rs"]
+mod gathered;
 #[path = "gateway/grpc.rs"]
 mod grpc;
 #[path = "gateway/limits.rs"]

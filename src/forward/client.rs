@@ -27,7 +27,7 @@ use hyper::{
     body::Incoming,
     client::conn::{TrySendError, http1, http2},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
@@ -37,6 +37,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     Request, Response, Upstream, UpstreamError,
     body::{Body, BoxError},
+    gather::Gathering,
     grpc::is_grpc,
     pool::{Bounds, Connection, Pool, Shared, Stream},
 };
@@ -218,7 +219,7 @@ impl HttpUpstream {
 
     async fn shared(&self) -> Result<Shared, UpstreamError> {
         let (io, permit) = self.connect().await?;
-        let mut builder = http2::Builder::new(TokioExecutor::new());
+        let mut builder = http2::Builder::new(Gathering::default());
         builder
             .timer(TokioTimer::new())
             .initial_stream_window_size(self.options.window)

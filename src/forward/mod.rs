@@ -6,6 +6,7 @@
 mod body;
 mod client;
 mod connections;
+mod gather;
 pub mod grpc;
 pub mod headers;
 mod net;

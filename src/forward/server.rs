@@ -3,7 +3,14 @@
 //! The rule of this module: no client, however slow, large or many, takes more than its bounds: connections,
 //! streams of one, bytes of headers, the time to send them, and the time in which it must take something.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use hyper::{
     body::Incoming,
@@ -21,7 +28,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Response, Upstream, body::Body, grpc::is_grpc, respond::error_response, stall::Answers, wire::Wire};
+use super::{
+    Response, Upstream, body::Body, gather::Turn, grpc::is_grpc, respond::error_response, stall::Answers, wire::Wire,
+};
 use crate::{
     domain::error::Code,
     ports::{BoxIo, Listen},
@@ -148,7 +157,7 @@ async fn connection(
             .max_header_size(limits.header_bytes as usize)
             .max_buf_size(READ_BUFFER.max(limits.header_bytes as usize));
         let connection = builder.serve_connection(io, service_fn(|request| answer(Arc::clone(&service), request)));
-        return drive(connection, &shutdown, std::future::pending()).await;
+        return drive(connection, Future::poll, &shutdown, std::future::pending()).await;
     }
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
@@ -174,7 +183,8 @@ async fn connection(
             sleep(limits.stall).await;
         }
     };
-    drive(connection, &shutdown, stuck).await
+    let mut turn = Turn::default();
+    drive(connection, |connection, cx| turn.poll(connection, cx), &shutdown, stuck).await
 }
 
 async fn answer(service: Arc<dyn Upstream>, request: http::Request<Incoming>) -> Result<Response, Infallible> {
@@ -186,7 +196,12 @@ async fn answer(service: Arc<dyn Upstream>, request: http::Request<Incoming>) ->
 }
 
 /// Runs a connection to its end, to the end of its requests after `shutdown`, or until its client is `stuck`.
-async fn drive<C>(connection: C, shutdown: &CancellationToken, stuck: impl Future<Output = ()>) -> Result<(), String>
+async fn drive<C>(
+    connection: C,
+    mut poll: impl FnMut(Pin<&mut C>, &mut Context<'_>) -> Poll<C::Output>,
+    shutdown: &CancellationToken,
+    stuck: impl Future<Output = ()>,
+) -> Result<(), String>
 where
     C: GracefulConnection<Error = hyper::Error>,
 {
@@ -195,7 +210,7 @@ where
     let mut leaving = false;
     loop {
         tokio::select! {
-            ended = connection.as_mut() => return ended.map_err(|error| error.to_string()),
+            ended = poll_fn(|cx| poll(connection.as_mut(), cx)) => return ended.map_err(|error| error.to_string()),
             () = shutdown.cancelled(), if !leaving => {
                 leaving = true;
                 connection.as_mut().graceful_shutdown();
