@@ -437,6 +437,7 @@ type Probed = anyhow::Result<(f64, f64, f64)>;
 /// Asks for one model's status again and again, from before there is anybody who answers.
 fn probe(address: String, models: usize, began: Instant, done: Arc<AtomicBool>) -> std::thread::JoinHandle<Probed> {
     std::thread::spawn(move || {
+        proc::come_first();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let connection = loop {
