@@ -18,7 +18,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::graceful::GracefulConnection,
 };
 use tokio::{
@@ -29,7 +29,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Response, Upstream, body::Body, gather::Turn, grpc::is_grpc, respond::error_response, stall::Answers, wire::Wire,
+    Response, Upstream, body::Body, gather::Streams, grpc::is_grpc, respond::error_response, stall::Answers, wire::Wire,
 };
 use crate::{
     domain::error::Code,
@@ -159,7 +159,8 @@ async fn connection(
         let connection = builder.serve_connection(io, service_fn(|request| answer(Arc::clone(&service), request)));
         return drive(connection, Future::poll, &shutdown, std::future::pending()).await;
     }
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+    let streams = Streams::default();
+    let mut builder = http2::Builder::new(streams.clone());
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.streams)
@@ -183,7 +184,7 @@ async fn connection(
             sleep(limits.stall).await;
         }
     };
-    let mut turn = Turn::default();
+    let mut turn = streams.turn();
     drive(connection, |connection, cx| turn.poll(connection, cx), &shutdown, stuck).await
 }
 
