@@ -156,6 +156,10 @@ pub(crate) fn end_with_parent() {
 pub(crate) fn come_first() {
     let here = fs::read_link("/proc/thread-self").unwrap_or_default();
     if let Some(thread) = here.file_name() {
-        drop(Command::new("chrt").args(["--fifo", "--pid", "1"]).arg(thread).status());
+        // Its words go where errors go: what this process says is read by the one that started it.
+        let chrt = Command::new("chrt").args(["--fifo", "--pid", "1"]).arg(thread).stdout(Stdio::null()).status();
+        if let Err(error) = chrt {
+            eprintln!("can't start chrt (of util-linux), so who asks for status waits for a core too: {error}");
+        }
     }
 }
